@@ -1,0 +1,2486 @@
+#!/usr/bin/env python3
+"""k3d-registry-dockerd: an OCI registry that answers out of the local Docker daemon.
+
+Kubernetes in Docker (k3d) pulls its images from here, and gets what Docker already has: no download,
+no import, no second copy.
+
+    containerd --HTTP--> Handler --> Registry --+-- resolve --> Docker inspect | Docker pull
+                                                |
+                                                +-- content --> store | content directory
+                                                                | content service | export
+
+Everything that a pull needs is two questions:
+
+    resolve(reference) -> digest      which content does this name mean, right now?
+    content(digest)    -> bytes       who has these bytes?
+
+The first is asked of Docker at every request by tag, so an image that was rebuilt a moment ago is
+what the node gets. The second is asked of a short list of providers; content is addressed by digest,
+so it does not matter which of them answers.
+
+The life of one pull by a node, of an image that Docker has:
+
+    HEAD /v2/library/app/manifests/1?ns=docker.io    Docker inspects docker.io/library/app:1
+    GET  /v2/library/app/manifests/sha256:...        the manifest is read, by digest
+    GET  /v2/library/app/blobs/sha256:...            config and layers are streamed, by digest
+
+On Docker's containerd image store the bytes come straight out of Docker's content store. The classic
+store has no manifests and no compressed layers: there the image is exported once, into our own store.
+
+Glossary, as in the OCI Distribution Specification:
+
+    repository   a name for a family of images: library/alpine
+    tag          a name for one image of a repository: 3.20
+    digest       the hash of some content, which is its address: sha256:...
+    reference    repository, tag or digest, and namespace: what a request asks for
+    namespace    the registry an image comes from (the `ns` parameter that mirrors get): docker.io
+    manifest     the JSON that lists an image's config and layers
+    index        the JSON that lists manifests, one for each platform
+    blob         any other content: a config, a layer
+
+Sections: 1 vocabulary, 2 errors, 3 references, 4 store, 5 engine, 6 content, 7 registry, 8 HTTP,
+9 command line. A section names only sections above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import hashlib
+import http.client
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import tarfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+__version__ = "0.9"
+__all__ = ["Digest", "Engine", "EngineHost", "Reference", "Registry", "RegistryError", "Server", "Store", "main"]
+
+# =====================================================================================================
+# 1. Vocabulary: media types, limits, timeouts
+# =====================================================================================================
+
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
+DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+
+KIB, MIB = 1024, 1024 * 1024
+
+MANIFEST_LIMIT = 4 * MIB    # bytes of a manifest; the distribution spec asks for at least 4 MiB
+JSON_LIMIT = 64 * MIB       # bytes of one answer of the engine (a list of images can be long)
+PIECE = 256 * KIB           # bytes per read or write of a stream
+BODY_LIMIT = 64 * KIB       # bytes of an unwanted request body that are worth reading to keep a connection
+
+ENGINE_TIMEOUT = 15         # seconds Docker may take to begin an answer; nodes give up after 30
+PULL_TIMEOUT = 300          # seconds without a sign of life from a pull or an export
+IDLE_TIMEOUT = 120          # seconds an unused client connection is kept
+STALL_TIMEOUT = 300         # seconds a client may take no byte of a body; the kubelet has the same rule
+ENGINE_FRESH = 10           # seconds for which the engine's description is believed
+PROGRESS_INTERVAL = 5       # seconds between two progress lines
+STOP_GRACE = 5              # seconds that requests under way get to finish at the end
+EVICTION_AGE = 3600         # seconds an export stays after its last use, when Docker lost the image
+
+LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at once
+IDLE_CALLS = 8              # connections to the content service that are kept for reuse
+
+API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
+
+log = logging.getLogger("k3d-registry-dockerd")
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for a person: 999 B, 1.2 kB, 3.4 MB (powers of 1000, as docker prints them)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds for a person: 0.4 ms, 23 ms, 1.3 s."""
+    if seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def printable(text: str) -> str:
+    """Text from outside on one line of the log: control characters escaped, not too long."""
+    escaped = repr(text)[1:-1]
+    return escaped if len(escaped) <= 1000 else f"{escaped[:1000]}…"
+
+
+# =====================================================================================================
+# 2. Errors: one table, one exception
+# =====================================================================================================
+
+# Code -> HTTP status and message. The first group is the table of OCI Distribution Spec v1.1, "Error
+# Codes"; the second is what a registry in front of an engine needs besides.
+ERRORS: Mapping[str, tuple[int, str]] = {
+    "BLOB_UNKNOWN":       (404, "blob unknown to registry"),
+    "DENIED":             (403, "requested access to the resource is denied"),
+    "DIGEST_INVALID":     (400, "provided digest did not match uploaded content"),
+    "MANIFEST_INVALID":   (400, "manifest invalid"),
+    "MANIFEST_UNKNOWN":   (404, "manifest unknown to registry"),
+    "NAME_INVALID":       (400, "invalid repository name"),
+    "NAME_UNKNOWN":       (404, "repository name not known to registry"),
+    "TOOMANYREQUESTS":    (429, "too many requests"),
+    "UNAUTHORIZED":       (401, "authentication required"),
+    "UNSUPPORTED":        (405, "the operation is unsupported"),
+
+    "REQUEST_INVALID":    (400, "the request is malformed"),
+    "NOT_FOUND":          (404, "no such endpoint"),
+    "RANGE_INVALID":      (416, "the requested range cannot be satisfied"),
+    "UNKNOWN":            (500, "internal error"),
+    "STORE_FAILED":       (500, "this registry's own disk failed"),
+    "ENGINE_FAILED":      (502, "Docker failed"),
+    "ORIGIN_UNAVAILABLE": (502, "Docker could not get the image from its registry"),
+    "UNAVAILABLE":        (503, "Docker cannot be reached"),
+}
+
+
+class RegistryError(Exception):
+    """A failure with a code of ERRORS and a reason; raised anywhere, answered in one place.
+
+    detail is for people: what went wrong and, where that is known, what to do about it. It goes to
+    the client and into the log, so it must never hold a credential. headers are extra HTTP headers.
+    """
+
+    def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None):
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail, self.headers = code, detail, dict(headers or {})
+        self.status, self.message = ERRORS[code]
+
+    def body(self) -> bytes:
+        """The error in the JSON form of OCI Distribution Spec v1.1, "Error Codes"."""
+        error = {"code": self.code, "message": self.message, "detail": self.detail}
+        return json.dumps({"errors": [error]}).encode()
+
+
+# =====================================================================================================
+# 3. References: what a request names. Pure, no I/O
+# =====================================================================================================
+
+# OCI Distribution Spec v1.1, "Pulling manifests": <name> and <reference>. At most 255 characters with
+# the registry's host, a limit that many clients impose.
+REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+NAME_LENGTH = 255
+# OCI Image Spec v1.1, "Digests": algorithm ":" encoded; these are the registered algorithms.
+DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
+HEX_LENGTH = {"sha256": 64, "sha512": 128}
+# The host part of an image name, as Docker's reference grammar has it (github.com/distribution/reference).
+HOST = re.compile(r"(?:(?!-)[a-zA-Z0-9-]+(?<!-)(?:\.(?!-)[a-zA-Z0-9-]+(?<!-))*|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The address of some content: a hash algorithm and the hash in lower-case hexadecimal."""
+
+    algorithm: str
+    hex: str
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Parse "sha256:..." or "sha512:..."; anything else is DIGEST_INVALID."""
+        algorithm, _, encoded = text.partition(":")
+        length = HEX_LENGTH.get(algorithm)
+        if length is None and DIGEST.fullmatch(text):
+            raise RegistryError("DIGEST_INVALID", f"digest algorithm {algorithm!r} is not supported")
+        if length is None or not re.fullmatch(f"[0-9a-f]{{{length}}}", encoded):
+            raise RegistryError("DIGEST_INVALID", f"{text!r} is not a digest")
+        return cls(algorithm, encoded)
+
+    @classmethod
+    def of(cls, data: bytes) -> Digest:
+        """The sha256 digest of bytes."""
+        return cls("sha256", hashlib.sha256(data).hexdigest())
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+def is_host(text: str) -> bool:
+    """Whether Docker takes text for a registry's host when it stands before the first slash of a name.
+
+    A single word is not one for Docker (`foo/app` is `docker.io/foo/app`), unless it is localhost.
+    """
+    return bool(HOST.fullmatch(text)) and (text == "localhost" or bool(set(text) & set(".:")))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a request asks for: a repository, a tag or a digest in it, and maybe a namespace."""
+
+    repository: str
+    target: str | Digest
+    namespace: str | None = None
+
+    @classmethod
+    def parse(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
+        """Validate the three parts as a request brings them.
+
+        Raises NAME_INVALID for a bad repository or namespace, DIGEST_INVALID for a bad digest, and
+        MANIFEST_UNKNOWN for a bad tag: no manifest can have such a name.
+        """
+        cls.check_repository(repository, namespace)
+        if ":" in target:
+            return cls(repository, Digest.parse(target), namespace)
+        if not TAG.fullmatch(target):
+            raise RegistryError("MANIFEST_UNKNOWN", f"{target!r} is not a tag")
+        return cls(repository, target, namespace)
+
+    @staticmethod
+    def check_repository(repository: str, namespace: str | None) -> None:
+        """Raise NAME_INVALID unless both follow their grammars."""
+        if not REPOSITORY.fullmatch(repository) or len(repository) + len(namespace or "") >= NAME_LENGTH:
+            raise RegistryError("NAME_INVALID", f"{repository!r} is not a repository name")
+        if namespace is not None and not is_host(namespace):
+            raise RegistryError("NAME_INVALID", f"the ns parameter {namespace!r} is not a registry's host: "
+                                                "a domain with a dot, a port, or localhost")
+
+    def docker_repository(self) -> str:
+        """The repository as Docker writes it: docker.io/library/alpine."""
+        return f"{self.namespace}/{self.repository}" if self.namespace else self.repository
+
+    def under(self, namespace: str | None) -> Reference:
+        """The same repository and target in another namespace."""
+        return Reference(self.repository, self.target, namespace)
+
+    def __str__(self) -> str:
+        separator = "@" if isinstance(self.target, Digest) else ":"
+        return f"{self.docker_repository()}{separator}{self.target}"
+
+
+def manifest_type(data: bytes) -> str | None:
+    """The media type of a manifest or an index, or None when data is neither.
+
+    The `mediaType` in the JSON is the truth; where it is left out, as OCI Image Spec v1.1 allows, the
+    other properties tell.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    if document.get("schemaVersion") == 1:
+        return DOCKER_SCHEMA1
+    if document.get("schemaVersion") != 2:
+        return None
+    declared = document.get("mediaType")
+    if isinstance(declared, str) and re.fullmatch(r"[\w.+-]{1,127}/[\w.+-]{1,127}", declared, re.ASCII):
+        return declared
+    if isinstance(document.get("manifests"), list):
+        return OCI_INDEX
+    return OCI_MANIFEST if isinstance(document.get("config"), dict) else None
+
+
+def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[Mapping[str, Any]]:
+    """The descriptors that a parsed manifest or index holds under the given property names."""
+    for name in names:
+        value = document.get(name)
+        for descriptor in value if isinstance(value, list) else [value]:
+            if isinstance(descriptor, dict) and isinstance(descriptor.get("digest"), str):
+                yield descriptor
+
+
+# =====================================================================================================
+# 4. Store: our own disk
+# =====================================================================================================
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn what the operating system says about our disk into STORE_FAILED."""
+    try:
+        yield
+    except OSError as e:
+        raise RegistryError("STORE_FAILED", f"cannot {what}: {e.strerror or e}") from e
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What was exported for one image: its manifest's digest, and the size in bytes of all content."""
+
+    target: Digest
+    content: Mapping[Digest, int]
+
+    @classmethod
+    def load(cls, path: Path) -> ExportRecord:
+        """Read a record; OSError when it is not there, ValueError when it makes no sense."""
+        try:
+            document = json.loads(path.read_bytes())
+            content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
+            return cls(Digest.parse(document["target"]), content)
+        except (AttributeError, KeyError, TypeError, RegistryError) as e:
+            raise ValueError(f"not a record of an export: {e}") from e
+
+    def dump(self) -> bytes:
+        """The record as bytes that load() understands."""
+        content = {str(digest): size for digest, size in self.content.items()}
+        return json.dumps({"target": str(self.target), "content": content}).encode()
+
+
+class Store:
+    """Blobs by digest in a folder, and the record of what was exported from Docker.
+
+        blobs/sha256/<hex>      content, whole and verified
+        exports/sha256/<hex>    the record of one exported image, named by the image's ID
+        */sha256/.<random>      either of them while it is being written
+
+    The folder is made at the first write: with Docker's containerd image store there is none. Every
+    write goes to a temporary name in the same folder and is renamed when it is whole and verified, so
+    a reader never sees part of a blob. Nothing waits for the disk to sync; instead a record holds the
+    size of every blob it needs, and counts only while all of them are there in that size.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._lock = threading.Lock()  # guards _unfinished
+        self._unfinished: set[Path] = set()
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where a blob is, if it is here at all."""
+        return self.root / "blobs" / digest.algorithm / digest.hex
+
+    def blob_size(self, digest: Digest) -> int | None:
+        """The size of a blob in bytes, or None when it is not here."""
+        try:
+            return self.blob_path(digest).stat().st_size
+        except OSError:
+            return None
+
+    def adopt(self, digest: Digest) -> bool:
+        """Whether a blob is here; if so, it counts as used a moment ago and is safe from eviction."""
+        try:
+            os.utime(self.blob_path(digest))
+        except OSError:
+            return False
+        return True
+
+    # ---- writing
+
+    def begin(self, folder: Path) -> Path:
+        """A temporary name in folder, to be renamed when whole; call end() with it in any case."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f".{secrets.token_hex(8)}"
+        with self._lock:
+            self._unfinished.add(path)
+        return path
+
+    def end(self, path: Path) -> None:
+        """Remove what is left under a temporary name."""
+        path.unlink(missing_ok=True)
+        with self._lock:
+            self._unfinished.discard(path)
+
+    def close(self) -> None:
+        """Remove everything half-written; for the end of the process."""
+        with self._lock:
+            unfinished = list(self._unfinished)
+        for path in unfinished:
+            self.end(path)
+
+    # ---- exports
+
+    def _record_path(self, image_id: Digest) -> Path:
+        return self.root / "exports" / image_id.algorithm / image_id.hex
+
+    def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
+        """Note that the image's manifest is `target`, and the content that has to be here with it."""
+        path = self._record_path(image_id)
+        with disk_errors(f"write {path}"):
+            sizes = {digest: self.blob_path(digest).stat().st_size for digest in content}
+            temporary = self.begin(path.parent)
+            try:
+                temporary.write_bytes(ExportRecord(target, sizes).dump())
+                temporary.rename(path)
+            finally:
+                self.end(temporary)
+
+    def exported(self, image_id: Digest) -> Digest | None:
+        """The digest of an exported image's manifest, or None unless all of its content is here."""
+        path = self._record_path(image_id)
+        try:
+            record = ExportRecord.load(path)
+            os.utime(path)  # eviction goes by the last use
+        except (OSError, ValueError):
+            return None
+        whole = all(self.blob_size(digest) == size for digest, size in record.content.items())
+        return record.target if whole else None
+
+    def evict(self, in_docker: Callable[[Digest], bool], now: float) -> int:
+        """Remove exports of images that Docker no longer has, and blobs that no export needs.
+
+        What was used within the last EVICTION_AGE seconds stays, for the sake of a node in the middle
+        of a pull and of an export that is still arriving. now is in seconds since the epoch. Returns
+        the number of bytes that were freed.
+        """
+
+        def old(path: Path) -> bool:
+            return path.stat().st_mtime < now - EVICTION_AGE and path not in self._unfinished
+
+        needed: set[Digest] = set()
+        freed = 0
+        with disk_errors(f"tidy up {self.root}"):
+            for path in self.root.glob("exports/*/[0-9a-f]*"):
+                try:
+                    record = ExportRecord.load(path)
+                except ValueError as e:
+                    log.warning("store: %s is %s", path, e)
+                    record = None
+                gone = old(path) and (record is None or not in_docker(Digest(path.parent.name, path.name)))
+                if gone:
+                    path.unlink(missing_ok=True)
+                elif record:
+                    needed.update(record.content)
+            for path in self.root.glob("blobs/*/*"):
+                if Digest(path.parent.name, path.name) not in needed and old(path):
+                    freed += path.stat().st_size
+                    path.unlink(missing_ok=True)
+        return freed
+
+
+class BlobWriter:
+    """A blob that is being written to a store. Unless it is kept, nothing remains of it."""
+
+    def __init__(self, store: Store, algorithm: str = "sha256"):
+        self._store, self._hash = store, hashlib.new(algorithm)
+        self._folder = store.root / "blobs" / algorithm
+        with disk_errors(f"write to {self._folder}"):
+            self.path = store.begin(self._folder)
+            self._file = open(self.path, "wb")  # noqa: SIM115 - closed by finish()
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; STORE_FAILED when the disk won't take them."""
+        self._hash.update(data)
+        with disk_errors(f"write to {self._folder}"):
+            self._file.write(data)
+
+    def finish(self) -> Digest:
+        """Close the file, and return the digest of all that was written."""
+        with disk_errors(f"write to {self._folder}"):
+            self._file.close()
+        return Digest(self._hash.name, self._hash.hexdigest())
+
+    def keep(self) -> None:
+        """Give the finished blob its final name: its digest."""
+        with disk_errors(f"write to {self._folder}"):
+            self.path.rename(self._store.blob_path(self.finish()))
+            self._store.end(self.path)
+
+    def discard(self) -> None:
+        """Forget the blob, unless it was kept."""
+        with contextlib.suppress(OSError):  # a full disk says so again here
+            self._file.close()
+        self._store.end(self.path)
+
+
+# =====================================================================================================
+# 5. Engine: the Docker Engine API
+# =====================================================================================================
+
+DEFAULT_SOCKET = "/var/run/docker.sock"
+
+
+@dataclass(frozen=True)
+class EngineHost:
+    """Where Docker listens: a unix socket, or a host and a port, with TLS or without.
+
+    The rules are those of the docker CLI for DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH
+    (docs.docker.com/reference/cli/docker/#environment-variables).
+    """
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    tls: ssl.SSLContext | None = None
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> EngineHost:
+        """Read the environment; ValueError says what is wrong with it."""
+        text = environ.get("DOCKER_HOST") or f"unix://{DEFAULT_SOCKET}"
+        scheme, separator, rest = text.partition("://")
+        if not separator or scheme not in ("unix", "tcp"):
+            raise ValueError(f"DOCKER_HOST={text!r} is not supported: use unix:///path or tcp://host:port")
+        if scheme == "unix":
+            return cls(path=rest or DEFAULT_SOCKET)
+        tls = cls._tls(environ) if environ.get("DOCKER_TLS_VERIFY") else None
+        try:
+            parts = urllib.parse.urlsplit(f"//{rest}")
+            port = parts.port
+        except ValueError as e:
+            raise ValueError(f"DOCKER_HOST={text!r} is malformed: {e}") from None
+        if parts.path.strip("/") or parts.query or parts.username is not None:
+            raise ValueError("DOCKER_HOST must be tcp://host:port and nothing more")
+        return cls(host=parts.hostname or "127.0.0.1", port=port or (2376 if tls else 2375), tls=tls)
+
+    @staticmethod
+    def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
+        folder = Path(environ.get("DOCKER_CERT_PATH") or Path.home() / ".docker")
+        try:
+            context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+            context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+        except OSError as e:  # ssl.SSLError is one as well
+            raise ValueError("DOCKER_TLS_VERIFY is set, but ca.pem, cert.pem and key.pem could not be read "
+                             f"from DOCKER_CERT_PATH={folder}: {e.strerror or e}") from None
+        return context
+
+    def connect(self, timeout: float) -> socket.socket:
+        """A new connection; timeout in seconds goes for each operation on it. Raises OSError."""
+        if self.path:
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(self.path)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        sock = socket.create_connection((self.host, self.port), timeout)
+        return self.tls.wrap_socket(sock, server_hostname=self.host) if self.tls else sock
+
+    def advice(self, error: Exception) -> str:
+        """Why Docker can't be reached, and what to do about it, for a person."""
+        if isinstance(error, FileNotFoundError):
+            return (f"there is no socket at {self.path}: is Docker running? In a container, mount it with "
+                    f"-v {DEFAULT_SOCKET}:{self.path}")
+        if isinstance(error, PermissionError):
+            return f"permission denied on {self.path}: run as root or as a member of the group that owns it"
+        if isinstance(error, ConnectionRefusedError):
+            return f"connection refused at {self}: Docker is not running, or listens elsewhere"
+        if isinstance(error, TimeoutError):
+            return f"no answer from {self} in time"
+        if isinstance(error, http.client.IncompleteRead | ConnectionError):
+            return f"the connection to {self} broke: Docker is restarting, or was stopped"
+        return f"{self}: {error}"
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
+
+
+class EngineConnection(http.client.HTTPConnection):
+    """One HTTP connection to Docker, over whatever its host says."""
+
+    def __init__(self, host: EngineHost, timeout: float):
+        super().__init__("docker", timeout=timeout)
+        self._engine_host, self._seconds = host, timeout
+
+    def connect(self) -> None:
+        """Called by http.client when the first request is made."""
+        self.sock = self._engine_host.connect(self._seconds)
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What one engine is: its versions, its image store ("containerd" or "classic"), its data folder."""
+
+    version: str
+    api: tuple[int, int]
+    store: str
+    root: Path
+    identity: str
+
+    def __str__(self) -> str:
+        return f"Docker {self.version}, API {self.api[0]}.{self.api[1]}, {self.store} image store"
+
+
+@dataclass(frozen=True)
+class EngineImage:
+    """An image as Docker inspects it. size is in bytes, unpacked; layers are those of the root file system.
+
+    The ID is the digest of the manifest or index on the containerd store, of the config on the classic.
+    """
+
+    id: Digest
+    size: int
+    layers: tuple[str, ...]
+
+
+class PullProgress:
+    """What Docker said so far about a pull, as numbers: fed with JSON messages, read as a line."""
+
+    def __init__(self, now: float):
+        self._started = now
+        self._done: dict[str, int] = {}
+        self._total: dict[str, int] = {}
+        self.status = "asked Docker"
+
+    def update(self, message: Mapping[str, Any]) -> None:
+        """Take in one message of `POST /images/create`."""
+        layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
+        if not isinstance(status, str):
+            return
+        self.status = status.lower()
+        if not isinstance(layer, str) or not isinstance(detail, dict):
+            return
+        current, total = detail.get("current"), detail.get("total")
+        if status == "Downloading" and isinstance(current, int) and isinstance(total, int) and total > 0:
+            self._done[layer], self._total[layer] = current, total
+        elif status in ("Download complete", "Pull complete", "Extracting") and layer in self._total:
+            self._done[layer] = self._total[layer]
+
+    def line(self, now: float) -> str:
+        """For example "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading"; now in seconds, as in the constructor."""
+        total, done = sum(self._total.values()), sum(self._done.values())
+        if not total:
+            return self.status
+        rate = done / max(now - self._started, 0.001)
+        return (f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}, "
+                f"{human_bytes(rate)}/s, {self.status}")
+
+
+# What Docker says when a pull fails, on both image stores. Read from the top: the first row in which a
+# phrase occurs decides. Measured on 26.1 and 28.5, and read in the sources of moby and containerd.
+PULL_FAILURES = (
+    ("TOOMANYREQUESTS", ("toomanyrequests", "too many requests", "rate limit")),
+    ("DENIED", ("pull access denied", "unauthorized", "authentication required", "authorization failed",
+                "no basic auth credentials", "access denied", "access to the resource is denied",
+                "insufficient_scope", "403 forbidden", "access forbidden")),
+    ("ORIGIN_UNAVAILABLE", ("dial tcp", "connection refused", "connection reset", "no such host", "timeout",
+                            "deadline exceeded", "x509:", "tls:", "server gave http response", "eof",
+                            "failed to do request", "network is unreachable", "500 internal server error",
+                            "502 bad gateway", "503 service unavailable", "504 gateway")),
+    ("MANIFEST_UNKNOWN", ("manifest unknown", "not found", "name unknown", "no matching manifest",
+                          "no match for platform", "name not known", "does not exist")),
+    ("NAME_INVALID", ("invalid reference format",)),
+    ("ENGINE_FAILED", ("",)),
+)
+
+
+def pull_failure(message: str, status: int, name: str) -> str:
+    """The code of ERRORS for Docker's message about a failed pull of the repository `name`.
+
+    status is the HTTP status it came with, 200 when it came in the middle of the progress. The name is
+    left out of account: anybody may call a repository "unauthorized".
+    """
+    if status == 429:
+        return "TOOMANYREQUESTS"
+    text = message.lower()
+    for part in (name.lower(), name.split("/", 1)[-1].lower()):
+        text = text.replace(part, "")
+    return next(code for code, phrases in PULL_FAILURES if any(phrase in text for phrase in phrases))
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """A user's name and password for one registry. Hashable, so that they can be part of a key."""
+
+    username: str
+    password: str = field(repr=False)
+
+    def for_docker(self, registry: str) -> str:
+        """The value of X-Registry-Auth (docs.docker.com/reference/api/engine, "Authentication")."""
+        document = {"username": self.username, "password": self.password, "serveraddress": registry}
+        return base64.urlsafe_b64encode(json.dumps(document).encode()).decode()
+
+
+class PullFailed(Exception):
+    """Docker could not pull: `code` of ERRORS, and Docker's own message."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+class Engine:
+    """The Docker Engine API, as far as a registry needs it.
+
+    Every method opens a connection of its own (tens of microseconds on a unix socket), so there is no
+    shared state but the engine's description, and a restarted daemon is noticed at once. All raise
+    RegistryError: UNAVAILABLE when Docker can't be reached, ENGINE_FAILED when it answers nonsense.
+    """
+
+    def __init__(self, host: EngineHost):
+        self.host = host
+        self._described: tuple[float, EngineInfo] | None = None  # replaced whole: needs no lock
+
+    @contextlib.contextmanager
+    def connection_errors(self) -> Iterator[None]:
+        """Turn what can go wrong on a connection to Docker into RegistryError."""
+        try:
+            yield
+        except (OSError, http.client.IncompleteRead) as e:
+            self._described = None
+            raise RegistryError("UNAVAILABLE", f"Docker cannot be reached: {self.host.advice(e)}") from e
+        except (http.client.HTTPException, ValueError) as e:
+            raise RegistryError("ENGINE_FAILED", f"Docker's answer makes no sense: {e!r}") from e
+
+    @contextlib.contextmanager
+    def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, *,
+                 timeout: float = ENGINE_TIMEOUT) -> Iterator[http.client.HTTPResponse]:
+        """One request; the response has to be read within the `with`. timeout in seconds, per read."""
+        connection = EngineConnection(self.host, timeout)
+        with self.connection_errors(), contextlib.closing(connection):
+            connection.request(method, path, headers=dict(headers or {}))
+            with connection.getresponse() as response:
+                yield response
+
+    def _get(self, path: str) -> tuple[int, Any]:
+        """The status and the parsed JSON of a GET."""
+        with self._request("GET", path) as response:
+            data = response.read(JSON_LIMIT)
+        try:
+            return response.status, json.loads(data)
+        except (ValueError, RecursionError):
+            raise RegistryError("ENGINE_FAILED", f"Docker answered {path} with status {response.status} and "
+                                                 f"something that is not JSON: {data[:200]!r}") from None
+
+    @staticmethod
+    def _message(status: int, document: Any) -> str:
+        message = document.get("message") if isinstance(document, dict) else None
+        return message if isinstance(message, str) else f"status {status}"
+
+    def _get_object(self, path: str, *required: str) -> dict[str, Any] | None:
+        """The JSON object behind a path, or None when Docker says 404."""
+        status, document = self._get(path)
+        if status == 404:
+            return None
+        if status != 200:
+            raise RegistryError("ENGINE_FAILED", f"Docker answered {path}: {self._message(status, document)}")
+        if not isinstance(document, dict) or any(not document.get(key) for key in required):
+            raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} lacks {' or '.join(required)}")
+        return document
+
+    # ---- what the engine is
+
+    def info(self) -> EngineInfo:
+        """The engine's description, not older than ENGINE_FRESH seconds.
+
+        Not remembered for longer because a restart can change all of it, the image store included.
+        """
+        described = self._described
+        if described is None or time.monotonic() - described[0] > ENGINE_FRESH:
+            described = (time.monotonic(), self._describe())
+            self._described = described
+        return described[1]
+
+    def _describe(self) -> EngineInfo:
+        version = self._get_object("/version", "Version", "ApiVersion") or {}
+        info = self._get_object("/info", "ID") or {}
+        try:
+            api = tuple(int(part) for part in version["ApiVersion"].split("."))
+            major, minor = min(api, API_VERSION)
+            snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
+            return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
+                              Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise RegistryError("ENGINE_FAILED", f"Docker's description of itself makes no sense: {e!r}") from None
+
+    def _path(self, path: str) -> str:
+        """A path under the API version that both sides know."""
+        api = self.info().api
+        return f"/v{api[0]}.{api[1]}{path}"
+
+    # ---- images
+
+    def image(self, name: str) -> EngineImage | None:
+        """Inspect an image by name or ID; None when Docker does not have it."""
+        document = self._get_object(self._path(f"/images/{name}/json"), "Id")
+        if document is None:
+            return None
+        layers = (document.get("RootFS") or {}).get("Layers") or []
+        return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers))
+
+    def images_of(self, repository: str) -> list[Digest]:
+        """The IDs of all images that Docker has in a repository.
+
+        The classic store compares with the short form of a name only: alpine, not docker.io/library/alpine.
+        """
+        names = [repository, repository.removeprefix("docker.io/"), repository.removeprefix("docker.io/library/")]
+        filters = urllib.parse.quote(json.dumps({"reference": names}))
+        status, document = self._get(self._path(f"/images/json?filters={filters}"))
+        if status != 200 or not isinstance(document, list):
+            raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
+        return [Digest.parse(image["Id"]) for image in document]
+
+    def pull(self, reference: Reference, credentials: Credentials | None,
+             tell: Callable[[Mapping[str, Any]], None]) -> None:
+        """Have Docker pull an image, to the end. Raises PullFailed when Docker says that it failed.
+
+        tell is called with each message about the progress. Failures before the first byte have a status
+        of their own; later ones are lines in a 200.
+        """
+        repository = reference.docker_repository()
+        query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
+        headers = {"Content-Length": "0"}
+        if credentials:
+            headers["X-Registry-Auth"] = credentials.for_docker(reference.namespace or "docker.io")
+        with self._request("POST", self._path(f"/images/create?{query}"), headers, timeout=PULL_TIMEOUT) as response:
+            for message in self._messages(response):
+                error = message.get("error") or (response.status >= 300 and self._message(response.status, message))
+                if error:
+                    raise PullFailed(pull_failure(str(error), response.status, repository), str(error))
+                tell(message)
+            if response.status >= 300:
+                raise PullFailed(pull_failure("", response.status, repository), f"status {response.status}")
+
+    @staticmethod
+    def _messages(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+        """The JSON objects of a stream, one a line."""
+        pending = b""
+        while data := response.read1(PIECE):
+            *lines, pending = (pending + data).split(b"\n")
+            if len(pending) > MANIFEST_LIMIT:
+                raise RegistryError("ENGINE_FAILED", "Docker sent a line without an end")
+            yield from (Engine._parse_message(line) for line in lines if line.strip())
+        if pending.strip():
+            yield Engine._parse_message(pending)
+
+    @staticmethod
+    def _parse_message(line: bytes) -> dict[str, Any]:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise RegistryError("ENGINE_FAILED", f"Docker sent something that is not JSON: {line[:200]!r}")
+        return message
+
+    @contextlib.contextmanager
+    def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
+        """The tar of `docker save` as a stream, to be read within the `with`."""
+        with self._request("GET", self._path(f"/images/{image_id}/get"), timeout=PULL_TIMEOUT) as response:
+            if response.status != 200:
+                reason = response.read(500).decode(errors="replace")
+                raise RegistryError("ENGINE_FAILED", f"Docker cannot export {image_id}: {reason}")
+            yield response
+
+    # ---- the way to Docker's gRPC services
+
+    def open_grpc(self) -> socket.socket:
+        """A connection on which the engine's gRPC services should be reached by HTTP/2.
+
+        `POST /grpc` turns an HTTP/1.1 connection into one (Docker Engine API, "Initialize a gRPC
+        session"). Where Docker refuses, as it is bound to when the deprecation of API 1.53 ends, this
+        is a fresh connection: newer engines take HTTP/2 by prior knowledge on the same socket.
+        """
+        path = self._path("/grpc")
+        with self.connection_errors():
+            sock = self.host.connect(ENGINE_TIMEOUT)
+            try:
+                sock.sendall(f"POST {path} HTTP/1.1\r\nHost: docker\r\nConnection: Upgrade\r\n"
+                             "Upgrade: h2c\r\n\r\n".encode())
+                if self._read_head(sock).split(b" ", 2)[1:2] == [b"101"]:
+                    return sock
+                sock.close()
+                return self.host.connect(ENGINE_TIMEOUT)
+            except BaseException:
+                sock.close()
+                raise
+
+    @staticmethod
+    def _read_head(sock: socket.socket) -> bytes:
+        """An HTTP response up to the empty line, byte by byte: what follows belongs to HTTP/2."""
+        head = bytearray()
+        while not head.endswith(b"\r\n\r\n"):
+            byte = sock.recv(1)
+            if not byte or len(head) > 16 * KIB:
+                raise ConnectionResetError("the connection ended in the middle of an answer")
+            head += byte
+        return bytes(head)
+
+
+# =====================================================================================================
+# 6. Content: who has the bytes of a digest
+# =====================================================================================================
+
+# ---- what a provider gives
+
+
+class FileBody:
+    """A slice of an open file, length bytes from start: the server sends it with sendfile."""
+
+    def __init__(self, path: Path, start: int, length: int):
+        self.file: BinaryIO = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self.start, self.length = start, length
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.file.seek(self.start)
+        left = self.length
+        while left and (data := self.file.read(min(left, PIECE))):
+            left -= len(data)
+            yield data
+
+    def close(self) -> None:
+        """Close the file; an open one survives its deletion."""
+        self.file.close()
+
+
+class StreamBody:
+    """length bytes as an iterator of pieces, which holds a resource until it is closed."""
+
+    def __init__(self, pieces: Iterator[bytes], length: int, close: Callable[[], None]):
+        self._pieces, self.length, self.close = pieces, length, close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+
+Body = FileBody | StreamBody
+
+
+class Blob(Protocol):
+    """Content that a provider has. size is in bytes."""
+
+    size: int
+
+    def open(self, start: int, length: int) -> Body:
+        """The bytes from start on; raises RegistryError before the first one rather than after."""
+
+
+class Provider(Protocol):
+    """A place where content is looked up by digest."""
+
+    name: str
+
+    def find(self, digest: Digest) -> Blob | None:
+        """The content, or None when it is not here, which must be cheap to tell."""
+
+
+def read_blob(blob: Blob, limit: int) -> bytes:
+    """The first bytes of a blob, at most limit of them."""
+    body = blob.open(0, min(blob.size, limit))
+    with contextlib.closing(body):
+        return b"".join(body)
+
+
+# ---- files
+
+
+class FileBlob:
+    """Content that is a file of its own."""
+
+    def __init__(self, path: Path):
+        self.path, self.size = path, path.stat().st_size
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob."""
+        try:
+            return FileBody(self.path, start, length)
+        except OSError as e:
+            raise RegistryError("BLOB_UNKNOWN", f"{self.path.name} was removed a moment ago") from e
+
+
+class FolderProvider:
+    """Files named by digest: our store, or the content folder of Docker's containerd.
+
+    containerd's local content store puts a file under its final name only when it is complete and
+    verified (github.com/containerd/containerd, plugins/content/local), and so do we.
+    """
+
+    def __init__(self, name: str, path_of: Callable[[Digest], Path]):
+        self.name, self._path_of = name, path_of
+
+    def find(self, digest: Digest) -> Blob | None:
+        """See Provider. A file that may not be read is not here."""
+        path = self._path_of(digest)
+        try:
+            return FileBlob(path) if os.access(path, os.R_OK) else None
+        except OSError:
+            return None
+
+
+def content_folder(root: Path) -> Path | None:
+    """containerd's content folder under Docker's data folder, or None where it can't be read from here."""
+    folder = root / "containerd/daemon/io.containerd.content.v1.content/blobs"
+    return folder if os.access(folder / "sha256", os.R_OK | os.X_OK) else None
+
+
+# ---- HTTP/2, as much of it as one gRPC call at a time takes (RFC 9113)
+
+FRAME_DATA, FRAME_HEADERS, FRAME_RESET, FRAME_SETTINGS = 0x0, 0x1, 0x3, 0x4
+FRAME_PING, FRAME_GOAWAY, FRAME_WINDOW_UPDATE, FRAME_CONTINUATION = 0x6, 0x7, 0x8, 0x9
+END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
+SETTING_HEADER_TABLE_SIZE, SETTING_ENABLE_PUSH, SETTING_INITIAL_WINDOW, SETTING_MAX_FRAME = 0x1, 0x2, 0x4, 0x5
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+FRAME_LIMIT = MIB               # bytes of a frame that we accept
+WINDOW = 2**31 - 1              # bytes: the largest there is; the socket itself holds back a fast sender
+WINDOW_STEP = 16 * MIB          # bytes consumed until the window is filled up again
+MESSAGE_LIMIT = 16 * MIB        # bytes of a gRPC message; containerd sends 1 MiB at a time
+
+# `grpc-status` as HPACK writes it with Huffman coding (RFC 7541, 5.2). We announce a header table of
+# size 0, so the server can't shorten it to a reference, and no HPACK decoder is needed to find it.
+GRPC_STATUS = bytes.fromhex("9acac8b21234da8f")
+GRPC_OK, GRPC_NOT_FOUND, GRPC_UNIMPLEMENTED = 0, 5, 12
+
+
+class Http2Error(Exception):
+    """The other side broke off, or does not speak HTTP/2 and gRPC as we know them."""
+
+
+class GrpcError(Exception):
+    """A call ended with a status that is not OK (github.com/grpc/grpc, doc/statuscodes.md)."""
+
+    def __init__(self, status: int):
+        super().__init__(f"gRPC status {status}")
+        self.status = status
+
+
+class Http2Connection:
+    """A connection to a gRPC server that carries one call at a time. Raises Http2Error and OSError.
+
+    One call at a time keeps flow control simple: who does not read holds back the server through the
+    socket, and nobody else is behind him. The cost is a connection for each stream, which on a unix
+    socket is next to nothing.
+    """
+
+    def __init__(self, sock: socket.socket):
+        self._sock, self._reader = sock, sock.makefile("rb", PIECE)
+        self._stream = -1
+        self._unacknowledged = 0  # bytes consumed since the connection's window was filled up
+        settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
+                               SETTING_INITIAL_WINDOW, WINDOW, SETTING_MAX_FRAME, FRAME_LIMIT)
+        sock.sendall(HTTP2_PREFACE + self._frame(FRAME_SETTINGS, 0, 0, settings)
+                     + self._frame(FRAME_WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)))
+        kind, flags, _, payload = self._read_frame()
+        if kind != FRAME_SETTINGS:
+            raise Http2Error("the server does not begin with its settings")
+        self._serve_connection(kind, flags, payload)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._reader.close()
+        self._sock.close()
+
+    def call(self, path: str, message: bytes) -> Iterator[bytes]:
+        """Send one message to a gRPC method and yield the messages of its answer.
+
+        Raises GrpcError when the call ends with a status that is not OK. The connection can carry
+        another call only when this one has come to its end, by either way.
+        """
+        self._stream += 2
+        headers = b"".join(self._literal(name, value) for name, value in (
+            (b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"docker"),
+            (b"content-type", b"application/grpc"), (b"te", b"trailers")))
+        self._sock.sendall(self._frame(FRAME_HEADERS, END_HEADERS, self._stream, headers)
+                           + self._frame(FRAME_DATA, END_STREAM, self._stream,
+                                         struct.pack(">BI", 0, len(message)) + message))
+        pending = bytearray()
+        for data in self._data():
+            pending += data
+            while len(pending) >= 5:
+                compressed, length = struct.unpack(">BI", pending[:5])
+                if compressed or length > MESSAGE_LIMIT:
+                    raise Http2Error(f"a gRPC message of {length} bytes, compressed={compressed}")
+                if len(pending) < 5 + length:
+                    break
+                yield bytes(pending[5:5 + length])
+                del pending[:5 + length]
+        if pending:
+            raise Http2Error("the stream ended in the middle of a message")
+
+    @staticmethod
+    def _literal(name: bytes, value: bytes) -> bytes:
+        """A header that enters no table and uses no Huffman code (RFC 7541, 6.2.2)."""
+        return bytes((0, len(name))) + name + bytes((len(value),)) + value
+
+    @staticmethod
+    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+    def _read_exactly(self, count: int) -> bytes:
+        data: bytes = self._reader.read(count)
+        if len(data) < count:
+            raise Http2Error("the connection was closed")
+        return data
+
+    def _read_frame(self) -> tuple[int, int, int, bytes]:
+        """The next frame: kind, flags, stream, payload."""
+        head = self._read_exactly(9)
+        length = int.from_bytes(head[:3], "big")
+        if length > FRAME_LIMIT:
+            raise Http2Error("a frame larger than we allow, or no HTTP/2 at all")
+        kind, flags, stream = struct.unpack(">BBI", head[3:])
+        return kind, flags, stream & WINDOW, self._read_exactly(length)
+
+    def _serve_connection(self, kind: int, flags: int, payload: bytes) -> None:
+        """Answer a frame that concerns the whole connection."""
+        if kind == FRAME_SETTINGS and not flags & ACK:
+            self._sock.sendall(self._frame(FRAME_SETTINGS, ACK, 0, b""))
+        elif kind == FRAME_PING and not flags & ACK:
+            self._sock.sendall(self._frame(FRAME_PING, ACK, 0, payload))
+        elif kind == FRAME_GOAWAY:
+            raise Http2Error("Docker is closing the connection")
+
+    def _data(self) -> Iterator[bytes]:
+        """The payload of the current stream as it arrives, up to its trailers, whose status has to be OK."""
+        unacknowledged = 0
+        while True:
+            kind, flags, stream, payload = self._read_frame()
+            if stream != self._stream:
+                self._serve_connection(kind, flags, payload)
+            elif kind == FRAME_RESET:
+                raise Http2Error(f"Docker reset the stream, code {int.from_bytes(payload, 'big')}")
+            elif kind == FRAME_DATA:
+                unacknowledged = self._consumed(unacknowledged + len(payload), self._stream)
+                self._unacknowledged = self._consumed(self._unacknowledged + len(payload), 0)
+                if flags & END_STREAM:
+                    raise Http2Error("the stream ended without a status")
+                yield payload[1:len(payload) - payload[0]] if flags & PADDED else payload
+            elif kind == FRAME_HEADERS:
+                headers = payload
+                while not flags & END_HEADERS:
+                    _, more, _, payload = self._read_frame()
+                    headers, flags = headers + payload, flags | more & END_HEADERS
+                if flags & END_STREAM:
+                    return self._check_status(headers)
+
+    def _consumed(self, count: int, stream: int) -> int:
+        """Fill up a window when count bytes of it are used; what is still to be filled up."""
+        if count < WINDOW_STEP:
+            return count
+        self._sock.sendall(self._frame(FRAME_WINDOW_UPDATE, 0, stream, struct.pack(">I", count)))
+        return 0
+
+    @staticmethod
+    def _check_status(trailers: bytes) -> None:
+        rest = trailers.partition(GRPC_STATUS)[2]
+        value = rest[1:1 + rest[0]] if rest else b""
+        if not value.isdigit():
+            raise Http2Error("the trailers hold no status that we can read")
+        if int(value) != GRPC_OK:
+            raise GrpcError(int(value))
+
+
+# ---- protobuf, as much of it as the content service takes (protobuf.dev/programming-guides/encoding)
+
+
+def encode_varint(number: int) -> bytes:
+    """A number, seven bits a byte, the low ones first."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*out, number))
+
+
+def decode_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at a position, and the position behind it."""
+    number = shift = 0
+    while True:
+        byte = data[at]
+        number |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return number, at
+
+
+def encode_fields(*fields: tuple[int, int | str]) -> bytes:
+    """A message out of numbered fields, each an integer or a string."""
+    out = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            out += encode_varint(number << 3) + encode_varint(value)
+        else:
+            out += encode_varint(number << 3 | 2) + encode_varint(len(value)) + value.encode()
+    return out
+
+
+def decode_fields(data: bytes) -> dict[int, Any]:
+    """The fields of a message by number: integers, and bytes; the last one of a number counts."""
+    fields: dict[int, Any] = {}
+    at = 0
+    try:
+        while at < len(data):
+            key, at = decode_varint(data, at)
+            if key & 7 == 0:
+                fields[key >> 3], at = decode_varint(data, at)
+            elif key & 7 == 2:
+                length, at = decode_varint(data, at)
+                fields[key >> 3] = data[at:at + length]
+                at += length
+            else:
+                raise Http2Error(f"a field of type {key & 7} in a protobuf message")
+    except IndexError:
+        raise Http2Error("a protobuf message that ends too early") from None
+    return fields
+
+
+# ---- the content service
+
+
+class ContentService:
+    """Docker's content store, read through Docker's own socket: nothing to mount, nothing to copy.
+
+    The engine serves containerd's Content API (github.com/containerd/containerd,
+    api/services/content/v1/content.proto) next to BuildKit's. It exists only with the containerd image
+    store; `available` asks. Connections are taken from a pool of idle ones and go back to it after a
+    call that came to its end.
+    """
+
+    name = "content service"
+    PREFIX = "/containerd.services.content.v1.Content/"
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._lock = threading.Lock()  # guards _idle
+        self._idle: list[Http2Connection] = []
+
+    def available(self) -> bool:
+        """Whether this engine has the service. UNAVAILABLE when the engine can't be reached."""
+        self.close()
+        try:
+            self.find(Digest.of(b""))
+        except RegistryError as e:
+            if e.code == "UNAVAILABLE":
+                raise
+            log.warning("content service: %s", e.detail)
+            return False
+        return True
+
+    def find(self, digest: Digest) -> Blob | None:
+        """See Provider."""
+        call = self._call("Info", encode_fields((1, str(digest))))
+        try:
+            message = b"".join(call)
+        except GrpcError as e:
+            if e.status == GRPC_NOT_FOUND:
+                return None
+            raise RegistryError("ENGINE_FAILED", f"Docker's content service on {digest}: {e}") from e
+        with self._errors(f"reading {digest}"):
+            info = decode_fields(decode_fields(message).get(1, b""))
+        return ServiceBlob(self, digest, int(info.get(2, 0)))
+
+    def read(self, digest: Digest, start: int, length: int) -> StreamBody:
+        """length bytes from start on. Raises BLOB_UNKNOWN or UNAVAILABLE here, rather than in the stream."""
+        if not length:
+            return StreamBody(iter(()), 0, lambda: None)
+        pieces = self._read(digest, start, length)
+        first = next(pieces, b"")
+
+        def all_pieces() -> Iterator[bytes]:
+            yield first
+            yield from pieces
+
+        return StreamBody(all_pieces(), length, pieces.close)
+
+    def _read(self, digest: Digest, start: int, length: int) -> Generator[bytes, None, None]:
+        call = self._call("Read", encode_fields((1, str(digest)), (2, start), (3, length)))
+        left = length
+        try:
+            with contextlib.closing(call):
+                for message in call:
+                    with self._errors(f"reading {digest}"):
+                        data = decode_fields(message).get(2, b"")[:left]
+                    left -= len(data)
+                    yield data
+        except GrpcError as e:
+            raise RegistryError("BLOB_UNKNOWN", f"Docker's content service on {digest}: {e}") from e
+        if left:
+            raise RegistryError("ENGINE_FAILED", f"Docker's content service ended {left} bytes before the end "
+                                                 f"of {digest}")
+
+    def _call(self, method: str, message: bytes) -> Generator[bytes, None, None]:
+        """One call, on an idle connection if there is one. A generator: closing it gives up the call."""
+        connection, fresh = self._take()
+        try:
+            with self._errors(method):
+                try:
+                    answer = connection.call(self.PREFIX + method, message)
+                    first = next(answer, None)
+                except (OSError, Http2Error):
+                    if fresh:
+                        raise
+                    # It may have died while it lay idle, as it does when Docker restarts: try a new one.
+                    connection.close()
+                    connection = self._connect()
+                    answer = connection.call(self.PREFIX + method, message)
+                    first = next(answer, None)
+                if first is not None:
+                    yield first
+                    yield from answer
+        except GrpcError:
+            self._give_back(connection)
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(connection)
+
+    def _take(self) -> tuple[Http2Connection, bool]:
+        """A connection, and whether it is a new one."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop(), False
+        return self._connect(), True
+
+    def _connect(self) -> Http2Connection:
+        sock = self._engine.open_grpc()
+        with self._errors("connecting"):
+            try:
+                return Http2Connection(sock)
+            except BaseException:
+                sock.close()
+                raise
+
+    def _give_back(self, connection: Http2Connection) -> None:
+        with self._lock:
+            keep = len(self._idle) < IDLE_CALLS
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            with self._engine.connection_errors():
+                yield
+        except Http2Error as e:
+            raise RegistryError("ENGINE_FAILED", f"Docker's content service failed while {doing}: {e}") from e
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+class ServiceBlob:
+    """Content that Docker's content service has."""
+
+    def __init__(self, service: ContentService, digest: Digest, size: int):
+        self._service, self._digest, self.size = service, digest, size
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob."""
+        return self._service.read(self._digest, start, length)
+
+
+# ---- the export
+
+
+class ExportStream:
+    """The tar of an export as a file to read: counts the bytes, and remembers the last ones."""
+
+    TAIL = 64 * KIB
+
+    def __init__(self, source: http.client.HTTPResponse, progress: Callable[[int], None]):
+        self._source, self._progress = source, progress
+        self._tail = b""
+        self.count = 0
+
+    def read(self, size: int) -> bytes:
+        """Up to size bytes, as files do."""
+        data = self._source.read(size)
+        self.count += len(data)
+        self._tail = (self._tail + data)[-self.TAIL:]
+        self._progress(self.count)
+        return data
+
+    def complaint(self) -> str | None:
+        """What Docker says at the end of a broken export, or None.
+
+        An error in the middle of an export comes as a JSON object behind the tar's good part, in a
+        response that ends well as far as HTTP knows.
+        """
+        while self.read(PIECE):  # tarfile stopped at the first bytes that are no tar
+            pass
+        found = re.search(rb'\{"(?:message|error|errorDetail)":[^\0]*\}\s*\Z', self._tail)
+        try:
+            document = json.loads(found.group()) if found else {}
+        except ValueError:
+            return None
+        message = document.get("message") or document.get("error")
+        return message if isinstance(message, str) else None
+
+
+class Unpacking:
+    """The members of one export as they arrive in the store, until the good ones are kept.
+
+    Knows the two forms: an OCI layout, and the docker-archive that Podman and Docker before 25 send,
+    for which a manifest has to be made.
+    """
+
+    OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._new: dict[Digest, BlobWriter] = {}
+        self._present: set[Digest] = set()      # in the store already
+        self._names: dict[str, Digest] = {}     # members of a docker-archive
+        self._links: dict[str, str] = {}
+        self._documents: dict[str, bytes] = {}  # index.json, manifest.json
+
+    def unpack(self, stream: ExportStream) -> None:
+        """Take in a whole export. tarfile.TarError when it is cut off in the middle of a file."""
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=MIB) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                self._take(archive, member)
+                archive.members.clear()  # tarfile would remember every member
+
+    def _take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        name = member.name
+        if member.issym():
+            self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+        file = archive.extractfile(member) if member.isreg() else None
+        if file is None:
+            return
+        blob = self.OCI_BLOB.fullmatch(name)
+        if name in ("index.json", "manifest.json"):
+            self._documents[name] = file.read(MANIFEST_LIMIT)
+        elif blob:
+            self._take_blob(file, Digest.parse(":".join(blob.groups())))
+        elif name.endswith((".json", ".tar")):
+            self._names[name] = self._take_blob(file, None)
+
+    def _take_blob(self, file: Any, expected: Digest | None) -> Digest:
+        if expected and (expected in self._new or self._store.adopt(expected)):
+            self._present.add(expected)
+            return expected
+        writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
+        try:
+            while data := file.read(MIB):
+                writer.write(data)
+            digest = writer.finish()
+            if expected not in (None, digest):
+                raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
+        except BaseException:
+            writer.discard()
+            raise
+        self._add(digest, writer)
+        return digest
+
+    def _add(self, digest: Digest, writer: BlobWriter) -> None:
+        if digest in self._new:
+            writer.discard()
+        else:
+            self._new[digest] = writer
+
+    # ---- which manifest is the image's
+
+    def target(self, image_id: Digest) -> Digest:
+        """The digest of the manifest or index of the image; LookupError when the export has none."""
+        if "index.json" in self._documents:
+            index = json.loads(self._documents["index.json"])
+            return self._find_target(index, str(image_id))
+        if "manifest.json" in self._documents:
+            return self._make_manifest(json.loads(self._documents["manifest.json"])[0], image_id)
+        raise LookupError("the export ended before its index")
+
+    def _find_target(self, index: Mapping[str, Any], image_id: str) -> Digest:
+        """Its own digest is the image's ID on the containerd store, its config's on the classic one."""
+        listed = [Digest.parse(descriptor["digest"]) for descriptor in descriptors(index, "manifests")]
+        for digest in listed:
+            config = self._document(digest).get("config") if self._has(digest) else None
+            if str(digest) == image_id or (isinstance(config, dict) and config.get("digest") == image_id):
+                return digest
+        raise LookupError("the export has no manifest for this image" if listed else "the export lists nothing")
+
+    def _make_manifest(self, entry: Mapping[str, Any], image_id: Digest) -> Digest:
+        """A manifest for a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
+        config, *layers = (self._names[self._links.get(name, name)] for name in (entry["Config"], *entry["Layers"]))
+        if config != image_id:
+            raise LookupError(f"the export holds the config {config}, not that of the image")
+        if [str(layer) for layer in layers] != self._document(config)["rootfs"]["diff_ids"]:
+            raise LookupError("the layers of the export are not those that the config names")
+        document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST,
+                    "config": self._descriptor(OCI_CONFIG, config),
+                    "layers": [self._descriptor(OCI_LAYER_TAR, layer) for layer in layers]}
+        writer = BlobWriter(self._store)
+        writer.write(json.dumps(document, separators=(",", ":")).encode())
+        digest = writer.finish()
+        self._add(digest, writer)
+        return digest
+
+    def _descriptor(self, media_type: str, digest: Digest) -> dict[str, Any]:
+        return {"mediaType": media_type, "digest": str(digest), "size": self._path(digest).stat().st_size}
+
+    def _has(self, digest: Digest) -> bool:
+        return digest in self._new or digest in self._present
+
+    def _path(self, digest: Digest) -> Path:
+        return self._new[digest].path if digest in self._new else self._store.blob_path(digest)
+
+    def _document(self, digest: Digest) -> dict[str, Any]:
+        """A manifest, index or config that has arrived, parsed."""
+        with open(self._path(digest), "rb") as file:
+            document = json.loads(file.read(MANIFEST_LIMIT))
+        if not isinstance(document, dict):
+            raise LookupError(f"{digest} is not a JSON object")
+        return document
+
+    # ---- whether all of it is there
+
+    def closure(self, target: Digest) -> set[Digest]:
+        """All that has to be there to serve target, itself included. LookupError names what is missing.
+
+        Of an index, the platforms that Docker does not have may be missing, but not all of them.
+        """
+        if not self._has(target):
+            raise LookupError(f"the export lacks the manifest {target}")
+        document = self._document(target)
+        needed = [Digest.parse(d["digest"]) for d in descriptors(document, "config", "layers") if not d.get("urls")]
+        missing = [str(digest) for digest in needed if not self._has(digest)]
+        if missing:
+            raise LookupError(f"the export lacks {len(missing)} of {len(needed)} blobs: {', '.join(missing)}")
+        children, errors = self._children(document)
+        if errors and not children:
+            raise LookupError("; ".join(errors))
+        return {target, *needed, *children}
+
+    def _children(self, document: Mapping[str, Any]) -> tuple[set[Digest], list[str]]:
+        """What the complete platforms of an index need, and what is wrong with the others."""
+        complete: set[Digest] = set()
+        errors = []
+        for descriptor in descriptors(document, "manifests"):
+            try:
+                complete |= self.closure(Digest.parse(descriptor["digest"]))
+            except LookupError as e:
+                errors.append(str(e))
+        return complete, errors
+
+    def keep(self, content: Iterable[Digest]) -> None:
+        """Give these their final names in the store."""
+        for digest in content:
+            if digest in self._new:
+                self._new.pop(digest).keep()
+
+    def discard(self) -> None:
+        """Remove all that was not kept."""
+        for writer in self._new.values():
+            writer.discard()
+
+
+class Exporter:
+    """Copies an image out of Docker into the store: the way that always works, and the slow one."""
+
+    def __init__(self, engine: Engine, store: Store):
+        self._engine, self._store = engine, store
+
+    def export(self, image_id: Digest, progress: Callable[[int], None]) -> Digest:
+        """Export an image and return the digest of its manifest, whose blobs are then in the store.
+
+        progress is called with the number of bytes read so far. Success means that every blob of the
+        manifest arrived with the right digest: that Docker's answer ended well means nothing. On any
+        failure nothing is left in the store, and RegistryError has the reason.
+        """
+        unpacking = Unpacking(self._store)
+        try:
+            with self._engine.export(image_id) as response:
+                stream = ExportStream(response, progress)
+                try:
+                    unpacking.unpack(stream)
+                    target = unpacking.target(image_id)
+                    content = unpacking.closure(target)
+                except (tarfile.TarError, LookupError, TypeError, ValueError) as e:
+                    reason = stream.complaint() or str(e)
+                    raise RegistryError("ENGINE_FAILED", f"Docker's export of {image_id} is not complete after "
+                                                         f"{human_bytes(stream.count)}: {reason}") from e
+            unpacking.keep(content)
+            self._store.record_export(image_id, target, content)
+            return target
+        finally:
+            unpacking.discard()
+
+
+# =====================================================================================================
+# 7. Registry: names resolve to digests, digests resolve to content
+# =====================================================================================================
+
+
+class Flight:
+    """One job that is under way, and its outcome for everybody who waits for it."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+class Flights:
+    """Runs at most one job for a key at a time; whoever asks meanwhile waits for its outcome.
+
+    The key has to hold everything that changes the outcome. Jobs run in threads of their own, so that
+    they go on when the client that started them hangs up, and a retry joins them or finds them done.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _flights
+        self._flights: dict[Hashable, Flight] = {}
+
+    def join(self, key: Hashable, job: Callable[[], Any]) -> Any:
+        """The outcome of the job under way for key, or of this one if there is none: its result or its error."""
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = self._flights[key] = Flight()
+                threading.Thread(target=self._run, args=(key, flight, job), daemon=True).start()
+        flight.done.wait()
+        if flight.error:
+            raise flight.error.with_traceback(None)
+        return flight.result
+
+    def _run(self, key: Hashable, flight: Flight, job: Callable[[], Any]) -> None:
+        try:
+            flight.result = job()
+        except Exception as e:  # a boundary: the waiting threads raise it
+            flight.error = e
+        finally:
+            with self._lock:
+                del self._flights[key]
+            flight.done.set()
+
+
+class ProgressLog:
+    """Writes a line about some long work every PROGRESS_INTERVAL seconds, as long as it is told of any."""
+
+    def __init__(self, what: str):
+        self._what, self._next = what, time.monotonic() + PROGRESS_INTERVAL
+        self.started = time.monotonic()
+        log.info("%s: started", what)
+
+    def tell(self, line: Callable[[float], str]) -> None:
+        """line(seconds of the monotonic clock) gives the text, if it is time for one."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + PROGRESS_INTERVAL
+            log.info("%s: %s", self._what, line(now))
+
+    def done(self, how: str) -> None:
+        """Write the last line of work that succeeded."""
+        log.info("%s: done in %s, %s", self._what, human_seconds(time.monotonic() - self.started), how)
+
+    def failed(self, error: Exception) -> None:
+        """Write the last line of work that failed."""
+        log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started), error)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest or index, with its exact bytes."""
+
+    digest: Digest
+    media_type: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where an engine's content is read from, in the order of asking. exports: or copied out of first."""
+
+    info: EngineInfo
+    providers: tuple[Provider, ...]
+    exports: bool
+
+    def __str__(self) -> str:
+        return ", ".join([provider.name for provider in self.providers] + ["export"] * self.exports)
+
+
+class Registry:
+    """Answers the two questions: which content does a name mean, and who has these bytes?"""
+
+    def __init__(self, engine: Engine, store: Store):
+        self.engine, self.store = engine, store
+        self._service = ContentService(engine)
+        self._exporter = Exporter(engine, store)
+        self._stored = FolderProvider("store", store.blob_path)
+        self._flights = Flights()
+        self._sources: Sources | None = None  # replaced whole: needs no lock
+
+    def close(self) -> None:
+        """Give up what is held open, and remove what is half-written."""
+        self._service.close()
+        self.store.close()
+
+    def sources(self) -> Sources:
+        """Where content comes from, for the engine as it is now; logged whenever that changes."""
+        info = self.engine.info()
+        known = self._sources
+        if known and (info is known.info or (info == known.info and not self._degraded(known))):
+            return known
+        sources = self._find_sources(info)
+        if str(sources) != str(known) or info != (known and known.info):
+            log.info("%s; content from: %s", info, sources)
+        self._sources = sources
+        return sources
+
+    @staticmethod
+    def _degraded(sources: Sources) -> bool:
+        """Whether the export stands in for something better, which may be back by now."""
+        return sources.exports and sources.info.store == "containerd"
+
+    def _find_sources(self, info: EngineInfo) -> Sources:
+        if info.store != "containerd":
+            return Sources(info, (self._stored,), exports=True)
+        providers: list[Provider] = [self._stored]
+        folder = content_folder(info.root)
+        if folder:
+            providers.append(FolderProvider(f"content directory {folder}", lambda d: folder / d.algorithm / d.hex))
+        if self._service.available():
+            providers.append(self._service)
+        if len(providers) == 1:
+            log.warning("this engine does not let its content be read: images are exported one by one instead")
+        return Sources(info, tuple(providers), exports=len(providers) == 1)
+
+    # ---- content(digest) -> bytes
+
+    def _find(self, digest: Digest) -> Blob | None:
+        """The content, from the first provider that has it. The store answers even without Docker."""
+        blob = self._stored.find(digest)
+        if blob is None:
+            for provider in self.sources().providers[1:]:
+                blob = blob or provider.find(digest)
+        return blob
+
+    def _find_manifest(self, digest: Digest) -> Manifest | None:
+        """The manifest or index with a digest; None when there is none, or when it is something else."""
+        blob = self._find(digest)
+        if blob is None or blob.size > MANIFEST_LIMIT:
+            return None
+        data = read_blob(blob, MANIFEST_LIMIT)
+        media_type = manifest_type(data)
+        if media_type is None:
+            return None
+        if Digest(digest.algorithm, hashlib.new(digest.algorithm, data).hexdigest()) != digest:
+            raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
+        return Manifest(digest, media_type, data)
+
+    def blob(self, reference: Reference) -> Blob:
+        """The blob with the digest that a reference names.
+
+        BLOB_UNKNOWN when nobody has it, and for manifests too: a node takes a 200 here for a promise
+        that the digest is not one.
+        """
+        digest = reference.target
+        assert isinstance(digest, Digest)
+        blob = self._find(digest)
+        if blob is None and self.sources().exports and self._export_image_with(reference, digest):
+            blob = self._find(digest)
+        if blob is None:
+            raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
+        if self._is_manifest(blob):
+            raise RegistryError("BLOB_UNKNOWN", f"{digest} is a manifest: ask for it under /manifests/")
+        return blob
+
+    @staticmethod
+    def _is_manifest(blob: Blob) -> bool:
+        """Whether a blob is a manifest. The first byte rules it out for all that is not JSON."""
+        return (blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
+                and manifest_type(read_blob(blob, MANIFEST_LIMIT)) is not None)
+
+    def _export_image_with(self, reference: Reference, digest: Digest) -> bool:
+        """Export the image of this repository that a blob belongs to; whether there is one.
+
+        A node may have the manifest from long ago, and our store may be new.
+        """
+        for image_id in self.engine.images_of(reference.docker_repository()):
+            image = self.engine.image(str(image_id))
+            if image and (image.id == digest or str(digest) in image.layers):
+                self._exported(image)
+                return True
+        return False
+
+    # ---- resolve(reference) -> digest
+
+    def manifest(self, reference: Reference, own_name: str | None, credentials: Credentials | None) -> Manifest:
+        """The manifest or index that a reference means right now.
+
+        own_name is the host under which the client knows this registry. credentials are the client's;
+        they are used for a pull from the reference's own registry, and for nothing else. An image that
+        Docker lacks is pulled by Docker, if the reference says from where; this takes as long as it
+        takes. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, and what
+        Engine raises.
+        """
+        if reference.namespace == own_name:
+            reference = reference.under(None)
+        if isinstance(reference.target, Digest):
+            return self._manifest_by_digest(reference, reference.target, credentials)
+        image = self._local_image(reference, own_name)
+        if image is None:
+            self._pull(reference, credentials)
+            image = self._local_image(reference, own_name)
+        if image is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
+        digest = self._exported(image) if self.sources().exports else image.id
+        manifest = self._find_manifest(digest)
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker lists {reference} as {digest}, but that content is "
+                                                    "missing from its store: pull or build the image again")
+        return manifest
+
+    def _local_image(self, reference: Reference, own_name: str | None) -> EngineImage | None:
+        """The image that Docker has under this name now, and without a namespace also under our own."""
+        names = [reference]
+        if reference.namespace is None and own_name:
+            names.insert(0, reference.under(own_name))
+        for name in names:
+            image = self.engine.image(str(name))
+            if image:
+                return image
+        return None
+
+    def _manifest_by_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
+        manifest = self._find_manifest(digest)
+        if manifest is None:
+            self._fetch_digest(reference, digest, credentials)
+            manifest = self._find_manifest(digest)
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has {reference}, but not the bytes of its manifest")
+        return manifest
+
+    def _fetch_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> None:
+        """Get content into reach that a manifest request asked for by digest, or say why that can't be."""
+        sources = self.sources()
+        if sources.info.store == "classic":
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep the "
+                                                    "manifests of registries, so it cannot give these bytes. Use the "
+                                                    "tag, or Docker's containerd image store")
+        if not sources.exports:
+            self._refuse_missing_platform(reference, digest)
+        image = self.engine.image(str(reference))
+        if image is None:
+            self._pull(reference, credentials)
+            image = self.engine.image(str(reference))
+        if image and sources.exports:
+            self._exported(image)
+
+    def _refuse_missing_platform(self, reference: Reference, digest: Digest) -> None:
+        """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
+
+        Docker was told which platforms to get, so the node has to look for others elsewhere.
+        """
+        for image_id in self.engine.images_of(reference.docker_repository()):
+            index = self._find_manifest(image_id)
+            children = descriptors(json.loads(index.data), "manifests") if index else ()
+            if any(child["digest"] == str(digest) for child in children):
+                raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image_id} of {reference}, but not "
+                                                        "this platform of it: get it with docker pull --platform")
+
+    # ---- long work, shared by all who need it
+
+    def _pull(self, reference: Reference, credentials: Credentials | None) -> None:
+        """Have Docker pull an image; requests for the same image with the same credentials share one pull."""
+        if reference.namespace is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}, and the request names no "
+                                                    "registry (ns) to pull it from")
+        try:
+            self._flights.join(("pull", reference, credentials), lambda: self._run_pull(reference, credentials))
+        except PullFailed as e:
+            raise self._pull_error(e, reference, credentials) from None
+
+    def _run_pull(self, reference: Reference, credentials: Credentials | None) -> None:
+        lines = ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else ""))
+        progress = PullProgress(lines.started)
+
+        def tell(message: Mapping[str, Any]) -> None:
+            progress.update(message)
+            lines.tell(progress.line)
+
+        try:
+            self.engine.pull(reference, credentials, tell)
+        except Exception as e:
+            lines.failed(e)
+            raise
+        lines.done(progress.line(time.monotonic()))
+
+    @staticmethod
+    def _pull_error(failure: PullFailed, reference: Reference, credentials: Credentials | None) -> RegistryError:
+        """The answer for a failed pull.
+
+        A registry does not tell strangers what exists, so without credentials "not found" may well
+        mean "log in": 401 with a challenge makes the node come again with the pod's secret. Wrong
+        credentials get a 401 without the challenge, or the node would try them again.
+        """
+        detail = f"Docker could not pull {reference}: {failure}"
+        if failure.code == "TOOMANYREQUESTS":
+            detail += ". The registry limits the rate: log in (imagePullSecrets), or wait and try again"
+        if failure.code == "DENIED" or (failure.code == "MANIFEST_UNKNOWN" and not credentials):
+            challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
+            return RegistryError("UNAUTHORIZED", detail, challenge)
+        return RegistryError(failure.code, detail)
+
+    def _exported(self, image: EngineImage) -> Digest:
+        """The digest of the manifest of an image that is in the store, exported just now if need be."""
+        target = self.store.exported(image.id)
+        return target or self._flights.join(("export", image.id), lambda: self._run_export(image))
+
+    def _run_export(self, image: EngineImage) -> Digest:
+        lines = ProgressLog(f"export {image.id}, about {human_bytes(image.size)}")
+
+        def tell(count: int) -> None:
+            lines.tell(lambda now: f"{human_bytes(count)}, {human_bytes(count / (now - lines.started))}/s")
+
+        try:
+            target = self._exporter.export(image.id, tell)
+        except Exception as e:
+            lines.failed(e)
+            raise
+        lines.done(f"manifest {target}")
+        threading.Thread(target=self.tidy_up, daemon=True).start()
+        return target
+
+    def tidy_up(self) -> None:
+        """Free the disk of exports that Docker has no image for any more. Never raises RegistryError."""
+        try:
+            freed = self.store.evict(lambda image_id: self.engine.image(str(image_id)) is not None, time.time())
+            if freed:
+                log.info("store: freed %s of images that Docker no longer has", human_bytes(freed))
+        except RegistryError as e:
+            log.warning("store: not tidied up: %s", e.detail)
+
+
+# =====================================================================================================
+# 8. HTTP: the end-points of the distribution specification
+# =====================================================================================================
+
+
+@dataclass
+class Response:
+    """An answer as a value: an endpoint returns one, and only `reply` writes it to the socket."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes | Body = b""
+    length: int | None = None  # bytes, where it is not that of the body: for HEAD
+    note: str = ""             # for the log
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as the endpoints see it: query values decoded, credentials parsed."""
+
+    reference: tuple[str, ...]  # the parts of the path that the route captures
+    namespace: str | None
+    host: str | None
+    range: str | None
+    credentials: Credentials | None
+
+
+def parse_credentials(header: str | None) -> Credentials | None:
+    """The credentials of an Authorization header (RFC 7617), or None when there are none to use.
+
+    Schemes other than Basic are of no use with Docker and count as none. REQUEST_INVALID for a Basic
+    one that can't be read.
+    """
+    scheme, _, encoded = (header or "").strip().partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        username, colon, password = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        colon = ""
+    if not colon:
+        raise RegistryError("REQUEST_INVALID", "the Authorization header is not Basic authentication (RFC 7617)")
+    return Credentials(username, password)
+
+
+def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """Start and length, in bytes, of the one range that a Range header asks for (RFC 9110, 14.1.2).
+
+    None when all is to be sent: there is no such header, or one that may be ignored because it is
+    malformed or has several ranges. RANGE_INVALID when the content has no such part.
+    """
+    match = re.fullmatch(r"bytes=\s*(\d{0,99})-(\d{0,99})\s*", header or "", re.ASCII)
+    if not match or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if first:
+        start, end = int(first), min(int(last) if last else size - 1, size - 1)
+        if last and int(last) < start:
+            return None
+    else:
+        start, end = max(size - int(last), 0), size - 1
+    if start > end:
+        raise RegistryError("RANGE_INVALID", f"there are {size} bytes", {"Content-Range": f"bytes */{size}"})
+    return start, end - start + 1
+
+
+ABOUT = f"""k3d-registry-dockerd {__version__}
+
+This is an OCI registry that serves the images of the Docker daemon it runs beside.
+Its API is under /v2/ (OCI Distribution Specification).
+"""
+
+
+class Endpoints:
+    """One method for each end-point of OCI Distribution Spec v1.1, "Endpoints"."""
+
+    def __init__(self, registry: Registry):
+        self._registry = registry
+
+    def about(self, request: Request) -> Response:
+        """GET /: what this is, for a person with a browser."""
+        return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, ABOUT.encode())
+
+    def version_check(self, request: Request) -> Response:
+        """end-1, GET /v2/: this is a registry."""
+        return Response(200, {"Content-Type": "application/json"}, b"{}")
+
+    def blob(self, request: Request) -> Response:
+        """end-2, GET /v2/<name>/blobs/<digest>: a blob, or the one range of it that is asked for."""
+        blob, headers = self._find_blob(request)
+        part = parse_range(request.range, blob.size)
+        if part is None:
+            return Response(200, headers, blob.open(0, blob.size))
+        start, length = part
+        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{blob.size}"
+        return Response(206, headers, blob.open(start, length))
+
+    def blob_head(self, request: Request) -> Response:
+        """end-2, HEAD /v2/<name>/blobs/<digest>: whether a blob is there, and its size."""
+        blob, headers = self._find_blob(request)
+        return Response(200, headers, length=blob.size)
+
+    def _find_blob(self, request: Request) -> tuple[Blob, dict[str, str]]:
+        repository, text = request.reference
+        Reference.check_repository(repository, request.namespace)
+        reference = Reference(repository, Digest.parse(text), request.namespace)
+        return self._registry.blob(reference), {
+            "Content-Type": "application/octet-stream", "Docker-Content-Digest": text, "Accept-Ranges": "bytes"}
+
+    def manifest(self, request: Request) -> Response:
+        """end-3, GET and HEAD /v2/<name>/manifests/<reference>: a manifest by tag or digest."""
+        repository, target = request.reference
+        reference = Reference.parse(repository, target, request.namespace)
+        manifest = self._registry.manifest(reference, request.host, request.credentials)
+        return Response(200, {"Content-Type": manifest.media_type, "Docker-Content-Digest": str(manifest.digest)},
+                        manifest.data)
+
+
+# Method, path, endpoint. Repository names may hold slashes, so the last word before the reference counts.
+ROUTES: tuple[tuple[str, re.Pattern[str], Callable[[Endpoints, Request], Response]], ...] = tuple(
+    (method, re.compile(path, re.DOTALL), endpoint) for method, path, endpoint in (
+        ("GET", r"/", Endpoints.about),
+        ("GET", r"/v2/?", Endpoints.version_check),
+        ("HEAD", r"/v2/(.+)/blobs/([^/]+)", Endpoints.blob_head),
+        ("GET", r"/v2/(.+)/blobs/([^/]+)", Endpoints.blob),
+        ("GET", r"/v2/(.+)/manifests/([^/]+)", Endpoints.manifest),
+    ))
+
+
+def find_route(method: str, path: str) -> tuple[Callable[[Endpoints, Request], Response], tuple[str, ...]]:
+    """The endpoint for a request, and what its path captures.
+
+    A HEAD without a route of its own is a GET whose body is not sent. NOT_FOUND when no route has the
+    path; UNSUPPORTED, with what is allowed, when one has it for other methods only.
+    """
+    matches = {name: (endpoint, match.groups()) for name, pattern, endpoint in ROUTES
+               if (match := pattern.fullmatch(path))}
+    if "GET" in matches:
+        matches.setdefault("HEAD", matches["GET"])
+    if not matches:
+        raise RegistryError("NOT_FOUND", f"there is nothing at {path}")
+    if method not in matches:
+        raise RegistryError("UNSUPPORTED", f"{method} is not supported here", {"Allow": ", ".join(sorted(matches))})
+    return matches[method]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection of a client. It lives as long as the connection, so nothing of a request is kept here."""
+
+    server: Server
+    raw_requestline: bytes
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.1"    # so that even garbage, a TLS handshake say, gets an HTTP answer
+    server_version = f"k3d-registry-dockerd/{__version__}"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    wbufsize = 64 * KIB                     # headers and a small body leave in one packet
+    timeout = IDLE_TIMEOUT
+
+    def handle_any(self) -> None:
+        """Every request comes through here: the boundary behind which nothing is raised."""
+        with self.server.request_under_way():
+            self._handle(time.monotonic())
+
+    def _handle(self, started: float) -> None:
+        try:
+            response = self._respond()
+        except RegistryError as e:
+            response = self._error_response(e)
+        except Exception as e:  # a boundary: whatever it is, this client gets an answer and the others go on
+            log.exception("%s %s: a bug in this program", self.command, printable(self.path))
+            response = self._error_response(RegistryError("UNKNOWN", f"{type(e).__name__}, see the log"))
+        self.reply(response, started)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any
+
+    def _respond(self) -> Response:
+        self._drain_body()
+        try:
+            url = urllib.parse.urlsplit(self.path)
+        except ValueError as e:
+            raise RegistryError("REQUEST_INVALID", f"the request target is malformed: {e}") from None
+        endpoint, captured = find_route(self.command, urllib.parse.unquote(url.path))
+        namespace = dict(urllib.parse.parse_qsl(url.query)).get("ns")
+        host = self.headers.get("Host")
+        request = Request(captured, namespace, host if host and is_host(host) else None,
+                          None if self.headers.get("If-Range") else self.headers.get("Range"),
+                          parse_credentials(self.headers.get("Authorization")))
+        response = endpoint(self.server.endpoints, request)
+        if namespace:
+            response.headers["OCI-Namespace"] = namespace
+        return response
+
+    def _drain_body(self) -> None:
+        """Read a request body that nobody wants, or it would become the next request of this connection."""
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > BODY_LIMIT:
+            self.close_connection = True
+            return
+        try:
+            self.rfile.read(int(length))
+        except OSError as e:
+            self.close_connection = True
+            raise RegistryError("REQUEST_INVALID", f"the request's body did not arrive: {e}") from None
+
+    @staticmethod
+    def _error_response(error: RegistryError) -> Response:
+        return Response(error.status, {"Content-Type": "application/json", **error.headers}, error.body(),
+                        note=f"{error.code}: {error.detail}")
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Called by http.server for what it can't parse: the same JSON form as any other error."""
+        error = RegistryError("REQUEST_INVALID", message or "bad request")
+        self.close_connection = True
+        self.command = getattr(self, "command", None) or "GET"
+        response = self._error_response(error)
+        response.status = code
+        self.reply(response, time.monotonic())
+
+    # ---- writing
+
+    def reply(self, response: Response, started: float) -> None:
+        """Write a response and one line in the log: the only place that writes to the socket."""
+        body = response.body
+        length = response.length
+        if length is None:
+            length = len(body) if isinstance(body, bytes) else body.length
+        sent, problem = 0, ""
+        try:
+            self._write_head(response, length)
+            if self.command != "HEAD":
+                for count in self._write_body(body):
+                    sent += count
+                if sent < length:
+                    raise RegistryError("ENGINE_FAILED", "the content ended early")
+            self.wfile.flush()
+        except OSError as e:
+            problem = f"the client went away ({e})"
+        except RegistryError as e:
+            problem = f"closed early: {e}"
+        except Exception as e:  # a boundary, like that of handle_any
+            log.exception("%s %s: a bug in this program", self.command, printable(self.path))
+            problem = f"closed early: {type(e).__name__}"
+        finally:
+            if not isinstance(body, bytes):
+                body.close()
+        if problem:
+            self.close_connection = True
+        self._log(response, sent, time.monotonic() - started, problem or response.note)
+
+    def _write_head(self, response: Response, length: int) -> None:
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.send_header("Docker-Distribution-API-Version", "registry/2.0")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _write_body(self, body: bytes | Body) -> Iterator[int]:
+        """Write a body piece by piece, and yield the number of bytes of each."""
+        if isinstance(body, bytes):
+            self.wfile.write(body)
+            yield len(body)
+            return
+        self.connection.settimeout(STALL_TIMEOUT)
+        if isinstance(body, FileBody):
+            self.wfile.flush()
+            end = body.start + body.length
+            for start in range(body.start, end, WINDOW_STEP):
+                yield self.connection.sendfile(body.file, start, min(WINDOW_STEP, end - start))
+        else:
+            for piece in body:
+                self.wfile.write(piece)
+                yield len(piece)
+        self.wfile.flush()
+        self.connection.settimeout(self.timeout)
+
+    # ---- the log
+
+    def _log(self, response: Response, sent: int, seconds: float, note: str) -> None:
+        """One line for a request: what, status, bytes of the body, time, who, and what went wrong."""
+        level = logging.INFO if response.status < 400 else logging.WARNING if response.status < 500 else logging.ERROR
+        if self.raw_requestline.startswith(b"\x16\x03"):
+            level, note = logging.DEBUG, "a TLS handshake, on a port without TLS"
+        log.log(level, "%s %s %d %s %s %s%s", self.command, printable(getattr(self, "path", "")), response.status,
+                human_bytes(sent), human_seconds(seconds), self.client_address[0], note and f" - {printable(note)}")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What http.server itself has to say, as when an idle connection is closed: of no interest."""
+        log.debug("%s: %s", self.client_address[0], printable(format % args))
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Called by send_response; `reply` writes that line."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen. An empty host means all interfaces; port 0, any free port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Parse HOST:PORT, :PORT or [IPV6]:PORT, as the official registry image does; or ValueError."""
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]*):([0-9]{1,5})", text)
+        if not match or int(match[2]) > 65535:
+            raise ValueError(f"{text!r} is not an address: use HOST:PORT, :PORT or [::1]:PORT")
+        host = match[1]
+        if host.startswith("["):
+            host = str(ipaddress.IPv6Address(host[1:-1]))
+        return cls(host, int(match[2]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Server(ThreadingHTTPServer):
+    """The registry as an HTTP server: a thread for each connection."""
+
+    request_queue_size = LISTEN_BACKLOG
+    daemon_threads = True       # a download under way must not keep the process alive
+    block_on_close = False
+
+    def __init__(self, address: Address, registry: Registry):
+        """Bind the address, or raise OSError. Serve with serve_forever, end with shutdown and server_close."""
+        self.endpoints = Endpoints(registry)
+        self._change = threading.Condition()  # guards _under_way
+        self._under_way = 0
+        self._all_interfaces = address.host == "" and socket.has_dualstack_ipv6()
+        if self._all_interfaces or ":" in address.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((address.host, address.port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind, for IPv4 too on all interfaces, and without the look-up of our name in the stock version."""
+        if self._all_interfaces:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+
+    @contextlib.contextmanager
+    def request_under_way(self) -> Iterator[None]:
+        """To be held while a request is answered."""
+        with self._change:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._under_way -= 1
+                self._change.notify_all()
+
+    def finish_requests(self, seconds: float) -> None:
+        """Wait until the requests under way are answered, but not for longer than some seconds."""
+        with self._change:
+            if not self._change.wait_for(lambda: not self._under_way, seconds):
+                log.warning("%d requests were cut off", self._under_way)
+
+    @property
+    def address(self) -> Address:
+        """Where it listens: with the real port when any was asked for."""
+        return Address(str(self.server_address[0]), int(self.server_address[1]))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke outside of a request: a line, not a traceback."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            log.debug("%s: %s", client_address[0], error)
+        else:
+            log.error("%s: a bug in this program", client_address[0], exc_info=error)
+
+
+# =====================================================================================================
+# 9. Command line: arguments, environment, wiring, signals
+# =====================================================================================================
+
+DEFAULT_ADDRESS = ":5000"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the stock one prints the usage before."""
+
+    def error(self, message: str) -> Any:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def argument_parser() -> ArgumentParser:
+    """The command line. One dash or two, as Go's flags have it."""
+    parser = ArgumentParser(prog="k3d-registry-dockerd", allow_abbrev=False, description=(
+        "An OCI registry that serves the images of the local Docker daemon. Docker is found through DOCKER_HOST, "
+        "DOCKER_TLS_VERIFY and DOCKER_CERT_PATH, as the docker command does."))
+    parser.add_argument("-addr", "--addr", metavar="ADDRESS", help=(
+        "listen on HOST:PORT, or on :PORT of all interfaces (default: REGISTRY_HTTP_ADDR, or else :5000)"))
+    parser.add_argument("-store", "--store", metavar="DIR", help=(
+        "keep exported images here (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or else a folder in "
+        "the user's cache)"))
+    parser.add_argument("-check", "--check", action="store_true", help=(
+        "ask the registry that runs at this address whether it is well; exit with 0 or 1"))
+    parser.add_argument("-version", "--version", action="version", version=f"k3d-registry-dockerd {__version__}")
+    return parser
+
+
+def first_set(*candidates: tuple[str, str | None]) -> tuple[str, str]:
+    """The first of (source, value) that has a value, and in words where it comes from and what is ignored."""
+    (source, value), *rest = [(source, value) for source, value in candidates if value]
+    ignored = [f"{name}={other} is ignored" for name, other in rest if name != "the default"]
+    return value or "", ", ".join([f"from {source}", *ignored])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that can be set, validated."""
+
+    address: Address
+    address_origin: str
+    store: Path
+    store_origin: str
+    engine: EngineHost
+    notes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+        """Flags win over the environment, that over the defaults. ValueError says in a line what is wrong."""
+        address, address_origin = first_set(("-addr", arguments.addr), ("REGISTRY_HTTP_ADDR", environ.get(
+            "REGISTRY_HTTP_ADDR")), ("the default", DEFAULT_ADDRESS))
+        cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        store, store_origin = first_set(("-store", arguments.store), (
+            "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", environ.get("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY")),
+            ("the default", str(Path(cache) / "k3d-registry-dockerd")))
+        try:
+            parsed = Address.parse(address)
+        except ValueError as e:
+            raise ValueError(f"{e} ({address_origin})") from None
+        cls._check_store(Path(store), store_origin)
+        return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
+                   tuple(cls._proxy_notes(environ)))
+
+    @staticmethod
+    def _check_store(store: Path, origin: str) -> None:
+        """The folder need not exist, but nothing on the way to it may be in the way."""
+        existing = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise ValueError(f"the store {store} ({origin}) cannot be a folder: {existing} is not one")
+
+    @staticmethod
+    def _proxy_notes(environ: Mapping[str, str]) -> Iterator[str]:
+        """What to say about the variables that k3d sets for the official registry image."""
+        url = environ.get("REGISTRY_PROXY_REMOTEURL", "")
+        if url and url != "*":
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("REGISTRY_PROXY_REMOTEURL is neither * nor the URL of a registry")
+            yield ("REGISTRY_PROXY_REMOTEURL names one registry, but this one serves images of all: "
+                   "each request says which")
+        if environ.get("REGISTRY_PROXY_USERNAME") or environ.get("REGISTRY_PROXY_PASSWORD"):
+            yield ("REGISTRY_PROXY_USERNAME and _PASSWORD are not used: credentials come with each pull "
+                   "(imagePullSecrets)")
+        delete = environ.get("REGISTRY_STORAGE_DELETE_ENABLED", "")
+        if delete.lower() not in ("", "true", "false", "1", "0", "t", "f"):
+            raise ValueError(f"REGISTRY_STORAGE_DELETE_ENABLED={delete!r} is neither true nor false")
+
+
+def check(address: Address) -> int:
+    """Ask the registry at an address for its state, print that, and return 0 when it is well, 1 when not."""
+    connection = http.client.HTTPConnection(address.host or "localhost", address.port, timeout=ENGINE_TIMEOUT)
+    try:
+        connection.request("GET", "/v2/")
+        well = connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException) as e:
+        print(f"nothing answers on {address}: {e}")
+        return 1
+    finally:
+        connection.close()
+    print("well" if well else "not well")
+    return 0 if well else 1
+
+
+def serve(settings: Settings) -> int:
+    """Run the registry until SIGTERM or SIGINT, and return the exit status."""
+    stop: list[str] = []
+    stopped = threading.Event()
+
+    def on_signal(number: int, _: Any) -> None:
+        stop.append(signal.Signals(number).name)
+        stopped.set()
+
+    # Without handlers of its own a process with PID 1 would not get these signals at all.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    registry = Registry(Engine(settings.engine), Store(settings.store))
+    try:
+        server = Server(settings.address, registry)
+    except OSError as e:
+        log.error("cannot listen on %s (%s): %s", settings.address, settings.address_origin, e.strerror or e)
+        return 1
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    introduce(settings, registry, server)
+    stopped.wait()
+    log.info("ending on %s", stop[0])
+    server.shutdown()
+    server.server_close()
+    server.finish_requests(STOP_GRACE)
+    registry.close()
+    return 0
+
+
+def introduce(settings: Settings, registry: Registry, server: Server) -> None:
+    """Log what this is, what it found, and last that it listens: k3d waits for that line."""
+    log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
+    log.info("store: %s (%s)", settings.store, settings.store_origin)
+    for note in settings.notes:
+        log.warning("%s", note)
+    try:
+        registry.sources()
+    except RegistryError as e:
+        log.error("%s; trying again at each request", e.detail)
+    else:
+        if settings.store.exists():
+            registry.tidy_up()
+    log.info("listening on %s (%s)", server.address, settings.address_origin)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status is 0 after a good end, 1 on failure, 2 for nonsense."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
+    parser = argument_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        settings = Settings.read(arguments, os.environ)
+    except ValueError as e:
+        parser.error(str(e))
+    return check(settings.address) if arguments.check else serve(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,545 @@
+#!/usr/bin/env python3
+"""The test lab: real Docker engines, registries and a containerd node, on any Debian machine.
+
+    python tests/lab.py up        bring it up (a minute and a half from nothing, seconds after that)
+    python tests/lab.py status    say what is running
+    python tests/lab.py down      stop every daemon and unmount; what was downloaded stays
+    python tests/lab.py clean     down, and remove the lab's folder
+
+It needs root and Debian's package mirror, nothing else: the engines come out of Debian suites that
+are unpacked into folders and entered with chroot. Every daemon listens on a unix socket or on
+127.0.0.1. The folder is /var/tmp/k3d-registry-dockerd-lab, or what LAB_DIR names.
+
+Tests use the functions of this module: `lab.require()` in setUpModule, then `lab.ENGINES`,
+`lab.node()`, `lab.origin(...)`. A test that needs the lab skips where it is not up, unless
+LAB=required is in the environment, as it is in continuous integration.
+"""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import unittest
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+LAB = Path(os.environ.get("LAB_DIR", "/var/tmp/k3d-registry-dockerd-lab"))
+ROOTS = LAB / "roots"
+SHARE = LAB / "share"  # the same folder is /lab inside every root
+
+USER, PASSWORD = "developer", "s3cret"
+HTPASSWD = "developer:$2b$04$k3dregistrydockerdlab.ThCwkArtkgFA3zXWzBuYJwmAUJIsNlm\n"
+
+ENGINE_PACKAGES = "docker.io,containerd,runc,iptables,ca-certificates"
+CLIENT_PACKAGES = "docker-cli,docker-buildx,crane,oras,skopeo,docker-registry,python3,busybox-static"
+SUITES = {
+    "forky": f"{ENGINE_PACKAGES},{CLIENT_PACKAGES}",  # Docker 28, containerd 2.1
+    "trixie": ENGINE_PACKAGES,  # Docker 26.1: no Descriptor in inspect
+    "bookworm": ENGINE_PACKAGES,  # Docker 20.10: exports are docker-archives
+}
+CLIENT_ROOT = ROOTS / "forky"
+
+START_TIMEOUT = 60  # seconds for a daemon to answer
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+def run(*command, input=None, check=True, env=None, text=True):
+    """Run a command to its end and return the CompletedProcess; its output is in the error."""
+    result = subprocess.run([str(c) for c in command], input=input, capture_output=True, text=text,
+                            env={**os.environ, **(env or {})})
+    if check and result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with status {result.returncode}:\n"
+                           f"{result.stdout}\n{result.stderr}")
+    return result
+
+
+def chroot(*command, root=None, **options):
+    """Run a command inside a root (by default the one that has the clients)."""
+    return run("chroot", root or CLIENT_ROOT, *command, **options)
+
+
+def wait_for(what, condition, timeout=START_TIMEOUT):
+    """Poll until condition() is true; its last error is part of the failure."""
+    deadline = time.monotonic() + timeout
+    error = None
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except Exception as e:  # whatever it is, it is reported if it stays
+            error = e
+        time.sleep(0.05)
+    raise RuntimeError(f"{what} did not come up in {timeout} seconds ({error})")
+
+
+class Daemon:
+    """A process in a root, known by its own pid file, so that any process may stop it."""
+
+    def __init__(self, name, root="forky"):
+        self.name, self.root, self.folder = name, ROOTS / root, SHARE / name
+        self.pidfile, self.log = self.folder / "pid", self.folder / "log"
+
+    def pid(self):
+        """The pid of the running daemon, or None."""
+        try:
+            pid = int(self.pidfile.read_text())
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (OSError, ValueError):
+            return None
+        return None if state == "Z" else pid
+
+    def start(self):
+        if self.pid():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as log:
+            process = subprocess.Popen(["chroot", str(self.root), *self.command()], stdin=subprocess.DEVNULL,
+                                       stdout=log, stderr=log, start_new_session=True)
+        self.pidfile.write_text(str(process.pid))
+        try:
+            wait_for(self.name, self.answers)
+        except RuntimeError as e:
+            raise RuntimeError(f"{e}\n{self.log.read_text()[-3000:]}") from None
+
+    def stop(self, how=signal.SIGTERM):
+        pid = self.pid()
+        if pid is None:
+            return
+        os.kill(pid, how)
+        with contextlib.suppress(ChildProcessError):  # when another process started it
+            os.waitpid(pid, 0)
+        wait_for(f"the end of {self.name}", lambda: not self.pid())
+        self.pidfile.unlink(missing_ok=True)
+
+    def restart(self):
+        self.stop()
+        self.start()
+
+
+# --- engines -----------------------------------------------------------------------------------
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("docker")
+        self.path = str(path)
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self.path)
+
+
+class Engine(Daemon):
+    """A dockerd with its own containerd, and the docker client to go with it."""
+
+    def __init__(self, name, root, containerd_store):
+        super().__init__(name, root)
+        self.containerd_store = containerd_store
+        self.socket = self.folder / "docker.sock"
+        self.host = f"unix:///lab/{name}/docker.sock"  # as seen from inside the roots
+
+    def command(self):
+        inside = f"/lab/{self.name}"
+        config = {"features": {"containerd-snapshotter": True}} if self.containerd_store else {}
+        (self.folder / "daemon.json").write_text(json.dumps(config))
+        return ["dockerd", f"--config-file={inside}/daemon.json", f"--host={self.host}",
+                f"--data-root={inside}/data", f"--exec-root={inside}/exec", f"--pidfile={inside}/dockerd.pid",
+                "--iptables=false", "--ip6tables=false", "--bridge=none"]
+
+    def answers(self):
+        return self.api("GET", "/_ping") == b"OK"
+
+    def api(self, method, path, body=None):
+        """One request to the Engine API; the body of the answer, or RuntimeError."""
+        connection = UnixConnection(self.socket)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            data = response.read()
+        if response.status >= 300:
+            raise RuntimeError(f"{method} {path}: {response.status} {data!r}")
+        return data
+
+    def docker(self, *arguments, **options):
+        """`docker …` against this engine; its output, stripped."""
+        out = chroot("docker", "-H", self.host, *arguments, **options).stdout
+        return out.strip() if isinstance(out, str) else out
+
+    def inspect(self, name):
+        return json.loads(self.api("GET", f"/images/{name}/json"))
+
+    def remove(self, *names):
+        """Remove images if they are there, with all that only they use."""
+        for name in names:
+            chroot("docker", "-H", self.host, "rmi", "-f", name, check=False)
+
+    def containerd(self, *arguments):
+        """`ctr …` against this engine's own containerd, in Docker's namespace."""
+        address = f"/lab/{self.name}/exec/containerd/containerd.sock"
+        return chroot("ctr", "-a", address, "-n", "moby", *arguments, root=self.root).stdout
+
+    def import_image(self, name, files, changes=()):
+        """Make a one-layer image out of {path: bytes}."""
+        self.docker("import", *[f"--change={c}" for c in changes], "-", name, input=tar_of(files), text=False)
+
+    def build(self, name, files, base="base:1", *options):
+        """Build an image with one layer per file on top of base."""
+        dockerfile = f"FROM {base}\n" + "".join(f"COPY {path} /{path}\n" for path in files)
+        context = tar_of({"Dockerfile": dockerfile.encode(), **files})
+        self.docker("build", "-q", "-t", name, *options, "-", input=context, text=False)
+        return self.inspect(name)["Id"]
+
+
+def tar_of(files, mode=0o755):
+    """A tar archive (bytes) of {path: bytes}."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for path, data in files.items():
+            member = tarfile.TarInfo(path)
+            member.size, member.mode = len(data), mode
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+# --- registries to pull from -------------------------------------------------------------------
+
+
+class Origin(Daemon):
+    """A docker-registry on 127.0.0.1, open or with Basic authentication."""
+
+    def __init__(self, name, port, private):
+        super().__init__(name)
+        self.port, self.private, self.host = port, private, f"127.0.0.1:{port}"
+
+    def command(self):
+        auth = f"auth: {{htpasswd: {{realm: lab, path: /lab/{self.name}/htpasswd}}}}\n" if self.private else ""
+        (self.folder / "htpasswd").write_text(HTPASSWD)
+        (self.folder / "config.yml").write_text(
+            "version: 0.1\nlog: {level: warn}\n"
+            f"storage: {{filesystem: {{rootdirectory: /lab/{self.name}/data}}, delete: {{enabled: true}}}}\n"
+            f"http: {{addr: '{self.host}'}}\n{auth}")
+        return ["docker-registry", "serve", f"/lab/{self.name}/config.yml"]
+
+    def request(self, method, path, headers=(), body=None):
+        """One request; (status, headers, body)."""
+        request = urllib.request.Request(f"http://{self.host}{path}", body, dict(headers), method=method)
+        if self.private:
+            token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+            request.add_header("Authorization", f"Basic {token}")
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status, response.headers, response.read()
+        except urllib.error.HTTPError as e:
+            return e.code, e.headers, e.read()
+
+    def answers(self):
+        return self.request("GET", "/v2/")[0] == 200
+
+    def digest(self, name, reference):
+        """The digest that a reference has at this registry."""
+        accept = ("application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
+                  "application/vnd.docker.distribution.manifest.list.v2+json, "
+                  "application/vnd.docker.distribution.manifest.v2+json")
+        status, headers, body = self.request("HEAD", f"/v2/{name}/manifests/{reference}", {"Accept": accept})
+        assert status == 200, (status, body)
+        return headers["Docker-Content-Digest"]
+
+    def push(self, engine, image, name):
+        """Push an engine's image to this registry as `name` and return its digest there."""
+        target = f"{self.host}/{name}"
+        engine.docker("tag", image, target)
+        if self.private:
+            engine.docker("login", "-u", USER, "--password-stdin", self.host, input=PASSWORD)
+        engine.docker("push", "-q", target)
+        if self.private:
+            engine.docker("logout", self.host)
+        engine.remove(target)
+        return self.digest(*name.rsplit(":", 1))
+
+
+def push_blob(origin, name, data):
+    """Upload a blob to an origin; its descriptor without a media type."""
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    _, headers, _ = origin.request("POST", f"/v2/{name}/blobs/uploads/")
+    location = headers["Location"].split(origin.host, 1)[-1]
+    status, _, body = origin.request("PUT", f"{location}&digest={digest}",
+                                     {"Content-Type": "application/octet-stream"}, data)
+    assert status == 201, body
+    return {"digest": digest, "size": len(data)}
+
+
+def push_document(origin, name, reference, document):
+    """Upload a manifest or an index to an origin; its descriptor."""
+    data = json.dumps(document).encode()
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    media_type = document["mediaType"]
+    status, _, body = origin.request("PUT", f"/v2/{name}/manifests/{reference or digest}",
+                                     {"Content-Type": media_type}, data)
+    assert status == 201, body
+    return {"mediaType": media_type, "digest": digest, "size": len(data)}
+
+
+def push_platforms(origin, name, tag, architectures):
+    """Put an image for several architectures on an origin: the index's digest, and those of the manifests."""
+    children = []
+    for architecture in architectures:
+        layer_tar = tar_of({architecture: architecture.encode()})
+        diff_id = "sha256:" + hashlib.sha256(layer_tar).hexdigest()
+        config = json.dumps({"architecture": architecture, "os": "linux", "config": {},
+                             "rootfs": {"type": "layers", "diff_ids": [diff_id]}}).encode()
+        child = push_document(origin, name, None, {
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": {"mediaType": "application/vnd.oci.image.config.v1+json", **push_blob(origin, name, config)},
+            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", **push_blob(origin, name, layer_tar)}]})
+        children.append({**child, "platform": {"architecture": architecture, "os": "linux"}})
+    index = push_document(origin, name, tag, {
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": children})
+    return index["digest"], [child["digest"] for child in children]
+
+
+@contextlib.contextmanager
+def refusing_origin(status, code):
+    """A registry that answers every manifest request with one error; gives its HOST:PORT."""
+
+    class Refuse(http.server.BaseHTTPRequestHandler):
+        default_request_version = "HTTP/1.1"  # or dockerd would not understand the answer to its TLS handshake
+
+        def do_GET(self):
+            good = self.path == "/v2/"
+            body = b"{}" if good else json.dumps({"errors": [{"code": code, "message": code.lower()}]}).encode()
+            self.send_response(200 if good else status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def filtered(engine, refuse):
+    """A socket that passes everything on to an engine, but answers requests that hold `refuse` with 404."""
+
+    class Pass(socketserver.BaseRequestHandler):
+        def handle(self):
+            first = self.request.recv(65536)
+            if refuse in first or first.startswith(b"PRI "):
+                self.request.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                return
+            with socket.socket(socket.AF_UNIX) as upstream:
+                upstream.connect(str(engine.socket))
+                upstream.sendall(first)
+                threading.Thread(target=self.copy, args=(self.request, upstream), daemon=True).start()
+                self.copy(upstream, self.request)
+
+        @staticmethod
+        def copy(source, target):
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    target.sendall(data)
+                target.shutdown(socket.SHUT_WR)
+
+    class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+        daemon_threads = True
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/docker.sock"
+        with Server(path, Pass) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield path
+            server.shutdown()
+
+
+# --- the node ----------------------------------------------------------------------------------
+
+
+class Node(Daemon):
+    """A containerd that pulls as a Kubernetes node does: everything through one mirror."""
+
+    def __init__(self, name="node"):
+        super().__init__(name)
+        self.socket = self.folder / "containerd.sock"
+
+    def command(self):
+        inside = f"/lab/{self.name}"
+        (self.folder / "config.toml").write_text(
+            f"version = 3\nroot = '{inside}/root'\nstate = '{inside}/state'\n"
+            f"[grpc]\n  address = '{inside}/containerd.sock'\n"
+            "[plugins.'io.containerd.cri.v1.runtime']\n"
+            "disabled_plugins = ['io.containerd.grpc.v1.cri']\n")
+        return ["containerd", "-c", f"{inside}/config.toml"]
+
+    def answers(self):
+        return self.ctr("version", check=False).returncode == 0
+
+    def ctr(self, *arguments, **options):
+        return chroot("ctr", "-a", f"/lab/{self.name}/containerd.sock", "-n", "k8s.io", *arguments, **options)
+
+    def pull(self, reference, mirror, user=None, check=True):
+        """`ctr images pull` through a mirror (HOST:PORT) for every registry; the CompletedProcess."""
+        hosts = self.folder / "hosts" / mirror.replace(":", "_")
+        (hosts / "_default").mkdir(parents=True, exist_ok=True)
+        (hosts / "_default" / "hosts.toml").write_text(
+            f'server = "http://{mirror}"\n[host."http://{mirror}"]\n  capabilities = ["pull", "resolve"]\n')
+        credentials = ["--user", user] if user else []
+        inside = "/lab/" + str(hosts.relative_to(SHARE))
+        return self.ctr("images", "pull", "--hosts-dir", inside, *credentials, reference, check=check)
+
+    def digest(self, reference):
+        """The target digest of an image on the node."""
+        for line in self.ctr("images", "ls", f"name=={reference}").stdout.splitlines()[1:]:
+            return line.split()[2]
+        raise RuntimeError(f"{reference} is not on the node")
+
+    def content(self, digest):
+        """Bytes of a blob on the node."""
+        return self.ctr("content", "get", digest, text=False).stdout
+
+    def forget(self):
+        """Remove every image and all content, so that the next pull is a cold one."""
+        names = self.ctr("images", "ls", "-q").stdout.split()
+        if names:
+            self.ctr("images", "rm", "--sync", *names)
+        self.ctr("content", "prune", "references")
+
+
+# --- the lab as a whole ------------------------------------------------------------------------
+
+ENGINES = {
+    "classic": Engine("classic", "forky", containerd_store=False),
+    "containerd": Engine("containerd", "forky", containerd_store=True),
+    "containerd-26": Engine("containerd-26", "trixie", containerd_store=True),
+    "classic-20": Engine("classic-20", "bookworm", containerd_store=False),
+}
+ORIGINS = {
+    "open": Origin("origin-open", 15310, private=False),
+    "private": Origin("origin-private", 15311, private=True),
+}
+NODE = Node()
+DAEMONS = [*ENGINES.values(), *ORIGINS.values(), NODE]
+
+
+def is_up():
+    return all(d.pid() for d in DAEMONS)
+
+
+def require():
+    """For setUpModule: skip when the lab is not up, fail when LAB=required."""
+    if is_up():
+        return
+    if os.environ.get("LAB") == "required":
+        raise RuntimeError("LAB=required, but the lab is not up: run `python tests/lab.py up` as root")
+    raise unittest.SkipTest("no real engines: run `python tests/lab.py up` as root on a Debian machine")
+
+
+def mounted(path):
+    return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+def make_root(suite):
+    """Unpack a Debian suite into a folder, once."""
+    root = ROOTS / suite
+    if (root / ".complete").exists():
+        return
+    if not shutil.which("mmdebstrap"):
+        run("apt-get", "update")
+        run("apt-get", "install", "-y", "--no-install-recommends", "mmdebstrap")
+    print(f"lab: unpacking {suite}", flush=True)
+    shutil.rmtree(root, ignore_errors=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    run("mmdebstrap", "--variant=minbase", "--skip=check/empty", '--aptopt=Acquire::Check-Valid-Until "false"',
+        f"--include={SUITES[suite]}", suite, root)
+    (root / ".complete").touch()
+
+
+def mount_root(suite):
+    root = ROOTS / suite
+    if mounted(root):
+        return
+    # First of all: inside a chroot, `/` has to be a mount point, or builds and imports fail.
+    run("mount", "--bind", root, root)
+    run("mount", "--make-private", root)
+    run("mount", "-t", "proc", "proc", root / "proc")
+    for tree in ("sys", "dev"):
+        run("mount", "--rbind", f"/{tree}", root / tree)
+        run("mount", "--make-rslave", root / tree)
+    run("mount", "-t", "tmpfs", "tmpfs", root / "run")
+    (root / "lab").mkdir(exist_ok=True)
+    run("mount", "--bind", SHARE, root / "lab")
+
+
+def base_image(engine):
+    """`base:1`: a busybox, out of nothing."""
+    busybox = (CLIENT_ROOT / "bin/busybox").read_bytes()
+    try:
+        engine.inspect("base:1")
+    except RuntimeError:
+        engine.import_image("base:1", {"bin/busybox": busybox, "bin/sh": busybox}, ['CMD ["/bin/sh"]'])
+
+
+def up():
+    if os.geteuid():
+        sys.exit("lab: it takes root to mount and to start daemons")
+    SHARE.mkdir(parents=True, exist_ok=True)
+    for suite in SUITES:
+        make_root(suite)
+        mount_root(suite)
+    for daemon in DAEMONS:
+        daemon.start()
+    for engine in ENGINES.values():
+        base_image(engine)
+    status()
+
+
+def down():
+    for daemon in reversed(DAEMONS):
+        daemon.stop()
+    for suite in SUITES:
+        # Lazily: a daemon's last helpers may still hold a file for a moment.
+        while mounted(ROOTS / suite):
+            run("umount", "-R", "-l", ROOTS / suite)
+
+
+def clean():
+    down()
+    if any(mounted(ROOTS / suite) for suite in SUITES):
+        sys.exit("lab: something is still mounted, nothing was removed")
+    shutil.rmtree(LAB, ignore_errors=True)
+
+
+def status():
+    for daemon in DAEMONS:
+        print(f"lab: {daemon.name:16} {f'running, pid {daemon.pid()}' if daemon.pid() else 'stopped'}")
+
+
+if __name__ == "__main__":
+    commands = {"up": up, "down": down, "status": status, "clean": clean}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    commands[sys.argv[1]]()

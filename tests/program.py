@@ -1,0 +1,119 @@
+"""Runs the program under test as users do: as a process of its own."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+MODULE = Path(__file__).resolve().parent.parent / "k3d_registry_dockerd.py"
+
+
+class Answer:
+    """A whole HTTP response."""
+
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def code(self):
+        """The error code of the spec's JSON form."""
+        (error,) = self.json["errors"]
+        return error["code"]
+
+    @property
+    def detail(self):
+        (error,) = self.json["errors"]
+        return error["detail"]
+
+
+class Program:
+    """A running registry. Use it in a `with`; `log` holds the lines it wrote so far."""
+
+    def __init__(self, docker_host, *arguments, store=None, command=None, env=None):
+        self._stack = contextlib.ExitStack()
+        self.store = Path(store or self._stack.enter_context(tempfile.TemporaryDirectory()) + "/store")
+        self.log = []
+        self._changed = threading.Condition()
+        command = command or [sys.executable, str(MODULE)]
+        self.process = subprocess.Popen(
+            [*command, "-addr", "127.0.0.1:0", "-store", str(self.store), *arguments],
+            stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "DOCKER_HOST": docker_host, "PYTHONUNBUFFERED": "1", **(env or {})})
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        line = self.wait_for_line("listening on ")
+        self.port = int(re.search(r"listening on [^ ]*:(\d+) ", line)[1])
+        self.address = f"127.0.0.1:{self.port}"
+
+    def _read_log(self):
+        for line in self.process.stderr:
+            with self._changed:
+                self.log.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self.log.append("(the process ended)")
+            self._changed.notify_all()
+
+    def lines(self, text):
+        """The log lines that hold a text."""
+        with self._changed:
+            return [line for line in self.log if text in line]
+
+    def jobs(self, kind):
+        """The log lines about the start of a long job: "pull" or "export"."""
+        with self._changed:
+            return [line for line in self.log if re.search(rf" {kind}\b.*: started$", line)]
+
+    def wait_for_line(self, text, count=1):
+        """Wait until the text was logged `count` times, and return the last of these lines."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: len(self.lines(text)) >= count or "(the process ended)" in self.log, timeout=60)
+            lines = self.lines(text)
+            if not found or len(lines) < count:
+                raise AssertionError(f"{text!r} was logged {len(lines)} times:\n" + "\n".join(self.log))
+            return lines[-1]
+
+    def request(self, method, path, headers=None, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+
+    def get(self, path, **headers):
+        return self.request("GET", path, {k.replace("_", "-"): v for k, v in headers.items()})
+
+    def head(self, path, **headers):
+        return self.request("HEAD", path, {k.replace("_", "-"): v for k, v in headers.items()})
+
+    def peak_memory(self):
+        """The largest resident size so far, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+    def stop(self, how=signal.SIGTERM):
+        """Stop it and return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        status = self.process.wait(timeout=30)
+        self._reader.join(timeout=10)
+        self.process.stderr.close()
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+        self._stack.close()
