@@ -66,7 +66,7 @@ def run(*command, input=None, check=True, env=None, text=True):
                             env={**os.environ, **(env or {})})
     if check and result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with status {result.returncode}:\n"
-                           f"{result.stdout}\n{result.stderr}")
+                           f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
     return result
 
 
@@ -216,6 +216,17 @@ def tar_of(files, mode=0o755):
             member.size, member.mode = len(data), mode
             archive.addfile(member, io.BytesIO(data))
     return out.getvalue()
+
+
+def python_image(engine):
+    """`python:3-slim` out of the clients' root: an interpreter, its library, and what they are linked to."""
+    libraries = chroot("sh", "-c", "ldd /usr/bin/python3 $(ls /usr/lib/python3.*/lib-dynload/_*ssl*.so "
+                                   "/usr/lib/python3.*/lib-dynload/_hash*.so) | grep -o '/[^ :]*lib[^ :]*'")
+    paths = {path.lstrip("/") for path in libraries.stdout.split() if "dynload" not in path}
+    paths |= {"usr/bin/python3", *(f"usr/lib/{path.name}" for path in CLIENT_ROOT.glob("usr/lib/python3.*"))}
+    archive = run("tar", "-C", CLIENT_ROOT, "--dereference", "--exclude=__pycache__", "--exclude=sitecustomize.py",
+                  "-c", *sorted(paths), text=False).stdout
+    engine.docker("import", "-", "python:3-slim", input=archive, text=False)
 
 
 # --- registries to pull from -------------------------------------------------------------------
