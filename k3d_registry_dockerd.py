@@ -106,6 +106,9 @@ IDLE_CALLS = 8              # connections to the content service that are kept f
 
 API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
 
+# What comes of taking JSON from outside for what it should be.
+NONSENSE = (AttributeError, LookupError, TypeError, ValueError)
+
 log = logging.getLogger("k3d-registry-dockerd")
 
 
@@ -203,13 +206,13 @@ class Digest:
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Parse "sha256:..." or "sha512:..."; anything else is DIGEST_INVALID."""
+        """Parse "sha256:..." or "sha512:..."; anything else is a ValueError."""
         algorithm, _, encoded = text.partition(":")
         length = HEX_LENGTH.get(algorithm)
         if length is None and DIGEST.fullmatch(text):
-            raise RegistryError("DIGEST_INVALID", f"digest algorithm {algorithm!r} is not supported")
+            raise ValueError(f"digest algorithm {algorithm!r} is not supported")
         if length is None or not re.fullmatch(f"[0-9a-f]{{{length}}}", encoded):
-            raise RegistryError("DIGEST_INVALID", f"{text!r} is not a digest")
+            raise ValueError(f"{text!r} is not a digest")
         return cls(algorithm, encoded)
 
     @classmethod
@@ -239,17 +242,26 @@ class Reference:
 
     @classmethod
     def parse(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
-        """Validate the three parts as a request brings them.
+        """Validate the three parts as a request for a manifest brings them.
 
         Raises NAME_INVALID for a bad repository or namespace, DIGEST_INVALID for a bad digest, and
         MANIFEST_UNKNOWN for a bad tag: no manifest can have such a name.
         """
-        cls.check_repository(repository, namespace)
         if ":" in target:
-            return cls(repository, Digest.parse(target), namespace)
+            return cls.parse_digest(repository, target, namespace)
+        cls.check_repository(repository, namespace)
         if not TAG.fullmatch(target):
             raise RegistryError("MANIFEST_UNKNOWN", f"{target!r} is not a tag")
         return cls(repository, target, namespace)
+
+    @classmethod
+    def parse_digest(cls, repository: str, digest: str, namespace: str | None = None) -> Reference:
+        """Validate the parts of a request that has to name a digest; errors as in parse()."""
+        cls.check_repository(repository, namespace)
+        try:
+            return cls(repository, Digest.parse(digest), namespace)
+        except ValueError as e:
+            raise RegistryError("DIGEST_INVALID", str(e)) from None
 
     @staticmethod
     def check_repository(repository: str, namespace: str | None) -> None:
@@ -334,7 +346,7 @@ class ExportRecord:
             document = json.loads(path.read_bytes())
             content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
             return cls(Digest.parse(document["target"]), content)
-        except (AttributeError, KeyError, TypeError, RegistryError) as e:
+        except NONSENSE as e:
             raise ValueError(f"not a record of an export: {e}") from e
 
     def dump(self) -> bytes:
@@ -742,6 +754,8 @@ class Engine:
         """The status and the parsed JSON of a GET."""
         with self._request("GET", path) as response:
             data = response.read(JSON_LIMIT)
+            if response.length:  # read(limit) itself does not mind a body that is too short
+                raise http.client.IncompleteRead(data, response.length)
         try:
             return response.status, json.loads(data)
         except (ValueError, RecursionError):
@@ -752,6 +766,15 @@ class Engine:
     def _message(status: int, document: Any) -> str:
         message = document.get("message") if isinstance(document, dict) else None
         return message if isinstance(message, str) else f"status {status}"
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _sense(path: str) -> Iterator[None]:
+        """Turn what comes of an answer of another form than we know into ENGINE_FAILED."""
+        try:
+            yield
+        except NONSENSE as e:
+            raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} makes no sense: {e!r}") from e
 
     def _get_object(self, path: str, *required: str) -> dict[str, Any] | None:
         """The JSON object behind a path, or None when Docker says 404."""
@@ -780,14 +803,12 @@ class Engine:
     def _describe(self) -> EngineInfo:
         version = self._get_object("/version", "Version", "ApiVersion") or {}
         info = self._get_object("/info", "ID") or {}
-        try:
+        with self._sense("/version and /info"):
             api = tuple(int(part) for part in version["ApiVersion"].split("."))
             major, minor = min(api, API_VERSION)
             snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
             return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
                               Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise RegistryError("ENGINE_FAILED", f"Docker's description of itself makes no sense: {e!r}") from None
 
     def _path(self, path: str) -> str:
         """A path under the API version that both sides know."""
@@ -798,11 +819,13 @@ class Engine:
 
     def image(self, name: str) -> EngineImage | None:
         """Inspect an image by name or ID; None when Docker does not have it."""
-        document = self._get_object(self._path(f"/images/{name}/json"), "Id")
+        path = self._path(f"/images/{name}/json")
+        document = self._get_object(path, "Id")
         if document is None:
             return None
-        layers = (document.get("RootFS") or {}).get("Layers") or []
-        return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers))
+        with self._sense(path):
+            layers = (document.get("RootFS") or {}).get("Layers") or []
+            return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers))
 
     def images_of(self, repository: str) -> list[Digest]:
         """The IDs of all images that Docker has in a repository.
@@ -810,11 +833,12 @@ class Engine:
         The classic store compares with the short form of a name only: alpine, not docker.io/library/alpine.
         """
         names = [repository, repository.removeprefix("docker.io/"), repository.removeprefix("docker.io/library/")]
-        filters = urllib.parse.quote(json.dumps({"reference": names}))
-        status, document = self._get(self._path(f"/images/json?filters={filters}"))
+        path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"reference": names})))
+        status, document = self._get(path)
         if status != 200 or not isinstance(document, list):
             raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
-        return [Digest.parse(image["Id"]) for image in document]
+        with self._sense(path):
+            return [Digest.parse(image["Id"]) for image in document]
 
     def pull(self, reference: Reference, credentials: Credentials | None,
              tell: Callable[[Mapping[str, Any]], None]) -> None:
@@ -1588,7 +1612,7 @@ class Exporter:
                     unpacking.unpack(stream)
                     target = unpacking.target(image_id)
                     content = unpacking.closure(target)
-                except (tarfile.TarError, LookupError, TypeError, ValueError) as e:
+                except (tarfile.TarError, *NONSENSE) as e:
                     reason = stream.complaint() or str(e)
                     raise RegistryError("ENGINE_FAILED", f"Docker's export of {image_id} is not complete after "
                                                          f"{human_bytes(stream.count)}: {reason}") from e
@@ -2049,8 +2073,7 @@ class Endpoints:
 
     def _find_blob(self, request: Request) -> tuple[Blob, dict[str, str]]:
         repository, text = request.reference
-        Reference.check_repository(repository, request.namespace)
-        reference = Reference(repository, Digest.parse(text), request.namespace)
+        reference = Reference.parse_digest(repository, text, request.namespace)
         return self._registry.blob(reference), {
             "Content-Type": "application/octet-stream", "Docker-Content-Digest": text, "Accept-Ranges": "bytes"}
 
