@@ -1251,8 +1251,8 @@ class ContentService:
     """Docker's content store, read through Docker's own socket: nothing to mount, nothing to copy.
 
     The engine serves containerd's Content API (github.com/containerd/containerd,
-    api/services/content/v1/content.proto) next to BuildKit's. It exists only with the containerd image
-    store; `available` asks. Connections are taken from a pool of idle ones and go back to it after a
+    api/services/content/v1/content.proto) next to BuildKit's. It is of use only with the containerd image
+    store; `problem` tries it out. Connections are taken from a pool of idle ones and go back to it after a
     call that came to its end.
     """
 
@@ -1264,17 +1264,14 @@ class ContentService:
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[Http2Connection] = []
 
-    def available(self) -> bool:
-        """Whether this engine has the service. UNAVAILABLE when the engine can't be reached."""
+    def problem(self) -> str | None:
+        """Why this engine's service can't be used, or None when it can."""
         self.close()
         try:
             self.find(Digest.of(b""))
         except RegistryError as e:
-            if e.code == "UNAVAILABLE":
-                raise
-            log.warning("content service: %s", e.detail)
-            return False
-        return True
+            return e.detail
+        return None
 
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
@@ -1706,11 +1703,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where an engine's content is read from, in the order of asking. exports: or copied out of first."""
+    """Where an engine's content is read from, in the order of asking. exports: or copied out of first.
+
+    problem says why it is exported by an engine from which it should be read.
+    """
 
     info: EngineInfo
     providers: tuple[Provider, ...]
-    exports: bool
+    exports: bool = False
+    problem: str | None = None
 
     def __str__(self) -> str:
         return ", ".join([provider.name for provider in self.providers] + ["export"] * self.exports)
@@ -1736,18 +1737,15 @@ class Registry:
         """Where content comes from, for the engine as it is now; logged whenever that changes."""
         info = self.engine.info()
         known = self._sources
-        if known and (info is known.info or (info == known.info and not self._degraded(known))):
+        if known and (info is known.info or (info == known.info and not known.problem)):
             return known
         sources = self._find_sources(info)
-        if str(sources) != str(known) or info != (known and known.info):
+        if not known or (info, str(sources), sources.problem) != (known.info, str(known), known.problem):
             log.info("%s; content from: %s", info, sources)
+            if sources.problem:
+                log.warning("images are exported one by one: Docker's content can't be read: %s", sources.problem)
         self._sources = sources
         return sources
-
-    @staticmethod
-    def _degraded(sources: Sources) -> bool:
-        """Whether the export stands in for something better, which may be back by now."""
-        return sources.exports and sources.info.store == "containerd"
 
     def _find_sources(self, info: EngineInfo) -> Sources:
         if info.store != "containerd":
@@ -1756,11 +1754,12 @@ class Registry:
         folder = content_folder(info.root)
         if folder:
             providers.append(FolderProvider(f"content directory {folder}", lambda d: folder / d.algorithm / d.hex))
-        if self._service.available():
+        problem = self._service.problem()
+        if problem is None:
             providers.append(self._service)
         if len(providers) == 1:
-            log.warning("this engine does not let its content be read: images are exported one by one instead")
-        return Sources(info, tuple(providers), exports=len(providers) == 1)
+            return Sources(info, tuple(providers), exports=True, problem=problem)
+        return Sources(info, tuple(providers))
 
     # ---- content(digest) -> bytes
 

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import json
-import socket
 import socketserver
 import struct
 import tarfile
