@@ -1908,6 +1908,8 @@ class Registry:
             raise self._pull_error(e, reference, credentials) from None
 
     def _run_pull(self, reference: Reference, credentials: Credentials | None) -> None:
+        if self.engine.image(str(reference)):
+            return  # pulled by a flight that landed after the caller had looked
         lines = ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else ""))
         progress = PullProgress(lines.started)
 
@@ -1944,6 +1946,9 @@ class Registry:
         return target or self._flights.join(("export", image.id), lambda: self._run_export(image))
 
     def _run_export(self, image: EngineImage) -> Digest:
+        done = self.store.exported(image.id)
+        if done:  # by a flight that landed after the caller had looked
+            return done
         lines = ProgressLog(f"export {image.id}, about {human_bytes(image.size)}")
 
         def tell(count: int) -> None:
