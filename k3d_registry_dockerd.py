@@ -2454,16 +2454,11 @@ def check(address: Address) -> int:
 
 def serve(settings: Settings) -> int:
     """Run the registry until SIGTERM or SIGINT, and return the exit status."""
-    stop: list[str] = []
-    stopped = threading.Event()
-
-    def on_signal(number: int, _: Any) -> None:
-        stop.append(signal.Signals(number).name)
-        stopped.set()
-
-    # Without handlers of its own a process with PID 1 would not get these signals at all.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    # Blocked in every thread, the signals wait until sigwait takes them. A handler would run in this thread
+    # only when it wakes up, which a signal that another thread got does not bring about; and without a
+    # handler a process with PID 1 does not get signals that are not blocked.
+    endings = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     registry = Registry(Engine(settings.engine), Store(settings.store))
     try:
         server = Server(settings.address, registry)
@@ -2472,8 +2467,7 @@ def serve(settings: Settings) -> int:
         return 1
     threading.Thread(target=server.serve_forever, daemon=True).start()
     introduce(settings, registry, server)
-    stopped.wait()
-    log.info("ending on %s", stop[0])
+    log.info("ending on %s", signal.Signals(signal.sigwait(endings)).name)
     server.shutdown()
     server.server_close()
     server.finish_requests(STOP_GRACE)
