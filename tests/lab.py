@@ -113,6 +113,7 @@ class Daemon:
             process = subprocess.Popen(["chroot", str(self.root), *self.command()], stdin=subprocess.DEVNULL,
                                        stdout=log, stderr=log, start_new_session=True)
         self.pidfile.write_text(str(process.pid))
+        process.returncode = 0  # it is meant to outlive this process: no warning about that
         try:
             wait_for(self.name, self.answers)
         except RuntimeError as e:
