@@ -1,0 +1,198 @@
+"""The program as a process: arguments, environment, signals, and a Docker that is not there."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+import zipapp
+from pathlib import Path
+
+from fake_daemon import FakeDaemon, Image
+from program import MODULE, Program
+
+sys.path.insert(0, str(MODULE.parent))
+from k3d_registry_dockerd import Address, EngineHost
+
+OURS = ("REGISTRY_", "DOCKER_")
+
+
+def run(*arguments, command=(sys.executable, str(MODULE)), **environment):
+    """Run it to its end, with nothing in the environment but what is given."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60,
+                          env={**clean, **environment})
+
+
+class CommandCase(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def program(self, docker_host, *arguments, **options):
+        program = Program(docker_host, *arguments, **options)
+        self.addCleanup(program.__exit__)
+        return program
+
+
+class TestNonsense(CommandCase):
+    def test_one_clear_line_and_status_2(self):
+        file = self.folder / "file"
+        file.touch()
+        for arguments, environment, expected in (
+                (["-addr", "nonsense"], {}, "'nonsense' is not an address"),
+                (["-addr", "host:99999"], {}, "'host:99999' is not an address"),
+                (["-addr", "[::zz]:1"], {}, "[::zz]:1"),
+                ([], {"REGISTRY_HTTP_ADDR": "5000"}, "from REGISTRY_HTTP_ADDR"),
+                ([], {"DOCKER_HOST": "ssh://host"}, "DOCKER_HOST='ssh://host' is not supported"),
+                ([], {"DOCKER_HOST": "tcp://host:port"}, "DOCKER_HOST"),
+                ([], {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(self.folder)},
+                 "DOCKER_CERT_PATH"),
+                (["-store", str(file)], {}, "is not one"),
+                (["-store", str(file / "below")], {}, "is not one"),
+                ([], {"REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(file)}, "is not one"),
+                (["-frobnicate"], {}, "unrecognized arguments: -frobnicate"),
+                (["extra"], {}, "unrecognized arguments: extra"),
+                (["-addr"], {}, "expected one argument"),
+                ([], {"REGISTRY_PROXY_REMOTEURL": "not a url"}, "REGISTRY_PROXY_REMOTEURL"),
+                ([], {"REGISTRY_STORAGE_DELETE_ENABLED": "perhaps"}, "REGISTRY_STORAGE_DELETE_ENABLED='perhaps'")):
+            with self.subTest(arguments=arguments, environment=environment):
+                result = run(*arguments, **environment)
+                self.assertEqual((2, ""), (result.returncode, result.stdout))
+                self.assertIn(expected, result.stderr)
+                self.assertEqual(1, result.stderr.count("\n"), result.stderr)
+
+    def test_an_address_in_use(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = "127.0.0.1:{}".format(taken.getsockname()[1])  # noqa: UP032
+            result = run("-addr", address, "-store", str(self.folder / "store"))
+        self.assertEqual(1, result.returncode)
+        self.assertIn(f"cannot listen on {address} (from -addr): Address already in use", result.stderr)
+        self.assertEqual(1, result.stderr.count("\n"), result.stderr)
+
+    def test_version_and_help(self):
+        for flag, expected in (("-version", "k3d-registry-dockerd "), ("--version", "k3d-registry-dockerd "),
+                               ("-h", "REGISTRY_HTTP_ADDR"), ("--help", "DOCKER_HOST")):
+            with self.subTest(flag):
+                result = run(flag)
+                self.assertEqual((0, ""), (result.returncode, result.stderr))
+                self.assertIn(expected, " ".join(result.stdout.split()))
+
+    def test_as_a_zipapp(self):
+        (self.folder / "app").mkdir()
+        (self.folder / "app" / "__main__.py").write_bytes(MODULE.read_bytes())
+        archive = self.folder / "app.pyz"
+        zipapp.create_archive(self.folder / "app", archive)
+        self.assertEqual(2, run("-addr", "x", command=(sys.executable, str(archive))).returncode)
+        program = self.program("unix:///nowhere", command=[sys.executable, str(archive)])
+        self.assertEqual(200, program.get("/v2/").status)
+        self.assertEqual(0, program.stop())
+
+
+class TestRunning(CommandCase):
+    def test_precedence(self):
+        program = self.program("unix:///nowhere", env={"REGISTRY_HTTP_ADDR": "127.0.0.1:1",
+                                                       "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": "/nowhere"})
+        self.assertIn("(from -addr, REGISTRY_HTTP_ADDR=127.0.0.1:1 is ignored)", program.lines("listening on")[0])
+        self.assertIn("(from -store, REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY=/nowhere is ignored)",
+                      program.lines("store: ")[0])
+
+    def test_the_variables_of_k3d(self):
+        program = self.program("unix:///nowhere", env={
+            "REGISTRY_PROXY_REMOTEURL": "https://registry.example", "REGISTRY_PROXY_USERNAME": "joe",
+            "REGISTRY_PROXY_PASSWORD": "hunter2", "REGISTRY_STORAGE_DELETE_ENABLED": "true"})
+        self.assertTrue(program.lines("REGISTRY_PROXY_REMOTEURL names one registry"))
+        self.assertTrue(program.lines("REGISTRY_PROXY_USERNAME and _PASSWORD are not used"))
+        self.assertEqual([], program.lines("hunter2"))
+        program = self.program("unix:///nowhere", env={"REGISTRY_PROXY_REMOTEURL": "*"})
+        self.assertEqual([], program.lines("REMOTEURL"))
+
+    def test_it_ends_in_good_order(self):
+        for how in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(how.name):
+                program = self.program("unix:///nowhere")
+                self.assertEqual(0, program.stop(how))
+                self.assertTrue(program.lines(f"ending on {how.name}"))
+
+    def test_addresses(self):
+        for address, client in (("127.0.0.1:0", "127.0.0.1"), (":0", "127.0.0.1"), ("localhost:0", "127.0.0.1"),
+                                ("[::1]:0", "::1"), (":0", "::1")):
+            with self.subTest(address):
+                if ":" in client and not socket.has_ipv6:
+                    self.skipTest("no IPv6 here")
+                program = self.program("unix:///nowhere", "--addr", address)
+                with socket.create_connection((client, program.port)) as connection:
+                    connection.sendall(b"GET /v2/ HTTP/1.0\r\n\r\n")
+                    self.assertTrue(connection.makefile("rb").readline().startswith(b"HTTP/1.1 200"))
+
+    def test_the_check(self):
+        program = self.program("unix:///nowhere")
+        for address, status, output in ((program.address, 0, "well\n"),
+                                        ("127.0.0.1:1", 1, "nothing answers on 127.0.0.1:1")):
+            with self.subTest(address):
+                result = run("-check", "-addr", address)
+                self.assertEqual(status, result.returncode)
+                self.assertTrue(result.stdout.startswith(output), result.stdout)
+
+    def test_without_docker(self):
+        """It runs, says why, and serves when Docker answers."""
+        path = self.folder / "docker.sock"
+        program = self.program(f"unix://{path}")
+        pull = "/v2/library/app/manifests/1?ns=docker.io"
+        self.assert_unavailable(program, pull, f"there is no socket at {path}", "mount it with -v")
+        self.assertEqual(200, program.get("/v2/").status)
+        with socket.socket(socket.AF_UNIX) as nobody:
+            nobody.bind(str(path))
+        self.assert_unavailable(program, pull, "connection refused")
+        path.unlink()
+        with FakeDaemon() as daemon:
+            image = daemon.add("app:1", Image())
+            path.symlink_to(daemon.path)
+            answer = program.get(pull)
+            self.assertEqual((200, image.manifest), (answer.status, answer.body))
+        self.assert_unavailable(program, pull, "Docker cannot be reached")
+
+    @unittest.skipUnless(os.geteuid(), "root may do everything")
+    def test_permission_denied(self):
+        with FakeDaemon() as daemon:
+            os.chmod(daemon.path, 0)
+            self.assert_unavailable(self.program(daemon.host), "/v2/a/manifests/1", "permission denied")
+
+    def assert_unavailable(self, program, path, *reasons):
+        answer = program.get(path)
+        self.assertEqual((503, "UNAVAILABLE"), (answer.status, answer.code))
+        for reason in reasons:
+            self.assertIn(reason, answer.detail)
+            program.wait_for_line(reason)
+
+
+class TestParsing(unittest.TestCase):
+    def test_addresses(self):
+        for text, host, port in ((":5000", "", 5000), ("127.0.0.1:0", "127.0.0.1", 0), ("[::1]:80", "::1", 80),
+                                 ("host.example:65535", "host.example", 65535)):
+            with self.subTest(text):
+                self.assertEqual(Address(host, port), Address.parse(text))
+                self.assertEqual(text, str(Address.parse(text)))
+        for text in ("", ":", "5000", "host", "host:", "host:65536", "::1:5000", "[::1]", "a b:1", "http://x:1", ":-1"):
+            with self.subTest(text), self.assertRaises(ValueError):
+                Address.parse(text)
+
+    def test_docker_host(self):
+        default = EngineHost(path="/var/run/docker.sock")
+        for text, expected in (("", default), ("unix://", default), ("unix:///x/y.sock", EngineHost(path="/x/y.sock")),
+                               ("tcp://h:1", EngineHost(host="h", port=1)), ("tcp://h", EngineHost(host="h", port=2375)),
+                               ("tcp://[::1]:1/", EngineHost(host="::1", port=1)),
+                               ("tcp://", EngineHost(host="127.0.0.1", port=2375))):
+            with self.subTest(text):
+                self.assertEqual(expected, EngineHost.from_environment({"DOCKER_HOST": text}))
+        self.assertEqual(default, EngineHost.from_environment({}))
+        for text in ("/var/run/docker.sock", "npipe://x", "fd://", "tcp://h:1/path", "tcp://u:p@h:1", "tcp://h:x"):
+            with self.subTest(text), self.assertRaises(ValueError):
+                EngineHost.from_environment({"DOCKER_HOST": text})
+
+
+if __name__ == "__main__":
+    unittest.main()
