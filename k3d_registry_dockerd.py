@@ -1319,7 +1319,7 @@ class ContentService:
         """One call, on an idle connection if there is one. A generator: closing it gives up the call."""
         connection, fresh = self._take()
         try:
-            with self._errors(method):
+            with self._errors(f"calling {method}"):
                 try:
                     answer = connection.call(self.PREFIX + method, message)
                     first = next(answer, None)

@@ -158,7 +158,7 @@ class TestRunning(CommandCase):
     @unittest.skipUnless(os.geteuid(), "root may do everything")
     def test_permission_denied(self):
         with FakeDaemon() as daemon:
-            os.chmod(daemon.path, 0)
+            Path(daemon.path).chmod(0)
             self.assert_unavailable(self.program(daemon.host), "/v2/a/manifests/1", "permission denied")
 
     def assert_unavailable(self, program, path, *reasons):
@@ -182,8 +182,10 @@ class TestParsing(unittest.TestCase):
 
     def test_docker_host(self):
         default = EngineHost(path="/var/run/docker.sock")
-        for text, expected in (("", default), ("unix://", default), ("unix:///x/y.sock", EngineHost(path="/x/y.sock")),
-                               ("tcp://h:1", EngineHost(host="h", port=1)), ("tcp://h", EngineHost(host="h", port=2375)),
+        for text, expected in (("", default), ("unix://", default),
+                               ("unix:///x/y.sock", EngineHost(path="/x/y.sock")),
+                               ("tcp://h:1", EngineHost(host="h", port=1)),
+                               ("tcp://h", EngineHost(host="h", port=2375)),
                                ("tcp://[::1]:1/", EngineHost(host="::1", port=1)),
                                ("tcp://", EngineHost(host="127.0.0.1", port=2375))):
             with self.subTest(text):

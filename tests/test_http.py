@@ -1,0 +1,220 @@
+"""Section 8: what the server says to requests of every kind, good and bad."""
+
+import base64
+import json
+import socket
+import sys
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+from fake_daemon import FakeDaemon, Image, sha256
+from program import MODULE, Program
+
+sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
+
+A, B = "sha256:" + "a" * 64, "sha512:" + "b" * 128
+
+
+class HttpCase(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = FakeDaemon()
+        cls.daemon.__enter__()
+        cls.addClassCleanup(cls.daemon.__exit__)
+        cls.image = cls.daemon.add("app:1", Image())
+        cls.program = Program(cls.daemon.host)
+        cls.addClassCleanup(cls.program.__exit__)
+        cls.manifest = "/v2/library/app/manifests/1?ns=docker.io"
+        cls.layer = f"/v2/library/app/blobs/{sha256(cls.image.layer)}?ns=docker.io"
+
+    def tearDown(self):
+        self.assertEqual([], self.program.lines("a bug in this program"))
+
+    def raw(self, data, keep_sending=b""):
+        """All that the server answers to some bytes until it closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.program.port), timeout=30) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.makefile("rb").read()
+
+    def assert_error(self, answer, status, code):
+        self.assertEqual((status, code), (answer.status, answer.code), answer.body)
+        self.assertEqual("application/json", answer.headers["Content-Type"])
+        self.assertEqual(str(len(answer.body)), answer.headers["Content-Length"])
+        self.assertEqual({"code", "message", "detail"}, set(answer.json["errors"][0]))
+
+
+class TestRoutes(HttpCase):
+    def test_good_ones(self):
+        for path, content_type in (("/", "text/plain; charset=utf-8"), ("/v2", "application/json"),
+                                   ("/v2/", "application/json"), (self.manifest, module.OCI_MANIFEST),
+                                   (self.layer, "application/octet-stream")):
+            with self.subTest(path):
+                get, head = self.program.get(path), self.program.head(path)
+                self.assertEqual((200, content_type), (get.status, get.headers["Content-Type"]))
+                self.assertEqual("registry/2.0", get.headers["Docker-Distribution-API-Version"])
+                self.assertEqual(b"", head.body)
+                for header in ("Content-Type", "Content-Length", "Docker-Content-Digest", "OCI-Namespace"):
+                    self.assertEqual(get.headers[header], head.headers[header], header)
+
+    def test_bad_ones(self):
+        long_name = "a/" * 130 + "a"
+        for path, status, code in (
+                ("/x", 404, "NOT_FOUND"), ("/v1/", 404, "NOT_FOUND"), ("/v2/app", 404, "NOT_FOUND"),
+                ("/v2/app/manifests/", 404, "NOT_FOUND"),
+                ("/v2/App/manifests/1", 400, "NAME_INVALID"), ("/v2/a//b/manifests/1", 400, "NAME_INVALID"),
+                ("/v2/../../etc/manifests/1", 400, "NAME_INVALID"), ("/v2/a%2f..%2fb/manifests/1", 400, "NAME_INVALID"),
+                ("/v2/a%00/manifests/1", 400, "NAME_INVALID"), ("/v2/a%0a/manifests/1", 400, "NAME_INVALID"),
+                ("/v2/caf%C3%A9/manifests/1", 400, "NAME_INVALID"),
+                (f"/v2/{long_name}/manifests/1", 400, "NAME_INVALID"),
+                ("/v2/app/manifests/1?ns=docker", 400, "NAME_INVALID"),
+                ("/v2/app/manifests/1?ns=a/b.c", 400, "NAME_INVALID"),
+                ("/v2/app/manifests/1?ns=x.y%0d%0aX:1", 400, "NAME_INVALID"),
+                ("/v2/app/manifests/.1", 404, "MANIFEST_UNKNOWN"),
+                ("/v2/app/manifests/" + "a" * 129, 404, "MANIFEST_UNKNOWN"),
+                ("/v2/app/manifests/sha256:1", 400, "DIGEST_INVALID"),
+                ("/v2/app/manifests/md5:" + "a" * 32, 400, "DIGEST_INVALID"),
+                ("/v2/app/blobs/1", 400, "DIGEST_INVALID"), ("/v2/app/blobs/sha256:..%2f..%2fx", 404, "NOT_FOUND"),
+                ("/v2/app/blobs/" + A.upper(), 400, "DIGEST_INVALID"),
+                (f"/v2/app/blobs/{A}", 404, "BLOB_UNKNOWN"), (f"/v2/app/blobs/{B}", 404, "BLOB_UNKNOWN"),
+                (f"/v2/app/blobs/{self.image.digest}", 404, "BLOB_UNKNOWN"),
+                (f"/v2/app/manifests/{A}", 404, "MANIFEST_UNKNOWN"),
+                (f"/v2/library/app/manifests/{sha256(self.image.config)}", 404, "MANIFEST_UNKNOWN"),
+                ("/v2/nope/manifests/1", 404, "MANIFEST_UNKNOWN")):
+            with self.subTest(path):
+                self.assert_error(self.program.get(path), status, code)
+                self.assertEqual((status, b""), ((head := self.program.head(path)).status, head.body))
+
+    def test_methods(self):
+        for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
+            with self.subTest(method):
+                answer = self.program.request(method, self.manifest, body=b"{}")
+                self.assert_error(answer, 405, "UNSUPPORTED")
+                self.assertEqual("GET, HEAD", answer.headers["Allow"])
+
+    def test_ranges(self):
+        size = len(self.image.layer)
+        for header, status, start, end in (
+                ("bytes=0-0", 206, 0, 1), ("bytes=5-", 206, 5, size), ("bytes=-5", 206, size - 5, size),
+                (f"bytes={size - 1}-", 206, size - 1, size), (f"bytes=0-{10**30}", 206, 0, size),
+                ("bytes=-0", 416, 0, 0), (f"bytes={size}-", 416, 0, 0), ("bytes=5-1", 200, 0, size),
+                ("bytes=a-b", 200, 0, size), ("bytes=0-1,3-4", 200, 0, size), ("octets=0-1", 200, 0, size)):
+            with self.subTest(header):
+                answer = self.program.get(self.layer, Range=header)
+                self.assertEqual(status, answer.status)
+                if status == 416:
+                    self.assert_error(answer, 416, "RANGE_INVALID")
+                    self.assertEqual(f"bytes */{size}", answer.headers["Content-Range"])
+                else:
+                    self.assertEqual(self.image.layer[start:end], answer.body)
+        self.assertEqual(200, self.program.get(self.layer, Range="bytes=0-0", If_Range='"x"').status)
+
+    def test_no_content_encoding(self):
+        answer = self.program.get(self.layer, Accept_Encoding="zstd,gzip")
+        self.assertEqual((None, self.image.layer), (answer.headers["Content-Encoding"], answer.body))
+
+
+class TestCredentials(HttpCase):
+    def basic(self, text):
+        return "Basic " + base64.b64encode(text.encode()).decode()
+
+    def test_where_they_go(self):
+        path = "/v2/team/app/manifests/1?ns=registry.example:5000"
+        self.daemon.heads.clear()
+        answer = self.program.get(path, Authorization=self.basic("joe:hunter2:x"))
+        self.assert_error(answer, 404, "MANIFEST_UNKNOWN")
+        with_auth = [head for head in self.daemon.heads if "x-registry-auth" in head.lower()]
+        self.assertEqual(1, len(with_auth))
+        self.assertIn("POST /v1.51/images/create?fromImage=registry.example%3A5000%2Fteam%2Fapp&tag=1", with_auth[0])
+        value = next(line.split(": ")[1] for line in with_auth[0].splitlines() if line.lower().startswith("x-registry"))
+        self.assertEqual({"username": "joe", "password": "hunter2:x", "serveraddress": "registry.example:5000"},
+                         json.loads(base64.urlsafe_b64decode(value)))
+        self.assertEqual([], [line for line in self.program.log if "hunter2" in line or value in line])
+
+    def test_challenges(self):
+        path = "/v2/team/none/manifests/1?ns=registry.example"
+        for header, status, challenge in (
+                (None, 401, 'Basic realm="registry.example"'), ("Bearer abc", 401, 'Basic realm="registry.example"'),
+                (self.basic("a:b"), 404, None), (self.basic("a:"), 404, None), (self.basic("nocolon"), 400, None),
+                ("Basic ???", 400, None), ("Basic", 400, None), ("basic " + self.basic("a:b")[6:], 404, None)):
+            with self.subTest(header):
+                answer = self.program.get(path, **({"Authorization": header} if header else {}))
+                self.assertEqual((status, challenge), (answer.status, answer.headers["WWW-Authenticate"]), answer.body)
+
+
+class TestConnections(HttpCase):
+    def test_keep_alive_and_pipelining(self):
+        one = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+        self.assertEqual(3, self.raw(one * 3).count(b"HTTP/1.1 200"))
+
+    def test_a_body_is_not_the_next_request(self):
+        inner = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+        after = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        chunked_body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner)
+        for what, headers, body, answers in (
+                ("small", b"Content-Length: %d\r\n" % len(inner), inner, 2),
+                ("large", b"Content-Length: 1000000\r\n", inner, 1),
+                ("chunked", b"Transfer-Encoding: chunked\r\n", chunked_body, 1),
+                ("odd length", b"Content-Length: -1\r\n", inner, 1)):
+            with self.subTest(what):
+                answer = self.raw(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n" + body + after)
+                self.assertEqual(answers, answer.count(b"HTTP/1.1 "), answer)
+                self.assertEqual([], self.program.lines("/smuggled"))
+
+    def test_garbage(self):
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\n"
+        for what, data, status in (
+                ("TLS", hello, b"400"), ("words", b"hello there\r\n\r\n", b"400"),
+                ("an odd method", b"BREW / HTTP/1.1\r\n\r\n", b"501"),
+                ("a long target", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"414"),
+                ("a long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", b"431"),
+                ("many headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"431"),
+                ("HTTP/2", b"GET / HTTP/2.0\r\n\r\n", b"505"),
+                ("a bad target", b"GET http://[x HTTP/1.1\r\nHost: x\r\n\r\n", b"400")):
+            with self.subTest(what):
+                answer = self.raw(data)
+                self.assertTrue(answer.startswith(b"HTTP/1.1 " + status), answer[:100])
+                self.assertIn("errors", json.loads(answer.split(b"\r\n\r\n", 1)[1]))
+        self.assertEqual([], [line for line in self.program.lines("\\x16\\x03") if "DEBUG" not in line])
+
+    def test_the_log_stays_whole(self):
+        """Control characters of a client do not make lines of their own."""
+        self.raw(b"GET /v2/\x1b[31m\x85%0aINFO HTTP/1.1\r\nHost: x\r\n\r\n")
+        line = self.program.wait_for_line("[31m")
+        self.assertNotIn("\x1b", line)
+        self.assertNotIn("\x85", line)
+
+    def test_a_line_for_each_request(self):
+        self.program.get(self.layer)
+        self.assertRegex(self.program.wait_for_line(f"GET {self.layer} 200"),
+                         r"INFO .* 200 10\.2 kB [\d.]+ m?s 127\.0\.0\.1$")
+        self.program.get("/v2/app/blobs/1")
+        self.assertRegex(self.program.wait_for_line("GET /v2/app/blobs/1 400"), "WARNING.* - DIGEST_INVALID: ")
+
+    def test_http_1_0(self):
+        answer = self.raw(b"GET /v2/ HTTP/1.0\r\n\r\n")
+        self.assertIn(b"\r\nConnection: close\r\n", answer)
+        self.assertTrue(answer.endswith(b"\r\n\r\n{}"))
+
+    def test_many_at_once(self):
+        with ThreadPoolExecutor(100) as pool:
+            bodies = list(pool.map(lambda _: self.program.get(self.layer).body, range(200)))
+        self.assertEqual({self.image.layer}, set(bodies))
+
+    def test_a_client_that_hangs_up(self):
+        """One line in the log, no traceback."""
+        big = bytes(12_000_000)
+        self.daemon.content[sha256(big)] = big
+        path = f"/v2/app/blobs/{sha256(big)}"
+        with socket.create_connection(("127.0.0.1", self.program.port)) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.recv(1000)
+        line = self.program.wait_for_line(f"GET {path} 200")
+        self.assertIn("the client went away", line)
+        self.assertEqual([], self.program.lines("Traceback"))
+        self.assertEqual(200, self.program.get(self.manifest).status)
+
+
+if __name__ == "__main__":
+    unittest.main()
