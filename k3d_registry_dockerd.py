@@ -107,7 +107,7 @@ IDLE_CALLS = 8              # connections to the content service that are kept f
 API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
 
 # What comes of taking JSON from outside for what it should be.
-NONSENSE = (AttributeError, LookupError, TypeError, ValueError)
+NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 log = logging.getLogger("k3d-registry-dockerd")
 
@@ -670,7 +670,7 @@ PULL_FAILURES = (
     ("TOOMANYREQUESTS", ("toomanyrequests", "too many requests", "rate limit")),
     ("DENIED", ("pull access denied", "unauthorized", "authentication required", "authorization failed",
                 "no basic auth credentials", "access denied", "access to the resource is denied",
-                "insufficient_scope", "403 forbidden", "access forbidden")),
+                "insufficient_scope", "403 forbidden", "access forbidden", ": denied")),
     ("ORIGIN_UNAVAILABLE", ("dial tcp", "connection refused", "connection reset", "no such host", "timeout",
                             "deadline exceeded", "x509:", "tls:", "server gave http response", "eof",
                             "failed to do request", "network is unreachable", "500 internal server error",
@@ -685,14 +685,16 @@ PULL_FAILURES = (
 def pull_failure(message: str, status: int, name: str) -> str:
     """The code of ERRORS for Docker's message about a failed pull of the repository `name`.
 
-    status is the HTTP status it came with, 200 when it came in the middle of the progress. The name is
-    left out of account: anybody may call a repository "unauthorized".
+    status is the HTTP status it came with, 200 when it came in the middle of the progress. The name and
+    the tag are left out of account, in all the forms in which Docker prints them: anybody may call a
+    repository "unauthorized".
     """
     if status == 429:
         return "TOOMANYREQUESTS"
-    text = message.lower()
-    for part in (name.lower(), name.split("/", 1)[-1].lower()):
-        text = text.replace(part, "")
+    host, _, path = name.lower().partition("/")
+    names = "|".join(re.escape(form) for form in (name.lower(), path, path.removeprefix("library/")) if form)
+    text = re.sub(rf"""(?<![\w.-])(?:{names})(?:[:@][\w.:+-]+|/manifests/[^\s"]+|(?=[,"'/]))""", "", message.lower())
+    text = text.replace(host, "") if path else text
     return next(code for code, phrases in PULL_FAILURES if any(phrase in text for phrase in phrases))
 
 
@@ -854,12 +856,18 @@ class Engine:
             headers["X-Registry-Auth"] = credentials.for_docker(reference.namespace or "docker.io")
         with self._request("POST", self._path(f"/images/create?{query}"), headers, timeout=PULL_TIMEOUT) as response:
             for message in self._messages(response):
-                error = message.get("error") or (response.status >= 300 and self._message(response.status, message))
+                error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
                 if error:
                     raise PullFailed(pull_failure(str(error), response.status, repository), str(error))
                 tell(message)
             if response.status >= 300:
                 raise PullFailed(pull_failure("", response.status, repository), f"status {response.status}")
+
+    @staticmethod
+    def _error(message: Mapping[str, Any]) -> Any:
+        """The error in a message about the progress of a pull, if it is one."""
+        detail = message.get("errorDetail")
+        return message.get("error") or (isinstance(detail, dict) and detail.get("message"))
 
     @staticmethod
     def _messages(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -54,6 +54,9 @@ class TestPullFailure(unittest.TestCase):
                         "http://H/v2/team/app/manifests/1: 401 Unauthorized"),
         ("DENIED", 500, 'failed to resolve reference "X": unexpected status from HEAD request to '
                         "http://H/v2/team/app/manifests/1: 403 Forbidden"),
+        # what ghcr.io says to strangers and to those whose token has expired
+        ("DENIED", 500, 'Head "https://H/v2/team/app/manifests/1": denied'),
+        ("DENIED", 500, 'Head "https://H/v2/team/app/manifests/1": denied: denied'),
         # rate limit: classic with either status, containerd
         ("TOOMANYREQUESTS", 500, "toomanyrequests: You have reached your pull rate limit. You may increase the "
                                  "limit by authenticating and upgrading"),
@@ -83,6 +86,7 @@ class TestPullFailure(unittest.TestCase):
         ("NAME_INVALID", 400, "invalid reference format: repository name (team/App) must be lowercase"),
         # anything else
         ("ENGINE_FAILED", 500, "write /var/lib/docker/tmp/GetImageBlob1: no space left on device"),
+        ("ENGINE_FAILED", 500, "open /var/lib/docker/tmp/GetImageBlob1: permission denied"),
         ("ENGINE_FAILED", 200, ""),
     )
 
