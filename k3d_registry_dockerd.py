@@ -1228,7 +1228,8 @@ def encode_fields(*fields: tuple[int, int | str]) -> bytes:
         if isinstance(value, int):
             out += encode_varint(number << 3) + encode_varint(value)
         else:
-            out += encode_varint(number << 3 | 2) + encode_varint(len(value)) + value.encode()
+            data = value.encode()
+            out += encode_varint(number << 3 | 2) + encode_varint(len(data)) + data
     return out
 
 
