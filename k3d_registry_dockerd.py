@@ -48,6 +48,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import http.client
 import ipaddress
@@ -68,7 +69,9 @@ import time
 import urllib.parse
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -88,9 +91,12 @@ DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 KIB, MIB = 1024, 1024 * 1024
 
 MANIFEST_LIMIT = 4 * MIB    # bytes of a manifest; the distribution spec asks for at least 4 MiB
+TAG_LIMIT = 100             # tags that one push of a manifest may set; the spec's development version asks for 10
 JSON_LIMIT = 64 * MIB       # bytes of one answer of the engine (a list of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
-BODY_LIMIT = 64 * KIB       # bytes of an unwanted request body that are worth reading to keep a connection
+BODY_LIMIT = 16 * MIB       # bytes of an unwanted request body that are read, so that the client sees the answer
+CHUNK_LINE = 4 * KIB        # bytes of a line of the chunked coding: a chunk's size with its extensions, a trailer
+TRAILER_LIMIT = 100         # lines of trailers behind a chunked body
 
 ENGINE_TIMEOUT = 15         # seconds Docker may take to begin an answer; nodes give up after 30
 PULL_TIMEOUT = 300          # seconds without a sign of life from a pull or an export
@@ -99,7 +105,9 @@ STALL_TIMEOUT = 300         # seconds a client may take no byte of a body; the k
 ENGINE_FRESH = 10           # seconds for which the engine's description is believed
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that requests under way get to finish at the end
-EVICTION_AGE = 3600         # seconds an export stays after its last use, when Docker lost the image
+EVICTION_AGE = 3600         # seconds that content nothing refers to stays after its last use
+UPLOAD_AGE = 24 * 3600      # seconds an upload stays after its last byte
+TIDY_INTERVAL = 3600        # seconds between two looks for what can be freed
 
 LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at once
 IDLE_CALLS = 8              # connections to the content service that are kept for reuse
@@ -141,25 +149,32 @@ def printable(text: str) -> str:
 # Code -> HTTP status and message. The first group is the table of OCI Distribution Spec v1.1, "Error
 # Codes"; the second is what a registry in front of an engine needs besides.
 ERRORS: Mapping[str, tuple[int, str]] = {
-    "BLOB_UNKNOWN":       (404, "blob unknown to registry"),
-    "DENIED":             (403, "requested access to the resource is denied"),
-    "DIGEST_INVALID":     (400, "provided digest did not match uploaded content"),
-    "MANIFEST_INVALID":   (400, "manifest invalid"),
-    "MANIFEST_UNKNOWN":   (404, "manifest unknown to registry"),
-    "NAME_INVALID":       (400, "invalid repository name"),
-    "NAME_UNKNOWN":       (404, "repository name not known to registry"),
-    "TOOMANYREQUESTS":    (429, "too many requests"),
-    "UNAUTHORIZED":       (401, "authentication required"),
-    "UNSUPPORTED":        (405, "the operation is unsupported"),
+    "BLOB_UNKNOWN":          (404, "blob unknown to registry"),
+    "BLOB_UPLOAD_INVALID":   (400, "blob upload invalid"),
+    "BLOB_UPLOAD_UNKNOWN":   (404, "blob upload unknown to registry"),
+    "DENIED":                (403, "requested access to the resource is denied"),
+    "DIGEST_INVALID":        (400, "provided digest did not match uploaded content"),
+    "MANIFEST_BLOB_UNKNOWN": (404, "manifest references a manifest or blob unknown to registry"),
+    "MANIFEST_INVALID":      (400, "manifest invalid"),
+    "MANIFEST_UNKNOWN":      (404, "manifest unknown to registry"),
+    "NAME_INVALID":          (400, "invalid repository name"),
+    "NAME_UNKNOWN":          (404, "repository name not known to registry"),
+    "SIZE_INVALID":          (400, "provided length did not match content length"),
+    "TOOMANYREQUESTS":       (429, "too many requests"),
+    "UNAUTHORIZED":          (401, "authentication required"),
+    "UNSUPPORTED":           (405, "the operation is unsupported"),
 
-    "REQUEST_INVALID":    (400, "the request is malformed"),
-    "NOT_FOUND":          (404, "no such endpoint"),
-    "RANGE_INVALID":      (416, "the requested range cannot be satisfied"),
-    "UNKNOWN":            (500, "internal error"),
-    "STORE_FAILED":       (500, "this registry's own disk failed"),
-    "ENGINE_FAILED":      (502, "Docker failed"),
-    "ORIGIN_UNAVAILABLE": (502, "Docker could not get the image from its registry"),
-    "UNAVAILABLE":        (503, "Docker cannot be reached"),
+    "REQUEST_INVALID":       (400, "the request is malformed"),
+    "NOT_FOUND":             (404, "no such endpoint"),
+    "RANGE_INVALID":         (416, "the requested range cannot be satisfied"),
+    "UPLOAD_BUSY":           (409, "another request writes to this upload"),
+    "MANIFEST_TOO_LARGE":    (413, "the manifest is too large"),
+    "TOO_MANY_TAGS":         (414, "too many tags at once"),
+    "UNKNOWN":               (500, "internal error"),
+    "STORE_FAILED":          (500, "this registry's own disk failed"),
+    "ENGINE_FAILED":         (502, "Docker failed"),
+    "ORIGIN_UNAVAILABLE":    (502, "Docker could not get the image from its registry"),
+    "UNAVAILABLE":           (503, "Docker cannot be reached"),
 }
 
 
@@ -193,6 +208,9 @@ NAME_LENGTH = 255
 # OCI Image Spec v1.1, "Digests": algorithm ":" encoded; these are the registered algorithms.
 DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
 HEX_LENGTH = {"sha256": 64, "sha512": 128}
+MEDIA_TYPE = re.compile(r"[\w.+-]{1,127}/[\w.+-]{1,127}", re.ASCII)
+# Layers that a registry need not hold (OCI Image Spec v1.1, "Non-Distributable Layers"; Docker's foreign ones).
+NON_DISTRIBUTABLE = re.compile(r"\.nondistributable\.|\.foreign\.")
 # The host part of an image name, as Docker's reference grammar has it (github.com/distribution/reference).
 HOST = re.compile(r"(?:(?!-)[a-zA-Z0-9-]+(?<!-)(?:\.(?!-)[a-zA-Z0-9-]+(?<!-))*|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 
@@ -216,12 +234,20 @@ class Digest:
         return cls(algorithm, encoded)
 
     @classmethod
-    def of(cls, data: bytes) -> Digest:
-        """The sha256 digest of bytes."""
-        return cls("sha256", hashlib.sha256(data).hexdigest())
+    def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
+        """The digest of bytes."""
+        return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
+
+
+def requested_digest(text: str | None) -> Digest:
+    """The digest that a request has to name; DIGEST_INVALID."""
+    try:
+        return Digest.parse(text or "")
+    except ValueError as e:
+        raise RegistryError("DIGEST_INVALID", str(e)) from None
 
 
 def is_host(text: str) -> bool:
@@ -230,6 +256,27 @@ def is_host(text: str) -> bool:
     A single word is not one for Docker (`foo/app` is `docker.io/foo/app`), unless it is localhost.
     """
     return bool(HOST.fullmatch(text)) and (text == "localhost" or bool(set(text) & set(".:")))
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def names_us(namespace: str, own_name: str | None) -> bool:
+    """Whether a namespace may well be this registry, which the client calls own_name (the Host header).
+
+    It has other names too: k3d maps its port, so that nodes reach k3d-x:12345 as k3d-x:5000; and what a
+    developer pushes to localhost:12345, the manifests of pods may call by that name.
+    """
+    name, own = (re.sub(r":\d+$", "", text) for text in (namespace, own_name or ""))
+    return name == own or name in LOOPBACK
+
+
+def docker_name(name: str) -> tuple[str, str]:
+    """The registry and the repository of an image name as Docker shows it: alpine is docker.io, library/alpine."""
+    host, slash, rest = name.partition("/")
+    if slash and is_host(host):
+        return host, rest
+    return "docker.io", name if slash else f"library/{name}"
 
 
 @dataclass(frozen=True)
@@ -255,13 +302,17 @@ class Reference:
         return cls(repository, target, namespace)
 
     @classmethod
+    def parse_pushed(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
+        """Validate the parts of a request that brings a manifest; a bad tag is MANIFEST_INVALID."""
+        if ":" not in target and not TAG.fullmatch(target):
+            raise RegistryError("MANIFEST_INVALID", f"{target!r} is not a tag")
+        return cls.parse(repository, target, namespace)
+
+    @classmethod
     def parse_digest(cls, repository: str, digest: str, namespace: str | None = None) -> Reference:
         """Validate the parts of a request that has to name a digest; errors as in parse()."""
         cls.check_repository(repository, namespace)
-        try:
-            return cls(repository, Digest.parse(digest), namespace)
-        except ValueError as e:
-            raise RegistryError("DIGEST_INVALID", str(e)) from None
+        return cls(repository, requested_digest(digest), namespace)
 
     @staticmethod
     def check_repository(repository: str, namespace: str | None) -> None:
@@ -275,6 +326,24 @@ class Reference:
     def docker_repository(self) -> str:
         """The repository as Docker writes it: docker.io/library/alpine."""
         return f"{self.namespace}/{self.repository}" if self.namespace else self.repository
+
+    def aliases(self, own_name: str | None) -> Iterator[Reference]:
+        """The names under which Docker may have what this means, the likeliest first.
+
+        Without a namespace the registry itself is meant, or an image that Docker shows by that very name.
+        """
+        yield from (self.under(host) for host in self._hosts(self.namespace or own_name, own_name))
+        if self.namespace is None:
+            yield self
+
+    def _hosts(self, name: str | None, own_name: str | None) -> Iterator[str]:
+        if name is None:
+            return
+        yield name
+        if names_us(name, own_name):
+            port = re.search(r":\d+$", name)
+            yield from (host for host in (f"{loopback}{port[0] if port else ''}" for loopback in LOOPBACK[:2])
+                        if host != name)
 
     def under(self, namespace: str | None) -> Reference:
         """The same repository and target in another namespace."""
@@ -302,7 +371,7 @@ def manifest_type(data: bytes) -> str | None:
     if document.get("schemaVersion") != 2:
         return None
     declared = document.get("mediaType")
-    if isinstance(declared, str) and re.fullmatch(r"[\w.+-]{1,127}/[\w.+-]{1,127}", declared, re.ASCII):
+    if isinstance(declared, str) and MEDIA_TYPE.fullmatch(declared):
         return declared
     if isinstance(document.get("manifests"), list):
         return OCI_INDEX
@@ -316,6 +385,102 @@ def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[Mapping[st
         for descriptor in value if isinstance(value, list) else [value]:
             if isinstance(descriptor, dict) and isinstance(descriptor.get("digest"), str):
                 yield descriptor
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest or index, with its exact bytes."""
+
+    digest: Digest
+    media_type: str
+    data: bytes
+
+    @classmethod
+    def accept(cls, data: bytes, content_type: str | None, algorithm: str) -> Manifest:
+        """Take what a client pushes: a JSON object, whatever its media type, with digests where they belong.
+
+        The media type is that of the Content-Type header, which must not contradict the JSON's own
+        (OCI Image Spec v1.1, "mediaType"). MANIFEST_INVALID says what is wrong.
+        """
+        declared = (content_type or "").partition(";")[0].strip().lower()
+        own = manifest_type(data)
+        media_type = declared or own
+        if media_type is None or not MEDIA_TYPE.fullmatch(media_type):
+            raise RegistryError("MANIFEST_INVALID", f"Content-Type: {declared!r} is not a manifest's media type")
+        manifest = cls(Digest.of(data, algorithm), media_type, data)
+        stated = manifest.document.get("mediaType")
+        if stated is not None and stated != media_type:
+            raise RegistryError("MANIFEST_INVALID", f"the Content-Type is {media_type}, but the manifest's own "
+                                                    f"mediaType is {stated!r}")
+        manifest.check()
+        return manifest
+
+    @functools.cached_property
+    def document(self) -> Mapping[str, Any]:
+        """The manifest parsed; MANIFEST_INVALID unless it is a JSON object."""
+        try:
+            document = json.loads(self.data)
+        except (ValueError, RecursionError) as e:
+            raise RegistryError("MANIFEST_INVALID", f"the manifest is not JSON: {e}") from None
+        if not isinstance(document, dict):
+            raise RegistryError("MANIFEST_INVALID", "the manifest is not a JSON object")
+        return document
+
+    def check(self) -> None:
+        """MANIFEST_INVALID when something that should be a descriptor is none, or of another form than we know."""
+        for name in ("config", "subject", "layers", "blobs", "manifests"):
+            value = self.document.get(name)
+            many = name in ("layers", "blobs", "manifests")
+            if value is None:
+                continue
+            if isinstance(value, list) != many:
+                raise RegistryError("MANIFEST_INVALID", f"{name} is not {'a list' if many else 'a descriptor'}")
+            for descriptor in value if many else [value]:
+                self._check_descriptor(name, descriptor)
+
+    @staticmethod
+    def _check_descriptor(name: str, descriptor: Any) -> None:
+        """MANIFEST_INVALID unless it is a descriptor (OCI Image Spec v1.1, "Properties")."""
+        fields = descriptor if isinstance(descriptor, dict) else {}
+        try:
+            Digest.parse(fields["digest"])
+        except NONSENSE as e:
+            raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a good digest: {e}") from None
+        size = fields.get("size")
+        if type(size) is not int or size < 0:
+            raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a good size: {size!r}")
+
+    def blobs(self) -> list[Digest]:
+        """The blobs without which this can't be served.
+
+        Layers that may not be distributed come from elsewhere. So do manifests that an index lists: the
+        image spec lets an index have platforms that a registry does not hold.
+        """
+        return [Digest.parse(descriptor["digest"])
+                for descriptor in descriptors(self.document, "config", "layers", "blobs")
+                if not descriptor.get("urls") and not NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))]
+
+    def listed(self) -> list[Digest]:
+        """All content that this refers to, the manifests of an index included."""
+        return [Digest.parse(descriptor["digest"])
+                for descriptor in descriptors(self.document, "config", "layers", "blobs", "manifests")]
+
+    @property
+    def subject(self) -> Digest | None:
+        """The manifest that this one is about, if it says so."""
+        return next((Digest.parse(descriptor["digest"]) for descriptor in descriptors(self.document, "subject")), None)
+
+    def referrer(self) -> dict[str, Any]:
+        """The descriptor for a list of referrers (OCI Distribution Spec v1.1, "Listing Referrers")."""
+        config = self.document.get("config")
+        fallback = config.get("mediaType") if isinstance(config, dict) else None
+        artifact_type = self.document.get("artifactType") or fallback
+        descriptor = {"mediaType": self.media_type, "digest": str(self.digest), "size": len(self.data)}
+        if artifact_type:
+            descriptor["artifactType"] = artifact_type
+        if isinstance(self.document.get("annotations"), dict):
+            descriptor["annotations"] = self.document["annotations"]
+        return descriptor
 
 
 # =====================================================================================================
@@ -355,42 +520,256 @@ class ExportRecord:
         return json.dumps({"target": str(self.target), "content": content}).encode()
 
 
-class Store:
-    """Blobs by digest in a folder, and the record of what was exported from Docker.
+def make_link(source: Path, target: Path) -> None:
+    """Give a file a second name, unless one of its size has that name. FileNotFoundError without the file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        if target.stat().st_size != source.stat().st_size:  # what a crash of the machine left
+            target.unlink()
+            make_link(source, target)
 
-        blobs/sha256/<hex>      content, whole and verified
-        exports/sha256/<hex>    the record of one exported image, named by the image's ID
-        */sha256/.<random>      either of them while it is being written
 
-    The folder is made at the first write: with Docker's containerd image store there is none. Every
-    write goes to a temporary name in the same folder and is renamed when it is whole and verified, so
-    a reader never sees part of a blob. Nothing waits for the disk to sync; instead a record holds the
-    size of every blob it needs, and counts only while all of them are there in that size.
+class Links:
+    """The content that belongs to one owner, by digest: a folder of hard links to the store's content.
+
+    The bytes are there once, however many owners they have. The file system counts these: content that
+    only the store itself holds belongs to nobody. Linking is atomic, so neither a reader nor a process
+    that is killed ever sees half of it, and no lock is needed.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
-        self._lock = threading.Lock()  # guards _unfinished
-        self._unfinished: set[Path] = set()
+    def __init__(self, store: Store, folder: Path):
+        self._store, self._folder = store, folder
 
-    def blob_path(self, digest: Digest) -> Path:
-        """Where a blob is, if it is here at all."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
+    def path(self, digest: Digest) -> Path:
+        """Where the content is, if it belongs here at all."""
+        return self._folder / digest.algorithm / digest.hex
 
-    def blob_size(self, digest: Digest) -> int | None:
-        """The size of a blob in bytes, or None when it is not here."""
+    def size(self, digest: Digest) -> int | None:
+        """The size of the content in bytes, or None when it does not belong here."""
         try:
-            return self.blob_path(digest).stat().st_size
+            return self.path(digest).stat().st_size
         except OSError:
             return None
 
-    def adopt(self, digest: Digest) -> bool:
-        """Whether a blob is here; if so, it counts as used a moment ago and is safe from eviction."""
+    def digests(self) -> Iterator[Digest]:
+        """All that belongs here."""
+        for path in self._folder.glob("*/[0-9a-f]*"):
+            yield Digest(path.parent.name, path.name)
+
+    def adopt(self, digest: Digest, size: int | None = None) -> bool:
+        """Make content of the store belong here too, as used a moment ago; whether the store has it.
+
+        With another size than the given one, in bytes, it counts as lost: a machine may have crashed.
+        """
+        source = self._store.blob_path(digest)
+        with disk_errors(f"link {source}"):
+            try:
+                os.utime(source)
+                if size is not None and source.stat().st_size != size:
+                    return False
+                self._link(source, digest)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def take(self, file: Path, digest: Digest) -> None:
+        """Make a finished file, whose digest was verified, belong here, under its digest. The file stays.
+
+        It is linked here first, so that the store's own link never looks like one that nobody needs.
+        """
+        with disk_errors(f"write to {self._folder}"):
+            if not self.adopt(digest, file.stat().st_size):
+                self._link(file, digest)
+                make_link(file, self._store.blob_path(digest))
+
+    def _link(self, source: Path, digest: Digest) -> None:
+        make_link(source, self.path(digest))
+
+    def drop(self, digest: Digest) -> bool:
+        """Make content no longer belong here, and free it when it belongs to nobody else; whether it did."""
+        with disk_errors(f"remove {digest}"):
+            try:
+                self.path(digest).unlink()
+            except FileNotFoundError:
+                return False
+            self._store.release(digest)
+            return True
+
+
+class Repository:
+    """What was pushed under one name: blobs, manifests and tags.
+
+        <name>/_blobs/sha256/<hex>                  a link to a blob
+        <name>/_manifests/sha256/<hex>              a link to a manifest: from then on it is there
+        <name>/_types/sha256/<hex>                  its media type, where the manifest itself does not say
+        <name>/_tags/<tag>                          the digest of a manifest
+        <name>/_referrers/sha256/<hex>/<digest>     an empty file: this manifest has that subject
+        <name>/_uploads/<session>                   what has arrived of an upload
+
+    Path components of a repository's name never begin with an underscore, so nested names do not clash.
+    A tag or a referrer counts only while its manifest is there, so the order of two writes is enough for
+    a push to be there whole or not at all, whenever the process is killed.
+    """
+
+    def __init__(self, store: Store, name: str):
+        self._store, self.name = store, name
+        self.folder = store.repositories / name
+        self.blobs = Links(store, self.folder / "_blobs")
+        self.manifests = Links(store, self.folder / "_manifests")
+
+    # ---- manifests
+
+    def _type_path(self, digest: Digest) -> Path:
+        return self.folder / "_types" / digest.algorithm / digest.hex
+
+    def _referrers_folder(self, subject: Digest) -> Path:
+        return self.folder / "_referrers" / subject.algorithm / subject.hex
+
+    def manifest(self, target: str | Digest) -> Manifest | None:
+        """The manifest that a tag or a digest means here, or None."""
+        digest = target if isinstance(target, Digest) else self.tag(target)
+        if digest is None:
+            return None
         try:
-            os.utime(self.blob_path(digest))
+            data = self.manifests.path(digest).read_bytes()
         except OSError:
+            return None
+        media_type = manifest_type(data)
+        with contextlib.suppress(OSError):
+            media_type = self._type_path(digest).read_text()
+        return Manifest(digest, media_type or OCI_MANIFEST, data)
+
+    def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
+        """Keep a manifest, and then the tags for it. STORE_FAILED when the disk won't."""
+        digest = manifest.digest
+        if manifest.media_type != manifest_type(manifest.data):
+            self._store.write(self._type_path(digest), manifest.media_type.encode())
+        if manifest.subject:
+            self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
+        with BlobWriter(self._store, digest.algorithm) as writer:
+            writer.write(manifest.data)
+            writer.keep(self.manifests)
+        for tag in tags:
+            self._store.write(self.folder / "_tags" / tag, str(digest).encode())
+
+    def delete_manifest(self, digest: Digest) -> bool:
+        """Remove a manifest with all its tags; whether it was here."""
+        manifest = self.manifest(digest)
+        if manifest is None:
             return False
-        return True
+        for tag in self.tags():
+            if self.tag(tag) == digest:
+                self.delete_tag(tag)
+        gone = self.manifests.drop(digest)
+        self._store.remove(self._type_path(digest))
+        if manifest.subject:
+            self._store.remove(self._referrers_folder(manifest.subject) / str(digest))
+        return gone
+
+    def referrers(self, subject: Digest) -> Iterator[Manifest]:
+        """The manifests here whose subject has a digest, in the order of their own digests."""
+        for path in sorted(self._referrers_folder(subject).glob("sha*:*")):
+            manifest = self.manifest(Digest.parse(path.name))
+            if manifest:
+                yield manifest
+
+    # ---- tags
+
+    def tag(self, tag: str) -> Digest | None:
+        """The digest of the manifest that a tag names, or None when there is no such tag or manifest."""
+        try:
+            digest = Digest.parse((self.folder / "_tags" / tag).read_text())
+        except (OSError, ValueError):
+            return None
+        return digest if self.manifests.size(digest) is not None else None
+
+    def tags(self) -> list[str]:
+        """All tags, sorted."""
+        return sorted(path.name for path in (self.folder / "_tags").glob("[!.]*") if self.tag(path.name))
+
+    def delete_tag(self, tag: str) -> bool:
+        """Remove a tag; whether there was one. Its manifest stays."""
+        return self._store.remove(self.folder / "_tags" / tag)
+
+    # ---- uploads
+
+    def begin_upload(self) -> str:
+        """Begin an upload, and return its session: a name that nobody can guess."""
+        session = secrets.token_hex(16)
+        path = self.folder / "_uploads" / session
+        with disk_errors(f"write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return session
+
+    @contextlib.contextmanager
+    def upload(self, session: str) -> Iterator[Upload]:
+        """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
+        path = self.folder / "_uploads" / session
+        if not re.fullmatch(r"[0-9a-f]{32}", session) or not path.exists():
+            raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+        with self._store.reserved(path), contextlib.closing(Upload(self._store, path)) as upload:
+            yield upload
+
+    # ---- tidying up
+
+    def tidy_up(self, now: float) -> None:
+        """Remove abandoned uploads, and blobs that no manifest here refers to any more."""
+        for path in self.folder.glob("_uploads/*"):
+            if self._store.is_old(path, now, UPLOAD_AGE):
+                self._store.remove(path)
+                self._store.hashes.pop(path, None)
+        unused = set(self.blobs.digests())
+        for digest in self.manifests.digests():
+            manifest = self.manifest(digest)
+            with contextlib.suppress(RegistryError):  # what is no JSON refers to nothing
+                unused.difference_update(manifest.listed() if manifest else ())
+        for digest in unused:
+            if self._store.is_old(self.blobs.path(digest), now, EVICTION_AGE):
+                self.blobs.drop(digest)
+
+
+class Store:
+    """Our own disk: content by digest, and to whom it belongs.
+
+        blobs/sha256/<hex>          content, whole and verified
+        docker/sha256/<hex>         links to what was exported from Docker
+        exports/sha256/<hex>        the record of one exported image, named by the image's ID
+        repositories/<name>/...     what was pushed: see Repository
+        .../.<random>               any of them while it is being written
+
+    The folder is made at the first write: with Docker's containerd image store there is none. Every
+    write goes to a temporary name in the same folder and is renamed or linked when it is whole and
+    verified, so a reader never sees part of a blob. Nothing waits for the disk to sync; instead a record
+    holds the size of every blob it needs, and counts only while all of them are there in that size.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.repositories = root, root / "repositories"
+        self.docker = Links(self, root / "docker")
+        # The size and the hash of uploads between two requests; an entry is only touched by who reserved its path.
+        self.hashes: dict[Path, tuple[int, Any]] = {}
+        self._lock = threading.Lock()  # guards _unfinished and _reserved
+        self._unfinished: set[Path] = set()
+        self._reserved: set[Path] = set()
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where content is, if it is here at all."""
+        return self.root / "blobs" / digest.algorithm / digest.hex
+
+    def release(self, digest: Digest) -> int:
+        """Free content that belongs to nobody, and return its size in bytes, 0 when it is still needed."""
+        path = self.blob_path(digest)
+        try:
+            status = path.stat()
+            if status.st_nlink > 1:
+                return 0
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        return status.st_size
 
     # ---- writing
 
@@ -408,12 +787,64 @@ class Store:
         with self._lock:
             self._unfinished.discard(path)
 
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        with disk_errors(f"write {path}"):
+            temporary = self.begin(path.parent)
+            try:
+                temporary.write_bytes(data)
+                temporary.rename(path)
+            finally:
+                self.end(temporary)
+
+    def remove(self, path: Path) -> bool:
+        """Remove a file; whether there was one."""
+        with disk_errors(f"remove {path}"):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            return True
+
+    @contextlib.contextmanager
+    def reserved(self, path: Path) -> Iterator[None]:
+        """Have a path for oneself; UPLOAD_BUSY when somebody else does."""
+        with self._lock:
+            if path in self._reserved:
+                raise RegistryError("UPLOAD_BUSY", "another request is writing to this upload: ask where it stands, "
+                                                   "and go on from there")
+            self._reserved.add(path)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved.discard(path)
+
     def close(self) -> None:
         """Remove everything half-written; for the end of the process."""
         with self._lock:
             unfinished = list(self._unfinished)
         for path in unfinished:
             self.end(path)
+
+    # ---- repositories
+
+    def repository(self, name: str) -> Repository:
+        """The repository of that name, which need not be there yet. The name has to be a valid one."""
+        return Repository(self, name)
+
+    def repository_names(self) -> list[str]:
+        """The names of the repositories that anything was ever pushed to, sorted."""
+        found = []
+        for folder, names, _ in os.walk(self.repositories):
+            if any(name in ("_manifests", "_blobs", "_uploads") for name in names):
+                found.append(str(Path(folder).relative_to(self.repositories)))
+            names[:] = [name for name in names if not name.startswith("_")]
+        return sorted(found)
+
+    def owns(self, digest: Digest) -> bool:
+        """Whether content belongs to any repository: it may be mounted from there."""
+        return any(self.repository(name).blobs.size(digest) is not None for name in self.repository_names())
 
     # ---- exports
 
@@ -422,15 +853,9 @@ class Store:
 
     def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
         """Note that the image's manifest is `target`, and the content that has to be here with it."""
-        path = self._record_path(image_id)
-        with disk_errors(f"write {path}"):
-            sizes = {digest: self.blob_path(digest).stat().st_size for digest in content}
-            temporary = self.begin(path.parent)
-            try:
-                temporary.write_bytes(ExportRecord(target, sizes).dump())
-                temporary.rename(path)
-            finally:
-                self.end(temporary)
+        with disk_errors(f"read {self.root}"):
+            sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
+        self.write(self._record_path(image_id), ExportRecord(target, sizes).dump())
 
     def exported(self, image_id: Digest) -> Digest | None:
         """The digest of an exported image's manifest, or None unless all of its content is here."""
@@ -440,43 +865,74 @@ class Store:
             os.utime(path)  # eviction goes by the last use
         except (OSError, ValueError):
             return None
-        whole = all(self.blob_size(digest) == size for digest, size in record.content.items())
+        whole = all(self.docker.size(digest) == size for digest, size in record.content.items())
         return record.target if whole else None
 
+    # ---- tidying up
+
+    def is_old(self, path: Path, now: float, age: float) -> bool:
+        """Whether a file was last used more than `age` seconds before now, and nobody is writing to it."""
+        with self._lock:
+            if path in self._unfinished or path in self._reserved:
+                return False
+        try:
+            return path.stat().st_mtime < now - age
+        except FileNotFoundError:
+            return False
+
     def evict(self, in_docker: Callable[[Digest], bool], now: float) -> int:
-        """Remove exports of images that Docker no longer has, and blobs that no export needs.
+        """Remove what nothing refers to any more, and return the number of bytes that were freed.
 
-        What was used within the last EVICTION_AGE seconds stays, for the sake of a node in the middle
-        of a pull and of an export that is still arriving. now is in seconds since the epoch. Returns
-        the number of bytes that were freed.
+        That is: exports of images that Docker no longer has, content of no manifest, abandoned uploads, and
+        what a killed process left half-written. What was used within the last EVICTION_AGE seconds stays,
+        for the sake of a node in the middle of a pull, and of an export or a push that is still arriving.
+        now is in seconds since the epoch.
         """
-
-        def old(path: Path) -> bool:
-            return path.stat().st_mtime < now - EVICTION_AGE and path not in self._unfinished
-
-        needed: set[Digest] = set()
-        freed = 0
         with disk_errors(f"tidy up {self.root}"):
-            for path in self.root.glob("exports/*/[0-9a-f]*"):
-                try:
-                    record = ExportRecord.load(path)
-                except ValueError as e:
-                    log.warning("store: %s is %s", path, e)
-                    record = None
-                gone = old(path) and (record is None or not in_docker(Digest(path.parent.name, path.name)))
-                if gone:
+            before = self._pool()
+            for name in self.repository_names():
+                self.repository(name).tidy_up(now)
+            needed = self._needed_exports(in_docker, now)
+            for digest in set(self.docker.digests()) - needed:
+                if self.is_old(self.docker.path(digest), now, EVICTION_AGE):
+                    self.docker.drop(digest)
+            for path in self.root.rglob(".*"):
+                if self.is_old(path, now, EVICTION_AGE):
                     path.unlink(missing_ok=True)
-                elif record:
-                    needed.update(record.content)
-            for path in self.root.glob("blobs/*/*"):
-                if Digest(path.parent.name, path.name) not in needed and old(path):
-                    freed += path.stat().st_size
-                    path.unlink(missing_ok=True)
-        return freed
+            for digest in self._pool():
+                if self.is_old(self.blob_path(digest), now, EVICTION_AGE):
+                    self.release(digest)
+            after = self._pool()
+            return sum(size for digest, size in before.items() if digest not in after)
+
+    def _pool(self) -> dict[Digest, int]:
+        """All content that is here, and its size in bytes."""
+        pool = {}
+        for path in self.root.glob("blobs/*/[0-9a-f]*"):
+            with contextlib.suppress(FileNotFoundError):  # it was deleted a moment ago
+                pool[Digest(path.parent.name, path.name)] = path.stat().st_size
+        return pool
+
+    def _needed_exports(self, in_docker: Callable[[Digest], bool], now: float) -> set[Digest]:
+        """Remove the records of exports that nobody needs, and return the content of the others."""
+        needed: set[Digest] = set()
+        for path in self.root.glob("exports/*/[0-9a-f]*"):
+            try:
+                record = ExportRecord.load(path)
+            except ValueError as e:
+                log.warning("store: %s is %s", path, e)
+                record = None
+            gone = self.is_old(path, now, EVICTION_AGE) and (
+                record is None or not in_docker(Digest(path.parent.name, path.name)))
+            if gone:
+                path.unlink(missing_ok=True)
+            elif record:
+                needed.update(record.content)
+        return needed
 
 
 class BlobWriter:
-    """A blob that is being written to a store. Unless it is kept, nothing remains of it."""
+    """Content that is being written to a store. Unless it is kept, nothing remains of it."""
 
     def __init__(self, store: Store, algorithm: str = "sha256"):
         self._store, self._hash = store, hashlib.new(algorithm)
@@ -484,6 +940,12 @@ class BlobWriter:
         with disk_errors(f"write to {self._folder}"):
             self.path = store.begin(self._folder)
             self._file = open(self.path, "wb")  # noqa: SIM115 - closed by finish()
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
 
     def write(self, data: bytes) -> None:
         """Append bytes; STORE_FAILED when the disk won't take them."""
@@ -497,17 +959,75 @@ class BlobWriter:
             self._file.close()
         return Digest(self._hash.name, self._hash.hexdigest())
 
-    def keep(self) -> None:
-        """Give the finished blob its final name: its digest."""
-        with disk_errors(f"write to {self._folder}"):
-            self.path.rename(self._store.blob_path(self.finish()))
-            self._store.end(self.path)
+    def keep(self, owner: Links) -> Digest:
+        """Finish, and make the content belong to an owner, under its digest, which is returned."""
+        digest = self.finish()
+        owner.take(self.path, digest)
+        self._store.end(self.path)
+        return digest
 
     def discard(self) -> None:
-        """Forget the blob, unless it was kept."""
+        """Forget the content, unless it was kept."""
         with contextlib.suppress(OSError):  # a full disk says so again here
             self._file.close()
         self._store.end(self.path)
+
+
+class Upload:
+    """An upload in the course of one request: a file that grows, and the hash of what is in it.
+
+    The hash is kept in the store's memory from one request to the next. After a restart it is made anew
+    out of the file.
+    """
+
+    def __init__(self, store: Store, path: Path):
+        self._store, self._path = store, path
+        with disk_errors(f"write {path}"):
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            self.size = self._file.tell()
+        size, self._hash = store.hashes.pop(path, (0, None))
+        if self._hash is None or size != self.size:
+            self._hash = self._hash_file("sha256")
+
+    def _hash_file(self, algorithm: str) -> Any:
+        digest = hashlib.new(algorithm)
+        with disk_errors(f"read {self._path}"), open(self._path, "rb") as file:
+            while data := file.read(MIB):
+                digest.update(data)
+        return digest
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; STORE_FAILED when the disk won't take them."""
+        rest = memoryview(data)
+        with disk_errors(f"write {self._path}"):
+            while rest:
+                count = self._file.write(rest)
+                self._hash.update(rest[:count])
+                self.size += count
+                rest = rest[count:]
+
+    def keep(self, expected: Digest, owner: Links) -> None:
+        """End the upload: its content belongs to an owner now. DIGEST_INVALID, and nothing is kept of it."""
+        algorithm = expected.algorithm
+        content = self._hash if algorithm == self._hash.name else self._hash_file(algorithm)
+        try:
+            if content.hexdigest() != expected.hex:
+                raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest "
+                                                      f"{algorithm}:{content.hexdigest()}, not {expected}")
+            owner.take(self._path, expected)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the upload, and forget what arrived of it."""
+        self._store.remove(self._path)
+        self._hash = None
+
+    def close(self) -> None:
+        """To be called at the end of each request."""
+        self._file.close()
+        if self._hash is not None:
+            self._store.hashes[self._path] = (self.size, self._hash)
 
 
 # =====================================================================================================
@@ -841,6 +1361,16 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
         with self._sense(path):
             return [Digest.parse(image["Id"]) for image in document]
+
+    def names(self) -> list[tuple[str, str]]:
+        """The name and the tag of every tagged image, as Docker shows them."""
+        path = self._path("/images/json")
+        status, document = self._get(path)
+        if status != 200 or not isinstance(document, list):
+            raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
+        with self._sense(path):
+            names = [str(name) for image in document for name in image.get("RepoTags") or ()]
+        return [(name, tag) for name, _, tag in (text.rpartition(":") for text in names) if TAG.fullmatch(tag)]
 
     def pull(self, reference: Reference, credentials: Credentials | None,
              tell: Callable[[Mapping[str, Any]], None]) -> None:
@@ -1475,12 +2005,12 @@ class Unpacking:
         if name in ("index.json", "manifest.json"):
             self._documents[name] = file.read(MANIFEST_LIMIT)
         elif blob:
-            self._take_blob(file, Digest.parse(":".join(blob.groups())))
+            self._take_blob(file, Digest.parse(":".join(blob.groups())), member.size)
         elif name.endswith((".json", ".tar")):
-            self._names[name] = self._take_blob(file, None)
+            self._names[name] = self._take_blob(file, None, member.size)
 
-    def _take_blob(self, file: Any, expected: Digest | None) -> Digest:
-        if expected and (expected in self._new or self._store.adopt(expected)):
+    def _take_blob(self, file: Any, expected: Digest | None, size: int) -> Digest:
+        if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
             self._present.add(expected)
             return expected
         writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
@@ -1545,7 +2075,7 @@ class Unpacking:
         return digest in self._new or digest in self._present
 
     def _path(self, digest: Digest) -> Path:
-        return self._new[digest].path if digest in self._new else self._store.blob_path(digest)
+        return self._new[digest].path if digest in self._new else self._store.docker.path(digest)
 
     def _document(self, digest: Digest) -> dict[str, Any]:
         """A manifest, index or config that has arrived, parsed."""
@@ -1589,7 +2119,7 @@ class Unpacking:
         """Give these their final names in the store."""
         for digest in content:
             if digest in self._new:
-                self._new.pop(digest).keep()
+                self._new.pop(digest).keep(self._store.docker)
 
     def discard(self) -> None:
         """Remove all that was not kept."""
@@ -1702,15 +2232,6 @@ class ProgressLog:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """A manifest or index, with its exact bytes."""
-
-    digest: Digest
-    media_type: str
-    data: bytes
-
-
-@dataclass(frozen=True)
 class Sources:
     """Where an engine's content is read from, in the order of asking. exports: or copied out of first.
 
@@ -1733,7 +2254,7 @@ class Registry:
         self.engine, self.store = engine, store
         self._service = ContentService(engine)
         self._exporter = Exporter(engine, store)
-        self._stored = FolderProvider("store", store.blob_path)
+        self._stored = FolderProvider("store", store.docker.path)
         self._flights = Flights()
         self._sources: Sources | None = None  # replaced whole: needs no lock
 
@@ -1789,20 +2310,27 @@ class Registry:
         media_type = manifest_type(data)
         if media_type is None:
             return None
-        if Digest(digest.algorithm, hashlib.new(digest.algorithm, data).hexdigest()) != digest:
+        if Digest.of(data, digest.algorithm) != digest:
             raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
         return Manifest(digest, media_type, data)
 
-    def blob(self, reference: Reference) -> Blob:
-        """The blob with the digest that a reference names.
+    def blob(self, reference: Reference, own_name: str | None) -> Blob:
+        """The blob with the digest that a reference names, for a client that knows this registry as own_name.
 
-        BLOB_UNKNOWN when nobody has it, and for manifests too: a node takes a 200 here for a promise
-        that the digest is not one.
+        What was pushed is found in its own repository only; Docker does not keep its content apart by
+        repository. BLOB_UNKNOWN when nobody has it, and for Docker's manifests too: a node takes a 200
+        here for a promise that the digest is not one.
         """
         digest = reference.target
         assert isinstance(digest, Digest)
+        repository = self.hosted(reference, own_name)
+        pushed = FolderProvider("pushed", repository.blobs.path).find(digest) if repository else None
+        if pushed:
+            return pushed
         blob = self._find(digest)
-        if blob is None and self.sources().exports and self._export_image_with(reference, digest):
+        # Nodes say where the image is from. For somebody who pushes, no image need be exported.
+        if blob is None and reference.namespace and self.sources().exports and self._export_image_with(reference,
+                                                                                                       digest):
             blob = self._find(digest)
         if blob is None:
             raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
@@ -1839,6 +2367,10 @@ class Registry:
         takes. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, and what
         Engine raises.
         """
+        repository = self.hosted(reference, own_name)
+        pushed = repository.manifest(reference.target) if repository else None
+        if pushed:
+            return pushed
         if reference.namespace == own_name:
             reference = reference.under(None)
         if isinstance(reference.target, Digest):
@@ -1856,16 +2388,28 @@ class Registry:
                                                     "missing from its store: pull or build the image again")
         return manifest
 
-    def _local_image(self, reference: Reference, own_name: str | None) -> EngineImage | None:
-        """The image that Docker has under this name now, and without a namespace also under our own."""
-        names = [reference]
-        if reference.namespace is None and own_name:
-            names.insert(0, reference.under(own_name))
-        for name in names:
-            image = self.engine.image(str(name))
-            if image:
-                return image
+    def pushed_manifest(self, reference: Reference, own_name: str | None) -> Manifest:
+        """What was pushed under a reference, whatever Docker has; MANIFEST_UNKNOWN.
+
+        For a client that is about to push: told that Docker's own copy is here, it would push nothing, and
+        the image would be gone when Docker drops it.
+        """
+        repository = self.hosted(reference, own_name)
+        manifest = repository.manifest(reference.target) if repository else None
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
+        return manifest
+
+    def hosted(self, reference: Reference, own_name: str | None) -> Repository | None:
+        """The repository of ours that a reference may mean, or None when it names another registry."""
+        if reference.namespace is None or names_us(reference.namespace, own_name):
+            return self.store.repository(reference.repository)
         return None
+
+    def _local_image(self, reference: Reference, own_name: str | None) -> EngineImage | None:
+        """The image that Docker has under this name now, or under another one of ours."""
+        images = (self.engine.image(str(name)) for name in reference.aliases(own_name))
+        return next((image for image in images if image), None)
 
     def _manifest_by_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
         manifest = self._find_manifest(digest)
@@ -1903,6 +2447,131 @@ class Registry:
             if any(child["digest"] == str(digest) for child in children):
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image_id} of {reference}, but not "
                                                         "this platform of it: get it with docker pull --platform")
+
+    # ---- what is pushed
+
+    def mount(self, reference: Reference, source: str | None) -> bool:
+        """Make a blob of another repository, or of any if that is None, belong to this one too; whether it did."""
+        digest = reference.target
+        assert isinstance(digest, Digest)
+        owned = self.store.owns(digest) if source is None else (
+            self.store.repository(source).blobs.size(digest) is not None)
+        return owned and self.store.repository(reference.repository).blobs.adopt(digest)
+
+    def put_manifest(self, reference: Reference, data: bytes, content_type: str | None, tags: list[str]) -> Manifest:
+        """Take a manifest that is pushed, with its exact bytes, and give it tags.
+
+        MANIFEST_INVALID, DIGEST_INVALID when the reference has another digest, and MANIFEST_BLOB_UNKNOWN
+        when a blob is neither in this repository nor in Docker: then nothing is kept.
+        """
+        expected = reference.target if isinstance(reference.target, Digest) else None
+        manifest = Manifest.accept(data, content_type, expected.algorithm if expected else "sha256")
+        if expected not in (None, manifest.digest):
+            raise RegistryError("DIGEST_INVALID", f"the manifest that arrived has the digest {manifest.digest}")
+        repository = self.store.repository(reference.repository)
+        missing = [str(digest) for digest in manifest.blobs() if not self._bring(repository, digest)]
+        if missing:
+            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"{reference.repository} lacks {', '.join(missing)}: push "
+                                                         "blobs before the manifest that refers to them")
+        repository.put_manifest(manifest, tags)
+        return manifest
+
+    def _bring(self, repository: Repository, digest: Digest) -> bool:
+        """Whether a repository has a blob, copied out of Docker just now if need be.
+
+        A client that asked whether the blob is here was told so when Docker has it. From now on it has to
+        stay, even when Docker drops it.
+        """
+        if repository.blobs.size(digest) is not None:
+            return True
+        try:
+            blob = self._find(digest)
+        except RegistryError as e:
+            log.warning("looking for %s in Docker: %s", digest, e.detail)
+            return False
+        if blob is None:
+            return False
+        if self.store.docker.size(digest) is not None and repository.blobs.adopt(digest):
+            return True
+        self._copy(blob, digest, repository)
+        return True
+
+    def _copy(self, blob: Blob, digest: Digest, repository: Repository) -> None:
+        with BlobWriter(self.store, digest.algorithm) as writer, contextlib.closing(blob.open(0, blob.size)) as body:
+            for piece in body:
+                writer.write(piece)
+            found = writer.finish()
+            if found != digest:
+                raise RegistryError("ENGINE_FAILED", f"Docker has the bytes of {found} for {digest}")
+            writer.keep(repository.blobs)
+
+    def delete_manifest(self, reference: Reference, own_name: str | None) -> None:
+        """Remove a tag, or a manifest with all its tags, from a repository. MANIFEST_UNKNOWN, UNSUPPORTED."""
+        repository, target = self.store.repository(reference.repository), reference.target
+        if isinstance(target, Digest):
+            gone = repository.delete_manifest(target)
+            docker_has = gone or self._find_manifest(target) is not None
+        else:
+            gone = repository.delete_tag(target)
+            docker_has = gone or self._local_image(reference, own_name) is not None
+        if not gone:
+            raise self._not_deleted(reference, docker_has, "MANIFEST_UNKNOWN")
+
+    def delete_blob(self, reference: Reference) -> None:
+        """Remove a blob from a repository. BLOB_UNKNOWN, UNSUPPORTED."""
+        digest = reference.target
+        assert isinstance(digest, Digest)
+        if not self.store.repository(reference.repository).blobs.drop(digest):
+            raise self._not_deleted(reference, self._find(digest) is not None, "BLOB_UNKNOWN")
+
+    @staticmethod
+    def _not_deleted(reference: Reference, docker_has: bool, code: str) -> RegistryError:
+        if docker_has:
+            return RegistryError("UNSUPPORTED", f"{reference} is in Docker, whose images are not deleted through this "
+                                                "registry: use docker rmi")
+        return RegistryError(code, f"{reference} was not pushed here, and Docker does not have it")
+
+    # ---- lists
+
+    def tags(self, reference: Reference, own_name: str | None) -> list[str]:
+        """The tags under which images of a repository can be pulled, sorted. NAME_UNKNOWN. The target is not used."""
+        repository = self.hosted(reference, own_name)
+        known = repository is not None and repository.folder.exists()
+        names = {docker_name(alias.docker_repository()) for alias in reference.aliases(own_name)}
+        found = {tag for name, tag in self._docker_names(known) if docker_name(name) in names}
+        if not known and not found:
+            raise RegistryError("NAME_UNKNOWN", f"nothing was pushed to {reference.docker_repository()}, and Docker "
+                                                "has no image of that name")
+        return sorted(found.union(repository.tags() if repository else ()))
+
+    def referrers(self, reference: Reference, own_name: str | None) -> list[Manifest]:
+        """The manifests that were pushed to a repository and are about the digest that a reference names."""
+        repository = self.hosted(reference, own_name)
+        assert isinstance(reference.target, Digest)
+        return list(repository.referrers(reference.target)) if repository else []
+
+    def catalog(self, own_name: str | None) -> list[str]:
+        """The repositories that can be pulled from without a namespace, sorted: pushed ones, and Docker's."""
+        found = {name for name in self.store.repository_names() if self.store.repository(name).tags()}
+        for name, _ in self._docker_names(bool(found)):
+            host, repository = docker_name(name)
+            if host == "docker.io":
+                repository = repository.removeprefix("library/")
+            elif not names_us(host, own_name):
+                repository = name
+            if REPOSITORY.fullmatch(repository):  # a registry's port can't be part of a repository's name
+                found.add(repository)
+        return sorted(found)
+
+    def _docker_names(self, others: bool) -> list[tuple[str, str]]:
+        """Names and tags of Docker's images. When Docker fails, none if there are others to show, or its error."""
+        try:
+            return self.engine.names()
+        except RegistryError as e:
+            if not others:
+                raise
+            log.warning("the list lacks Docker's images: %s", e.detail)
+            return []
 
     # ---- long work, shared by all who need it
 
@@ -1972,12 +2641,18 @@ class Registry:
         threading.Thread(target=self.tidy_up, daemon=True).start()
         return target
 
+    def keep_tidy(self) -> None:
+        """Tidy up every TIDY_INTERVAL seconds, as long as the process lives."""
+        while True:
+            time.sleep(TIDY_INTERVAL)
+            self.tidy_up()
+
     def tidy_up(self) -> None:
-        """Free the disk of exports that Docker has no image for any more. Never raises RegistryError."""
+        """Free the disk of what nothing refers to any more. Never raises RegistryError."""
         try:
             freed = self.store.evict(lambda image_id: self.engine.image(str(image_id)) is not None, time.time())
             if freed:
-                log.info("store: freed %s of images that Docker no longer has", human_bytes(freed))
+                log.info("store: freed %s that nothing refers to any more", human_bytes(freed))
         except RegistryError as e:
             log.warning("store: not tidied up: %s", e.detail)
 
@@ -1998,15 +2673,126 @@ class Response:
     note: str = ""             # for the log
 
 
+class RequestBody:
+    """The body of a request, decoded as it is read (RFC 9112, 6 and 7.1).
+
+    length is in bytes, or None when the client sends chunks and does not say. Whatever is wrong with the
+    framing is REQUEST_INVALID: nobody knows then where the next request begins.
+    """
+
+    def __init__(self, headers: Message, stream: BufferedIOBase, invite: Callable[[], None]):
+        """invite is called before the first byte is read: the client may be waiting for that."""
+        self._stream, self._invite = stream, invite
+        self.length = self._parse_length(headers)
+        self.at_end = self.length == 0
+        self._pieces = self._decode()  # one for all readers: who comes later goes on where another stopped
+
+    @staticmethod
+    def _parse_length(headers: Message) -> int | None:
+        lengths, codings = (headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
+        if codings:
+            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
+                raise RegistryError("REQUEST_INVALID", "the transfer coding is not just chunked")
+            return None
+        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", length) for length in lengths):
+            raise RegistryError("REQUEST_INVALID", f"Content-Length: {', '.join(lengths)} is not a length")
+        return int(lengths[0]) if lengths else 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes in pieces, to the end. What arrived before something went wrong was given before."""
+        return self._pieces
+
+    def _decode(self) -> Iterator[bytes]:
+        if self.at_end:
+            return
+        self._invite()
+        yield from self._chunks() if self.length is None else self._read(self.length)
+        self.at_end = True
+
+    def _read(self, count: int) -> Iterator[bytes]:
+        while count:
+            with self._connection_errors():
+                data = self._stream.read1(min(count, PIECE))
+            if not data:
+                raise RegistryError("REQUEST_INVALID", f"the request ended {count} bytes before its body's end")
+            count -= len(data)
+            yield data
+
+    def _chunks(self) -> Iterator[bytes]:
+        while True:
+            size = re.fullmatch(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", line := self._line())
+            if not size:
+                raise RegistryError("REQUEST_INVALID", f"{line[:100]!r} is not the size of a chunk")
+            if int(size[1], 16) == 0:
+                break
+            yield from self._read(int(size[1], 16))
+            if self._line() != b"\r\n":
+                raise RegistryError("REQUEST_INVALID", "a chunk does not end where its size says")
+        for _ in range(TRAILER_LIMIT):
+            if self._line() == b"\r\n":
+                return
+        raise RegistryError("REQUEST_INVALID", "too many trailers")
+
+    def _line(self) -> bytes:
+        with self._connection_errors():
+            line = self._stream.readline(CHUNK_LINE)
+        if not line.endswith(b"\r\n"):
+            raise RegistryError("REQUEST_INVALID", "a line of the chunked coding does not end, or is too long")
+        return line
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _connection_errors() -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise RegistryError("REQUEST_INVALID", f"the request's body did not arrive: {e}") from None
+
+    def read(self, limit: int) -> bytes | None:
+        """All of it, or None when that is more than limit bytes."""
+        if self.length is not None and self.length > limit:
+            return None
+        data = bytearray()
+        for piece in self:
+            data += piece
+            if len(data) > limit:
+                return None
+        return bytes(data)
+
+    def discard(self) -> bool:
+        """Read what nobody wanted, if it is not too much; whether the next request begins there."""
+        count = 0
+        with contextlib.suppress(RegistryError):
+            while (self.length or 0) <= BODY_LIMIT and count <= BODY_LIMIT and (piece := next(self._pieces, b"")):
+                count += len(piece)
+        return self.at_end
+
+
 @dataclass(frozen=True)
 class Request:
     """A request as the endpoints see it: query values decoded, credentials parsed."""
 
-    reference: tuple[str, ...]  # the parts of the path that the route captures
-    namespace: str | None
+    method: str
+    path: str
+    captured: tuple[str, ...]  # the parts of the path that the route captures: the repository first
+    query: Mapping[str, list[str]]
     host: str | None
+    accept: str | None
     range: str | None
+    content_range: str | None
+    content_type: str | None
     credentials: Credentials | None
+    body: RequestBody
+
+    @property
+    def namespace(self) -> str | None:
+        """The registry that the image comes from, which mirrors are told."""
+        return self.parameter("ns")
+
+    def parameter(self, name: str) -> str | None:
+        """The last value of a query parameter, or None."""
+        values = self.query.get(name)
+        return values[-1] if values else None
 
 
 def parse_credentials(header: str | None) -> Credentials | None:
@@ -2048,6 +2834,50 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, end - start + 1
 
 
+def asks_before_pushing(accept: str | None) -> bool:
+    """Whether a HEAD of a manifest is a client's question if it needs to push its own.
+
+    containerd's library (so docker and BuildKit) and crane accept one type then, that of what they have;
+    who means to pull accepts all that it understands.
+    """
+    types = {part.partition(";")[0].strip() for part in (accept or "").split(",")} - {"", "*/*"}
+    return len(types) == 1
+
+
+def parse_content_range(header: str | None, length: int | None) -> int | None:
+    """The position, in bytes, at which a chunk of an upload belongs; None without the header.
+
+    The spec's form is <start>-<end>, both included. length is that of the body, where it is known.
+    """
+    if header is None:
+        return None
+    match = re.fullmatch(r"(?:bytes[ =])?(\d{1,18})-(\d{1,18})(?:/(?:\d+|\*))?", header.strip(), re.ASCII)
+    if not match or int(match[1]) > int(match[2]):
+        raise RegistryError("BLOB_UPLOAD_INVALID", f"Content-Range: {header!r} is not <start>-<end>")
+    start, end = int(match[1]), int(match[2])
+    if length not in (None, end - start + 1):
+        raise RegistryError("SIZE_INVALID", f"Content-Range: {header} is not a range of {length} bytes")
+    return start
+
+
+def page(request: Request, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The part of a sorted list that `n` and `last` ask for, and the Link header to the next part.
+
+    OCI Distribution Spec v1.1, "Listing Tags".
+    """
+    last, count = request.parameter("last"), request.parameter("n")
+    rest = [name for name in names if last is None or name > last]
+    if count is None:
+        return rest, {}
+    if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
+        raise RegistryError("REQUEST_INVALID", f"n={count!r} is not a number of entries")
+    part = rest[:int(count)]
+    if not part or len(part) == len(rest):
+        return part, {}
+    query = {"n": count, "last": part[-1], **({"ns": request.namespace} if request.namespace else {})}
+    return part, {"Link": f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"'}
+
+
 ABOUT = f"""k3d-registry-dockerd {__version__}
 
 This is an OCI registry that serves the images of the Docker daemon it runs beside.
@@ -2085,32 +2915,191 @@ class Endpoints:
         return Response(200, headers, length=blob.size)
 
     def _find_blob(self, request: Request) -> tuple[Blob, dict[str, str]]:
-        repository, text = request.reference
-        reference = Reference.parse_digest(repository, text, request.namespace)
-        return self._registry.blob(reference), {
-            "Content-Type": "application/octet-stream", "Docker-Content-Digest": text, "Accept-Ranges": "bytes"}
+        repository, digest = request.captured
+        reference = Reference.parse_digest(repository, digest, request.namespace)
+        return self._registry.blob(reference, request.host), {
+            "Content-Type": "application/octet-stream", "Docker-Content-Digest": digest, "Accept-Ranges": "bytes"}
 
     def manifest(self, request: Request) -> Response:
         """end-3, GET and HEAD /v2/<name>/manifests/<reference>: a manifest by tag or digest."""
-        repository, target = request.reference
+        repository, target = request.captured
         reference = Reference.parse(repository, target, request.namespace)
-        manifest = self._registry.manifest(reference, request.host, request.credentials)
+        if request.method == "HEAD" and asks_before_pushing(request.accept):
+            manifest = self._registry.pushed_manifest(reference, request.host)
+        else:
+            manifest = self._registry.manifest(reference, request.host, request.credentials)
         return Response(200, {"Content-Type": manifest.media_type, "Docker-Content-Digest": str(manifest.digest)},
                         manifest.data)
 
+    # ---- uploads
+
+    def begin_upload(self, request: Request) -> Response:
+        """end-4a, end-4b, end-11, POST /v2/<name>/blobs/uploads/: begin an upload, push a blob in one go, or mount it.
+
+        A blob that can't be mounted is uploaded, so the answer is then that of the beginning of an upload.
+        """
+        repository = self._repository(request)
+        mount, digest = request.parameter("mount"), request.parameter("digest")
+        if mount is not None:
+            source = request.parameter("from")
+            if source is not None:
+                Reference.check_repository(source, None)
+            if self._registry.mount(Reference(repository.name, requested_digest(mount)), source):
+                return self._created(repository, mount)
+        if digest is None:
+            return self._upload_status(202, repository, repository.begin_upload(), 0)
+        expected = requested_digest(digest)
+        with BlobWriter(self._registry.store, expected.algorithm) as writer:
+            for piece in request.body:
+                writer.write(piece)
+            found = writer.finish()
+            if found != expected:
+                raise RegistryError("DIGEST_INVALID", f"the bytes that arrived have the digest {found}")
+            writer.keep(repository.blobs)
+        return self._created(repository, digest)
+
+    def upload(self, request: Request) -> Response:
+        """end-13, GET /v2/<name>/blobs/uploads/<session>: how far an upload is."""
+        repository, session = self._repository(request), request.captured[1]
+        with repository.upload(session) as upload:
+            return self._upload_status(204, repository, session, upload.size)
+
+    def append_to_upload(self, request: Request) -> Response:
+        """end-5, PATCH /v2/<name>/blobs/uploads/<session>: the next bytes, with or without Content-Range."""
+        repository, session = self._repository(request), request.captured[1]
+        with repository.upload(session) as upload:
+            self._receive(request, repository, session, upload)
+            return self._upload_status(202, repository, session, upload.size)
+
+    def finish_upload(self, request: Request) -> Response:
+        """end-6, PUT /v2/<name>/blobs/uploads/<session>?digest=<digest>: the last bytes, if any, and the end."""
+        repository, session = self._repository(request), request.captured[1]
+        expected = requested_digest(request.parameter("digest"))
+        with repository.upload(session) as upload:
+            self._receive(request, repository, session, upload)
+            upload.keep(expected, repository.blobs)
+        return self._created(repository, str(expected))
+
+    def cancel_upload(self, request: Request) -> Response:
+        """end-14, DELETE /v2/<name>/blobs/uploads/<session>: forget an upload."""
+        with self._repository(request).upload(request.captured[1]) as upload:
+            upload.cancel()
+        return Response(204, {})
+
+    def _repository(self, request: Request) -> Repository:
+        Reference.check_repository(request.captured[0], request.namespace)
+        return self._registry.store.repository(request.captured[0])
+
+    def _receive(self, request: Request, repository: Repository, session: str, upload: Upload) -> None:
+        """Append the body of a request, if it belongs at the end of what is there; RANGE_INVALID."""
+        start = parse_content_range(request.content_range, request.body.length)
+        if start not in (None, upload.size):
+            headers = self._upload_status(416, repository, session, upload.size).headers
+            raise RegistryError("RANGE_INVALID", f"the next byte of this upload is {upload.size}, not {start}", headers)
+        for piece in request.body:
+            upload.write(piece)
+
+    @staticmethod
+    def _upload_status(status: int, repository: Repository, session: str, size: int) -> Response:
+        """Where an upload stands. The range of nothing is 0-0, as clients of the first registries expect."""
+        return Response(status, {"Location": f"/v2/{repository.name}/blobs/uploads/{session}",
+                                 "Docker-Upload-UUID": session, "Range": f"0-{max(size - 1, 0)}"})
+
+    @staticmethod
+    def _created(repository: Repository, digest: str) -> Response:
+        return Response(201, {"Location": f"/v2/{repository.name}/blobs/{digest}", "Docker-Content-Digest": digest})
+
+    # ---- pushed manifests
+
+    def put_manifest(self, request: Request) -> Response:
+        """end-7, PUT /v2/<name>/manifests/<reference>: push a manifest; by digest with any number of `tag`s."""
+        repository, target = request.captured
+        reference = Reference.parse_pushed(repository, target, request.namespace)
+        tags = request.query.get("tag", []) if isinstance(reference.target, Digest) else [target]
+        if len(tags) > TAG_LIMIT:
+            raise RegistryError("TOO_MANY_TAGS", f"{len(tags)} tags at once are more than {TAG_LIMIT}")
+        for tag in tags:
+            Reference.parse_pushed(repository, tag)
+        data = request.body.read(MANIFEST_LIMIT)
+        if data is None:
+            raise RegistryError("MANIFEST_TOO_LARGE", f"a manifest may have {MANIFEST_LIMIT} bytes")
+        manifest = self._registry.put_manifest(reference, data, request.content_type, tags)
+        headers = {"Location": f"/v2/{repository}/manifests/{manifest.digest}",
+                   "Docker-Content-Digest": str(manifest.digest)}
+        if manifest.subject:
+            headers["OCI-Subject"] = str(manifest.subject)
+        if isinstance(reference.target, Digest) and tags:
+            headers["OCI-Tag"] = ", ".join(tags)
+        return Response(201, headers)
+
+    def delete_manifest(self, request: Request) -> Response:
+        """end-9, DELETE /v2/<name>/manifests/<reference>: a tag, or a manifest with all its tags."""
+        repository, target = request.captured
+        reference = Reference.parse(repository, target, request.namespace)
+        self._registry.delete_manifest(reference, request.host)
+        return Response(202, {})
+
+    def delete_blob(self, request: Request) -> Response:
+        """end-10, DELETE /v2/<name>/blobs/<digest>."""
+        repository, digest = request.captured
+        self._registry.delete_blob(Reference.parse_digest(repository, digest, request.namespace))
+        return Response(202, {})
+
+    # ---- lists
+
+    def tags(self, request: Request) -> Response:
+        """end-8, GET /v2/<name>/tags/list: the tags, by the page if the client wants."""
+        Reference.check_repository(request.captured[0], request.namespace)
+        reference = Reference(request.captured[0], "latest", request.namespace)
+        names, headers = page(request, self._registry.tags(reference, request.host))
+        return self._json({"name": request.captured[0], "tags": names}, headers)
+
+    def catalog(self, request: Request) -> Response:
+        """GET /v2/_catalog: the repositories, by the page if the client wants (not in the spec; an older custom)."""
+        names, headers = page(request, self._registry.catalog(request.host))
+        return self._json({"repositories": names}, headers)
+
+    def referrers(self, request: Request) -> Response:
+        """end-12, GET /v2/<name>/referrers/<digest>: the manifests about another one, as an index."""
+        repository, subject = request.captured
+        reference = Reference.parse_digest(repository, subject, request.namespace)
+        wanted = request.parameter("artifactType")
+        found = [manifest.referrer() for manifest in self._registry.referrers(reference, request.host)]
+        if wanted is not None:
+            found = [descriptor for descriptor in found if descriptor.get("artifactType") == wanted]
+        headers = {"Content-Type": OCI_INDEX, **({"OCI-Filters-Applied": "artifactType"} if wanted is not None else {})}
+        return self._json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found}, headers)
+
+    @staticmethod
+    def _json(document: Mapping[str, Any], headers: dict[str, str]) -> Response:
+        return Response(200, {"Content-Type": "application/json", **headers}, json.dumps(document).encode())
+
+
+Endpoint = Callable[[Endpoints, Request], Response]
 
 # Method, path, endpoint. Repository names may hold slashes, so the last word before the reference counts.
-ROUTES: tuple[tuple[str, re.Pattern[str], Callable[[Endpoints, Request], Response]], ...] = tuple(
+ROUTES: tuple[tuple[str, re.Pattern[str], Endpoint], ...] = tuple(
     (method, re.compile(path, re.DOTALL), endpoint) for method, path, endpoint in (
         ("GET", r"/", Endpoints.about),
         ("GET", r"/v2/?", Endpoints.version_check),
+        ("GET", r"/v2/_catalog", Endpoints.catalog),
         ("HEAD", r"/v2/(.+)/blobs/([^/]+)", Endpoints.blob_head),
         ("GET", r"/v2/(.+)/blobs/([^/]+)", Endpoints.blob),
+        ("DELETE", r"/v2/(.+)/blobs/([^/]+)", Endpoints.delete_blob),
+        ("POST", r"/v2/(.+)/blobs/uploads/?", Endpoints.begin_upload),
+        ("GET", r"/v2/(.+)/blobs/uploads/([^/]+)", Endpoints.upload),
+        ("PATCH", r"/v2/(.+)/blobs/uploads/([^/]+)", Endpoints.append_to_upload),
+        ("PUT", r"/v2/(.+)/blobs/uploads/([^/]+)", Endpoints.finish_upload),
+        ("DELETE", r"/v2/(.+)/blobs/uploads/([^/]+)", Endpoints.cancel_upload),
         ("GET", r"/v2/(.+)/manifests/([^/]+)", Endpoints.manifest),
+        ("PUT", r"/v2/(.+)/manifests/([^/]+)", Endpoints.put_manifest),
+        ("DELETE", r"/v2/(.+)/manifests/([^/]+)", Endpoints.delete_manifest),
+        ("GET", r"/v2/(.+)/tags/list", Endpoints.tags),
+        ("GET", r"/v2/(.+)/referrers/([^/]+)", Endpoints.referrers),
     ))
 
 
-def find_route(method: str, path: str) -> tuple[Callable[[Endpoints, Request], Response], tuple[str, ...]]:
+def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """The endpoint for a request, and what its path captures.
 
     A HEAD without a route of its own is a GET whose body is not sent. NOT_FOUND when no route has the
@@ -2125,6 +3114,24 @@ def find_route(method: str, path: str) -> tuple[Callable[[Endpoints, Request], R
     if method not in matches:
         raise RegistryError("UNSUPPORTED", f"{method} is not supported here", {"Allow": ", ".join(sorted(matches))})
     return matches[method]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which requests that change something are let through."""
+
+    read_only: bool = False
+    deletes: bool = True
+
+    def check(self, method: str, namespace: str | None, own_name: str | None) -> None:
+        """UNSUPPORTED when a request with this method, for this namespace, is not let through."""
+        if namespace and not names_us(namespace, own_name):
+            raise RegistryError("UNSUPPORTED", f"what belongs to {namespace} can be pulled through this registry, but "
+                                               "not pushed or deleted")
+        if self.read_only:
+            raise RegistryError("UNSUPPORTED", "this registry is read-only: it was started with -read-only")
+        if method == "DELETE" and not self.deletes:
+            raise RegistryError("UNSUPPORTED", "REGISTRY_STORAGE_DELETE_ENABLED=false: nothing is deleted here")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -2146,45 +3153,57 @@ class Handler(BaseHTTPRequestHandler):
             self._handle(time.monotonic())
 
     def _handle(self, started: float) -> None:
+        body = None
         try:
-            response = self._respond()
+            body = RequestBody(self.headers, self.rfile, self._invite_body)
+            response = self._respond(body)
         except RegistryError as e:
             response = self._error_response(e)
         except Exception as e:  # a boundary: whatever it is, this client gets an answer and the others go on
             log.exception("%s %s: a bug in this program", self.command, printable(self.path))
             response = self._error_response(RegistryError("UNKNOWN", f"{type(e).__name__}, see the log"))
+        self._keep_in_step(body)
         self.reply(response, started)
+
+    def _keep_in_step(self, body: RequestBody | None) -> None:
+        """What is left of a request's body would be taken for the next request: read it, or close the connection."""
+        waiting = self.headers.get("Expect") and body and not body.at_end  # for an invitation that does not come
+        if body is None or waiting or not body.discard():
+            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any
 
-    def _respond(self) -> Response:
-        self._drain_body()
+    def _respond(self, body: RequestBody) -> Response:
         try:
             url = urllib.parse.urlsplit(self.path)
         except ValueError as e:
             raise RegistryError("REQUEST_INVALID", f"the request target is malformed: {e}") from None
-        endpoint, captured = find_route(self.command, urllib.parse.unquote(url.path))
-        namespace = dict(urllib.parse.parse_qsl(url.query)).get("ns")
+        path = urllib.parse.unquote(url.path)
+        endpoint, captured = find_route(self.command, path)
         host = self.headers.get("Host")
-        request = Request(captured, namespace, host if host and is_host(host) else None,
-                          None if self.headers.get("If-Range") else self.headers.get("Range"),
-                          parse_credentials(self.headers.get("Authorization")))
+        host = host if host and is_host(host) else None
+        query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
+        if self.command not in ("GET", "HEAD"):
+            self.server.policy.check(self.command, query.get("ns", [None])[-1], host)
+        request = Request(
+            self.command, path, captured, query, host, ",".join(self.headers.get_all("Accept", [])),
+            None if self.headers.get("If-Range") else self.headers.get("Range"), self.headers.get("Content-Range"),
+            self.headers.get("Content-Type"), parse_credentials(self.headers.get("Authorization")), body)
         response = endpoint(self.server.endpoints, request)
-        if namespace:
-            response.headers["OCI-Namespace"] = namespace
+        if request.namespace:
+            response.headers["OCI-Namespace"] = request.namespace
         return response
 
-    def _drain_body(self) -> None:
-        """Read a request body that nobody wants, or it would become the next request of this connection."""
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > BODY_LIMIT:
-            self.close_connection = True
-            return
-        try:
-            self.rfile.read(int(length))
-        except OSError as e:
-            self.close_connection = True
-            raise RegistryError("REQUEST_INVALID", f"the request's body did not arrive: {e}") from None
+    def _invite_body(self) -> None:
+        """Tell a client that asks first to send the body of its request (RFC 9110, 10.1.1)."""
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+            self.wfile.flush()
+
+    def handle_expect_100(self) -> bool:
+        """Called by http.server before the request is looked at: the answer comes when the body is wanted."""
+        return True
 
     @staticmethod
     def _error_response(error: RegistryError) -> Response:
@@ -2235,7 +3254,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(length))
+        if response.status != 204:  # RFC 9110, 8.6
+            self.send_header("Content-Length", str(length))
         self.send_header("Docker-Distribution-API-Version", "registry/2.0")
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -2307,9 +3327,13 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True       # a download under way must not keep the process alive
     block_on_close = False
 
-    def __init__(self, address: Address, registry: Registry):
-        """Bind the address, or raise OSError. Serve with serve_forever, end with shutdown and server_close."""
-        self.endpoints = Endpoints(registry)
+    def __init__(self, address: Address, registry: Registry, policy: Policy | None = None,
+                 tls: ssl.SSLContext | None = None):
+        """Bind the address, or raise OSError. Serve with serve_forever, end with shutdown and server_close.
+
+        With a tls context every connection has to be one.
+        """
+        self.endpoints, self.policy, self._tls = Endpoints(registry), policy or Policy(), tls
         self._change = threading.Condition()  # guards _under_way
         self._under_way = 0
         self._all_interfaces = address.host == "" and socket.has_dualstack_ipv6()
@@ -2322,6 +3346,14 @@ class Server(ThreadingHTTPServer):
         if self._all_interfaces:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. Hands are shaken in its own thread, at the first read."""
+        connection, address = super().get_request()
+        if self._tls:
+            connection.settimeout(IDLE_TIMEOUT)
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
 
     @contextlib.contextmanager
     def request_under_way(self) -> Iterator[None]:
@@ -2378,8 +3410,14 @@ def argument_parser() -> ArgumentParser:
     parser.add_argument("-addr", "--addr", metavar="ADDRESS", help=(
         "listen on HOST:PORT, or on :PORT of all interfaces (default: REGISTRY_HTTP_ADDR, or else :5000)"))
     parser.add_argument("-store", "--store", metavar="DIR", help=(
-        "keep exported images here (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or else a folder in "
+        "keep pushed and exported images here (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or else a folder in "
         "the user's cache)"))
+    parser.add_argument("-read-only", "--read-only", action="store_true", help=(
+        "refuse pushes and deletions (default: REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED)"))
+    parser.add_argument("-tls-certificate", "--tls-certificate", metavar="FILE", help=(
+        "listen with TLS, with this certificate chain in PEM (default: REGISTRY_HTTP_TLS_CERTIFICATE)"))
+    parser.add_argument("-tls-key", "--tls-key", metavar="FILE", help=(
+        "the private key of the certificate, in PEM (default: REGISTRY_HTTP_TLS_KEY)"))
     parser.add_argument("-check", "--check", action="store_true", help=(
         "ask the registry that runs at this address whether it is well; exit with 0 or 1"))
     parser.add_argument("-version", "--version", action="version", version=f"k3d-registry-dockerd {__version__}")
@@ -2393,6 +3431,14 @@ def first_set(*candidates: tuple[str, str | None]) -> tuple[str, str]:
     return value or "", ", ".join([f"from {source}", *ignored])
 
 
+def boolean(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    """A variable that is true or false, as Go's strconv.ParseBool takes it; ValueError for anything else."""
+    text = environ.get(name, "")
+    if text.lower() not in ("", "true", "false", "1", "0", "t", "f"):
+        raise ValueError(f"{name}={text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "t") if text else default
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that can be set, validated."""
@@ -2402,6 +3448,8 @@ class Settings:
     store: Path
     store_origin: str
     engine: EngineHost
+    policy: Policy
+    tls: ssl.SSLContext | None
     notes: tuple[str, ...]
 
     @classmethod
@@ -2418,8 +3466,27 @@ class Settings:
         except ValueError as e:
             raise ValueError(f"{e} ({address_origin})") from None
         cls._check_store(Path(store), store_origin)
+        read_only = arguments.read_only or boolean(environ, "REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED", False)
+        policy = Policy(read_only, boolean(environ, "REGISTRY_STORAGE_DELETE_ENABLED", True))
+        tls = cls._tls(arguments.tls_certificate or environ.get("REGISTRY_HTTP_TLS_CERTIFICATE"),
+                       arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
-                   tuple(cls._proxy_notes(environ)))
+                   policy, tls, tuple(cls._proxy_notes(environ)))
+
+    @staticmethod
+    def _tls(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+        if not certificate and not key:
+            return None
+        if not certificate or not key:
+            raise ValueError("TLS takes both -tls-certificate and -tls-key, or both REGISTRY_HTTP_TLS_CERTIFICATE and "
+                             "REGISTRY_HTTP_TLS_KEY")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(certificate, key)
+        except OSError as e:  # ssl.SSLError is one as well
+            raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: "
+                             f"{e.strerror or e}") from None
+        return context
 
     @staticmethod
     def _check_store(store: Path, origin: str) -> None:
@@ -2441,14 +3508,15 @@ class Settings:
         if environ.get("REGISTRY_PROXY_USERNAME") or environ.get("REGISTRY_PROXY_PASSWORD"):
             yield ("REGISTRY_PROXY_USERNAME and _PASSWORD are not used: credentials come with each pull "
                    "(imagePullSecrets)")
-        delete = environ.get("REGISTRY_STORAGE_DELETE_ENABLED", "")
-        if delete.lower() not in ("", "true", "false", "1", "0", "t", "f"):
-            raise ValueError(f"REGISTRY_STORAGE_DELETE_ENABLED={delete!r} is neither true nor false")
 
 
-def check(address: Address) -> int:
+def check(address: Address, tls: bool) -> int:
     """Ask the registry at an address for its state, print that, and return 0 when it is well, 1 when not."""
-    connection = http.client.HTTPConnection(address.host or "localhost", address.port, timeout=ENGINE_TIMEOUT)
+    host = address.host or "localhost"
+    connection = http.client.HTTPConnection(host, address.port, timeout=ENGINE_TIMEOUT)
+    if tls:  # the certificate is for the names that others use: it is not this question's concern
+        connection = http.client.HTTPSConnection(host, address.port, timeout=ENGINE_TIMEOUT,
+                                                 context=ssl._create_unverified_context())  # noqa: S323
     try:
         connection.request("GET", "/v2/")
         well = connection.getresponse().status == 200
@@ -2470,11 +3538,12 @@ def serve(settings: Settings) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     registry = Registry(Engine(settings.engine), Store(settings.store))
     try:
-        server = Server(settings.address, registry)
+        server = Server(settings.address, registry, settings.policy, settings.tls)
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.address_origin, e.strerror or e)
         return 1
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=registry.keep_tidy, daemon=True).start()
     introduce(settings, registry, server)
     log.info("ending on %s", signal.Signals(signal.sigwait(endings)).name)
     server.shutdown()
@@ -2497,7 +3566,7 @@ def introduce(settings: Settings, registry: Registry, server: Server) -> None:
     else:
         if settings.store.exists():
             registry.tidy_up()
-    log.info("listening on %s (%s)", server.address, settings.address_origin)
+    log.info("listening on %s (%s)%s", server.address, settings.address_origin, " with TLS" if settings.tls else "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2509,7 +3578,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings.read(arguments, os.environ)
     except ValueError as e:
         parser.error(str(e))
-    return check(settings.address) if arguments.check else serve(settings)
+    return check(settings.address, settings.tls is not None) if arguments.check else serve(settings)
 
 
 if __name__ == "__main__":

@@ -87,11 +87,19 @@ class TestRoutes(HttpCase):
                 self.assertEqual((status, b""), ((head := self.program.head(path)).status, head.body))
 
     def test_methods(self):
-        for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
+        for method in ("POST", "PATCH", "OPTIONS"):
             with self.subTest(method):
                 answer = self.program.request(method, self.manifest, body=b"{}")
                 self.assert_error(answer, 405, "UNSUPPORTED")
-                self.assertEqual("GET, HEAD", answer.headers["Allow"])
+                self.assertEqual("DELETE, GET, HEAD, PUT", answer.headers["Allow"])
+
+    def test_what_belongs_to_another_registry_is_not_changed(self):
+        for method, path in (("PUT", self.manifest), ("DELETE", self.manifest), ("DELETE", self.layer),
+                             ("POST", "/v2/library/app/blobs/uploads/?ns=docker.io")):
+            with self.subTest(method=method, path=path):
+                answer = self.program.request(method, path, body=b"{}")
+                self.assert_error(answer, 405, "UNSUPPORTED")
+                self.assertIn("docker.io", answer.detail)
 
     def test_ranges(self):
         size = len(self.image.layer)
@@ -154,8 +162,9 @@ class TestConnections(HttpCase):
         chunked_body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner)
         for what, headers, body, answers in (
                 ("small", b"Content-Length: %d\r\n" % len(inner), inner, 2),
-                ("large", b"Content-Length: 1000000\r\n", inner, 1),
-                ("chunked", b"Transfer-Encoding: chunked\r\n", chunked_body, 1),
+                ("cut off", b"Content-Length: 1000000\r\n", inner, 1),
+                ("large", b"Content-Length: 100000000\r\n", inner, 1),
+                ("chunked", b"Transfer-Encoding: chunked\r\n", chunked_body, 2),
                 ("odd length", b"Content-Length: -1\r\n", inner, 1)):
             with self.subTest(what):
                 answer = self.raw(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n" + body + after)

@@ -146,7 +146,7 @@ class TestSharedWork(RegistryCase):
                 continue
             with self.assertLogs("k3d-registry-dockerd"):
                 self.registry._sources = None
-                blob = self.registry.blob(Reference.parse_digest("library/app", digest, "docker.io"))
+                blob = self.registry.blob(Reference.parse_digest("library/app", digest, "docker.io"), None)
             body = blob.open(0, blob.size)
             next(iter(body))
             body.close()

@@ -26,9 +26,7 @@ class StoreCase(unittest.TestCase):
     def put(self, data):
         writer = BlobWriter(self.store)
         writer.write(data)
-        digest = writer.finish()
-        writer.keep()
-        return digest
+        return writer.keep(self.store.docker)
 
     def files(self):
         return {str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()}
@@ -41,7 +39,7 @@ class StoreCase(unittest.TestCase):
 
 class TestBlobs(StoreCase):
     def test_nothing_is_made_before_the_first_write(self):
-        self.assertIsNone(self.store.blob_size(IMAGE))
+        self.assertIsNone(self.store.docker.size(IMAGE))
         self.assertIsNone(self.store.exported(IMAGE))
         self.assertFalse(self.root.exists())
 
@@ -49,22 +47,21 @@ class TestBlobs(StoreCase):
         digest = self.put(b"content")
         self.assertEqual(Digest.of(b"content"), digest)
         self.assertEqual(b"content", self.store.blob_path(digest).read_bytes())
-        self.assertEqual({f"blobs/sha256/{digest.hex}"}, self.files())
+        self.assertEqual({f"blobs/sha256/{digest.hex}", f"docker/sha256/{digest.hex}"}, self.files())
 
     def test_discarded(self):
         writer = BlobWriter(self.store)
         writer.write(b"content")
         self.assertEqual(1, len(self.files()))
-        self.assertIsNone(self.store.blob_size(Digest.of(b"content")), "not under its name before it is whole")
+        self.assertIsNone(self.store.docker.size(Digest.of(b"content")), "not under its name before it is whole")
         writer.discard()
         self.assertEqual(set(), self.files())
 
     def test_discarding_what_was_kept_changes_nothing(self):
         writer = BlobWriter(self.store)
-        digest = writer.finish()
-        writer.keep()
+        digest = writer.keep(self.store.docker)
         writer.discard()
-        self.assertEqual(0, self.store.blob_size(digest))
+        self.assertEqual(0, self.store.docker.size(digest))
 
     def test_the_end_of_the_process(self):
         writer = BlobWriter(self.store)
@@ -72,7 +69,7 @@ class TestBlobs(StoreCase):
         writer.write(b"half")
         kept = self.put(b"whole")
         self.store.close()
-        self.assertEqual({f"blobs/sha256/{kept.hex}"}, self.files())
+        self.assertEqual({f"blobs/sha256/{kept.hex}", f"docker/sha256/{kept.hex}"}, self.files())
 
     def test_the_same_blob_from_two_sides(self):
         threads = [threading.Thread(target=self.put, args=(b"x" * 100_000,)) for _ in range(8)]
@@ -80,7 +77,8 @@ class TestBlobs(StoreCase):
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertEqual({f"blobs/sha256/{Digest.of(b'x' * 100_000).hex}"}, self.files())
+        name = f"sha256/{Digest.of(b'x' * 100_000).hex}"
+        self.assertEqual({f"blobs/{name}", f"docker/{name}"}, self.files())
 
     def test_a_place_that_cannot_be_written_to(self):
         self.root.write_bytes(b"a file")
@@ -130,7 +128,7 @@ class TestExports(StoreCase):
                 self.age(age)
                 freed = self.store.evict(lambda _, answer=in_docker: answer, NOW)
                 self.assertEqual(0 if kept else len(b"manifestlayer"), freed)
-                self.assertEqual(3 if kept else 0, len(self.files()))
+                self.assertEqual(5 if kept else 0, len(self.files()))
 
     def test_what_another_export_needs_stays(self):
         self.export(IMAGE, b"manifest", b"shared")
@@ -140,7 +138,7 @@ class TestExports(StoreCase):
         self.store.evict(lambda image_id: asked.append(image_id) or image_id == OTHER, NOW)
         self.assertEqual({IMAGE, OTHER}, set(asked))
         self.assertEqual(other[0], self.store.exported(OTHER))
-        self.assertIsNone(self.store.blob_size(Digest.of(b"manifest")))
+        self.assertIsNone(self.store.docker.size(Digest.of(b"manifest")))
 
     def test_what_is_being_written_stays(self):
         """However long the writing takes; but not what a killed process left behind."""
@@ -154,10 +152,10 @@ class TestExports(StoreCase):
     def test_what_was_adopted_a_moment_ago_stays(self):
         digest = self.put(b"content")
         self.age(10 * EVICTION_AGE)
-        self.assertTrue(self.store.adopt(digest))
+        self.assertTrue(self.store.docker.adopt(digest))
         self.store.evict(lambda _: False, self.store.blob_path(digest).stat().st_mtime)
-        self.assertEqual(7, self.store.blob_size(digest))
-        self.assertFalse(self.store.adopt(IMAGE))
+        self.assertEqual(7, self.store.docker.size(digest))
+        self.assertFalse(self.store.docker.adopt(IMAGE))
 
 
 if __name__ == "__main__":
