@@ -249,7 +249,8 @@ class FakeDaemon:
                 return lambda sock: (sock.sendall(sock_answer), self._preface(sock), self._grpc(sock))[2]
             return http_answer(404, {"message": "page not found"})
         if path == "images/json":
-            return http_answer(200, [{"Id": self.id_of(image)} for image in self.images.values()])
+            return http_answer(200, [{"Id": self.id_of(image), "RepoTags": [name], "RepoDigests": []}
+                                     for name, image in self.images.items()])
         if path == "images/create":
             return self._pull(query)
         name = path.removeprefix("images/")

@@ -1,0 +1,112 @@
+"""Killed at any moment of a push, the registry has all of it or nothing, and takes it when it is pushed again."""
+
+import hashlib
+import http.client
+import json
+import os
+import signal
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from fake_daemon import FakeDaemon
+from program import MODULE, Program
+
+# Runs the program, and kills it right before its n-th change of the store.
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import k3d_registry_dockerd
+store, left = sys.argv[sys.argv.index("-store") + 1], int(os.environ["KILL_AT"])
+def hook(event, arguments):
+    global left
+    if event in ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.utime"):
+        if str(arguments[0]).startswith(store):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+sys.exit(k3d_registry_dockerd.main(sys.argv[1:]))
+"""
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+
+
+def digest_of(data):
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+class TestKill(unittest.TestCase):
+    def setUp(self):
+        self.daemon = FakeDaemon()
+        self.daemon.__enter__()
+        self.addCleanup(self.daemon.__exit__)
+        self.layers = [os.urandom(5000) for _ in range(2)]
+        subject = {"mediaType": MANIFEST, "digest": digest_of(b"subject"), "size": 7}
+        self.manifest = json.dumps({
+            "schemaVersion": 2, "config": self.descriptor(self.layers[0]), "subject": subject,
+            "layers": [self.descriptor(layer) for layer in self.layers]}).encode()
+
+    def descriptor(self, data):
+        return {"mediaType": "application/octet-stream", "digest": digest_of(data), "size": len(data)}
+
+    def push(self, program):
+        """Push an image as several clients do: a blob in pieces, a blob at once, and the manifest."""
+        one, two = self.layers
+        location = program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
+        program.request("PATCH", location, body=one[:2000])
+        program.request("PATCH", location, body=one[2000:])
+        answers = [program.request("PUT", f"{location}?digest={digest_of(one)}"),
+                   program.request("POST", f"/v2/app/blobs/uploads/?digest={digest_of(two)}", body=two),
+                   program.request("PUT", "/v2/app/manifests/1", {"Content-Type": MANIFEST}, self.manifest)]
+        self.assertEqual([201] * 3, [answer.status for answer in answers])
+
+    def check_consistent(self, program):
+        """What is under a final name is whole; a tag has its manifest, and that its blobs. Whether it is there."""
+        for path in program.store.glob("**/sha256/[0-9a-f]*"):
+            if path.is_file() and path.parent.parent.name != "_types":
+                self.assertEqual(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), path)
+        answer = program.get("/v2/app/manifests/1")
+        if answer.status == 404:
+            self.assertNotIn("1", program.get("/v2/app/tags/list").json.get("tags", []))
+            return False
+        self.assertEqual((200, self.manifest), (answer.status, answer.body))
+        for layer in self.layers:
+            self.assertEqual(layer, program.get(f"/v2/app/blobs/{digest_of(layer)}").body)
+        referrers = program.get(f"/v2/app/referrers/{digest_of(b'subject')}").json["manifests"]
+        self.assertEqual([digest_of(self.manifest)], [found["digest"] for found in referrers])
+        return True
+
+    def run_killed(self, at, store):
+        """Push to a program that kills itself before its at-th change; whether the push came to its end."""
+        program = Program(self.daemon.host, store=store, command=[sys.executable, "-c", KILLER, str(MODULE)],
+                          env={"KILL_AT": str(at)})
+        try:
+            self.push(program)
+            return True
+        except (OSError, http.client.HTTPException):
+            self.assertEqual(-signal.SIGKILL, program.process.wait(30))
+            return False
+        finally:
+            program.stop()
+
+    def test_at_every_change_of_the_store(self):
+        at, done, were_there = 0, False, []
+        while not done:
+            at += 1
+            with self.subTest(at=at), tempfile.TemporaryDirectory() as folder:
+                store = Path(folder) / "store"
+                done = self.run_killed(at, store)
+                with Program(self.daemon.host, store=store) as program:
+                    were_there.append(self.check_consistent(program))
+                    self.push(program)
+                    self.assertTrue(self.check_consistent(program))
+                    self.assertEqual([], program.lines("a bug in this program"))
+        self.assertGreater(at, 20)
+        self.assertFalse(were_there[0])
+        self.assertTrue(were_there[-1])
+        self.assertEqual(sorted(were_there), were_there, "from some change on it is there, and never before")
+
+
+if __name__ == "__main__":
+    unittest.main()
