@@ -523,12 +523,14 @@ class ExportRecord:
 def make_link(source: Path, target: Path) -> None:
     """Give a file a second name, unless one of its size has that name. FileNotFoundError without the file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        if target.stat().st_size != source.stat().st_size:  # what a crash of the machine left
-            target.unlink()
-            make_link(source, target)
+    while True:
+        try:
+            return os.link(source, target)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago: then there is room now
+                if target.stat().st_size == source.stat().st_size:
+                    return None
+                target.unlink()  # what a crash of the machine left
 
 
 class Links:
@@ -2685,6 +2687,7 @@ class RequestBody:
         self._stream, self._invite = stream, invite
         self.length = self._parse_length(headers)
         self.at_end = self.length == 0
+        self.count = 0  # bytes read so far
         self._pieces = self._decode()  # one for all readers: who comes later goes on where another stopped
 
     @staticmethod
@@ -2716,6 +2719,7 @@ class RequestBody:
             if not data:
                 raise RegistryError("REQUEST_INVALID", f"the request ended {count} bytes before its body's end")
             count -= len(data)
+            self.count += len(data)
             yield data
 
     def _chunks(self) -> Iterator[bytes]:
@@ -3157,6 +3161,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = RequestBody(self.headers, self.rfile, self._invite_body)
             response = self._respond(body)
+            response.note = f"received {human_bytes(body.count)}" if body.count else ""
         except RegistryError as e:
             response = self._error_response(e)
         except Exception as e:  # a boundary: whatever it is, this client gets an answer and the others go on

@@ -1,14 +1,24 @@
 """Section 8: what the server says to requests of every kind, good and bad."""
 
 import base64
+import contextlib
+import http.client
 import json
+import os
 import socket
+import ssl
 import sys
+import tempfile
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from fake_daemon import FakeDaemon, Image, sha256
 from program import MODULE, Program
+
+try:
+    import trustme
+except ImportError:
+    trustme = None
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -187,6 +197,85 @@ class TestConnections(HttpCase):
                 self.assertIn("errors", json.loads(answer.split(b"\r\n\r\n", 1)[1]))
         self.assertEqual([], [line for line in self.program.lines("\\x16\\x03") if "DEBUG" not in line])
 
+    def test_chunked_bodies(self):
+        """Framing -> the status of the upload, and how far the upload is then."""
+        for what, body, status, size in (
+                ("plain", b"5\r\nhello\r\n0\r\n\r\n", 202, 5),
+                ("extensions", b'5;a=b;c="d"\r\nhello\r\n1 \r\n!\r\n0;x\r\n\r\n', 202, 6),
+                ("upper case and zeros", b"000A\r\n0123456789\r\n000\r\n\r\n", 202, 10),
+                ("trailers", b"5\r\nhello\r\n0\r\nX-One: 1\r\nX-Two: 2\r\n\r\n", 202, 5),
+                ("nothing", b"0\r\n\r\n", 202, 0),
+                ("not a size", b"5\r\nhello\r\nxyz\r\n", 400, 5),
+                ("a negative size", b"-5\r\nhello\r\n0\r\n\r\n", 400, 0),
+                ("a prefix", b"0x5\r\nhello\r\n0\r\n\r\n", 400, 0),
+                ("a bare line feed", b"5\nhello\n0\n\n", 400, 0),
+                ("too short a chunk", b"9\r\nhello\r\n0\r\n\r\n", 400, 9),
+                ("too long a chunk", b"2\r\nhello\r\n0\r\n\r\n", 400, 2),
+                ("a size without an end", b"1" * 5000, 400, 0),
+                ("a long extension", b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n", 400, 0),
+                ("a huge size", b"f" * 16 + b"\r\nhello", 400, 0),
+                ("many trailers", b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400, 0),
+                ("no end", b"5\r\nhello\r\n", 400, 5)):
+            with self.subTest(what):
+                location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
+                answer = self.raw(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+                                  + body)
+                self.assertTrue(answer.startswith(b"HTTP/1.1 %d " % status), answer)
+                self.assertEqual(f"0-{max(size - 1, 0)}", self.program.get(location).headers["Range"])
+
+    def test_framing_that_is_not_clear(self):
+        """Nobody knows where the next request begins, so the connection is closed."""
+        for what, headers in (
+                ("both", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"),
+                ("two lengths", b"Content-Length: 5\r\nContent-Length: 6\r\n"),
+                ("another coding", b"Transfer-Encoding: gzip, chunked\r\n"),
+                ("twice chunked", b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n"),
+                ("a sign", b"Content-Length: +5\r\n"), ("a huge length", b"Content-Length: " + b"9" * 30 + b"\r\n")):
+            with self.subTest(what):
+                answer = self.raw(b"POST /v2/app/blobs/uploads/ HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n0\r\n\r\n"
+                                  b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+                self.assertTrue(answer.startswith(b"HTTP/1.1 400 "), answer)
+                self.assertIn(b"Connection: close", answer)
+                self.assertEqual(1, answer.count(b"HTTP/1.1 "))
+
+    def test_expect_100_continue(self):
+        """The client waits until it is invited; it is not when the answer is an error anyway."""
+        location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
+        ask = "PATCH {} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", self.program.port), timeout=30) as connection:
+            connection.sendall(ask.format(location).encode())
+            self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", connection.recv(1000))
+            connection.sendall(b"hello")
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 202 "))
+            connection.sendall(ask.format("/v2/app/blobs/uploads/nothing").encode())
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 404 "))
+            self.assertEqual(b"", connection.recv(1000), "closed: nobody knows whether the body still comes")
+
+    def test_an_upload_that_is_cut_off_goes_on(self):
+        location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
+        head = f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode()
+        self.assertTrue(self.raw(head + b"x" * 300).startswith(b"HTTP/1.1 400 "))
+        self.assertEqual("0-299", self.program.get(location).headers["Range"])
+        data = b"x" * 300 + b"y" * 700
+        done = self.program.request("PUT", f"{location}?digest={sha256(data)}", body=data[300:])
+        self.assertEqual(201, done.status, done.body)
+
+    def test_two_at_once_on_one_upload(self):
+        location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
+        with socket.create_connection(("127.0.0.1", self.program.port), timeout=30) as connection:
+            connection.sendall(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+                               "Content-Length: 5\r\n\r\n".encode())
+            connection.recv(1000)  # now it holds the upload
+            self.assert_error(self.program.request("PATCH", location, body=b"other"), 409, "UPLOAD_BUSY")
+            connection.sendall(b"hello")
+            self.assertIn(b" 202 ", connection.recv(1000))
+        self.assertEqual("0-4", self.program.get(location).headers["Range"])
+
+    def test_the_log_says_what_was_received(self):
+        location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
+        self.program.request("PATCH", location, body=bytes(10_000))
+        self.assertIn("received 10.0 kB", self.program.wait_for_line(f"PATCH {location} 202"))
+
     def test_the_log_stays_whole(self):
         """Control characters of a client do not make lines of their own."""
         self.raw(b"GET /v2/\x1b[31m\x85%0aINFO HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -223,6 +312,70 @@ class TestConnections(HttpCase):
         self.assertIn("the client went away", line)
         self.assertEqual([], self.program.lines("Traceback"))
         self.assertEqual(200, self.program.get(self.manifest).status)
+
+
+class TestPolicy(HttpCase):
+    WRITES = (("POST", "/v2/app/blobs/uploads/"), ("PATCH", "/v2/app/blobs/uploads/x"),
+              ("PUT", "/v2/app/blobs/uploads/x"), ("PUT", "/v2/app/manifests/1"))
+    DELETES = (("DELETE", "/v2/app/blobs/uploads/x"), ("DELETE", "/v2/app/manifests/1"),
+               ("DELETE", f"/v2/app/blobs/{A}"))
+
+    def start(self, *arguments, **env):
+        program = Program(self.daemon.host, *arguments, env=env)
+        self.addCleanup(program.__exit__)
+        return program
+
+    def test_read_only(self):
+        for program in (self.start("-read-only"), self.start(REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED="true")):
+            for method, path in (*self.WRITES, *self.DELETES):
+                with self.subTest(method=method, path=path):
+                    answer = program.request(method, path, body=b"{}")
+                    self.assert_error(answer, 405, "UNSUPPORTED")
+                    self.assertIn("read-only", answer.detail)
+            self.assertEqual(200, program.get(self.layer).status)
+            self.assertFalse(program.store.exists())
+
+    def test_no_deletes(self):
+        program = self.start(REGISTRY_STORAGE_DELETE_ENABLED="false")
+        for method, path in self.DELETES:
+            self.assert_error(program.request(method, path), 405, "UNSUPPORTED")
+        self.assertEqual(202, program.request("POST", "/v2/app/blobs/uploads/").status)
+
+
+@unittest.skipUnless(trustme, "needs the package trustme")
+class TestTls(unittest.TestCase):
+    def test_certificate_and_key(self):
+        """By flags and by the official image's variables; plain HTTP is refused without noise."""
+        authority = trustme.CA()
+        daemon = FakeDaemon()
+        daemon.__enter__()
+        self.addCleanup(daemon.__exit__)
+        with tempfile.TemporaryDirectory() as folder:
+            certificate, key = f"{folder}/cert.pem", f"{folder}/key.pem"
+            leaf = authority.issue_cert("localhost", "127.0.0.1")
+            leaf.private_key_pem.write_to_path(key)
+            for i, blob in enumerate(leaf.cert_chain_pems):
+                blob.write_to_path(certificate, append=i > 0)
+            context = ssl.create_default_context()
+            authority.configure_trust(context)
+            for arguments, env in ((["-tls-certificate", certificate, "-tls-key", key], {}),
+                                   ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": certificate, "REGISTRY_HTTP_TLS_KEY": key})):
+                with Program(daemon.host, *arguments, env=env) as program:
+                    connection = http.client.HTTPSConnection("127.0.0.1", program.port, context=context, timeout=30)
+                    data = os.urandom(3_000_000)
+                    for method, path, body, status, expected in (
+                            ("GET", "/v2/", None, 200, b"{}"),
+                            ("POST", f"/v2/a/blobs/uploads/?digest={sha256(data)}", data, 201, b""),
+                            ("GET", f"/v2/a/blobs/{sha256(data)}", None, 200, data)):
+                        connection.request(method, path, body)
+                        response = connection.getresponse()
+                        self.assertEqual((status, expected), (response.status, response.read()))
+                    connection.close()
+                    with socket.create_connection(("127.0.0.1", program.port), timeout=30) as plain:
+                        plain.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+                        with contextlib.suppress(ConnectionResetError):
+                            self.assertNotIn(b"HTTP", plain.recv(1000))
+                    self.assertEqual([], program.lines("Traceback"))
 
 
 if __name__ == "__main__":

@@ -76,8 +76,9 @@ class SpecCase(unittest.TestCase):
         return encode({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(config, CONFIG),
                        "layers": [descriptor(layer, LAYER)], **more}), [config, layer]
 
-    def push(self, reference=None, data=None, media_type=MANIFEST, **more):
+    def push(self, reference=None, data=None, media_type=MANIFEST, base=None, **more):
         """Push a manifest and return its bytes."""
+        self.base = base or self.base
         data = data or self.image(**more)[0]
         self.ask("PUT", f"/manifests/{reference or digest_of(data)}", 201, data, Content_Type=media_type)
         return data
@@ -594,6 +595,20 @@ class TestRepositoriesAndDocker(SpecCase):
         self.assertEqual(["1", "pushed"], self.ask("GET", "/tags/list", 200).json["tags"])
         self.assertIn("local/app", self.ask("GET", "/v2/_catalog", 200).json["repositories"])
         self.assertEqual(["1"], self.ask("GET", "/tags/list?ns=docker.io", 200).json["tags"])
+
+    def test_a_name_means_one_image_whichever_way_it_comes_in(self):
+        """Namespace and Host of the request -> whether it is this registry that is meant."""
+        tagged = self.daemon.add("localhost:12345/tagged:1", Image()).digest
+        pushed = digest_of(self.push("1", base="/v2/pushed"))
+        for namespace, host, ours in (
+                (None, "localhost:12345", True), (None, "k3d-x:12345", True), ("k3d-x:12345", "k3d-x:5000", True),
+                ("localhost:12345", "k3d-x:5000", True), ("127.0.0.1:12345", "k3d-x:5000", True),
+                ("k3d-y:12345", "k3d-x:5000", False), ("docker.io", "k3d-x:12345", False)):
+            for name, digest in (("tagged", tagged), ("pushed", pushed)):
+                with self.subTest(namespace=namespace, host=host, name=name):
+                    query = f"?ns={namespace}" if namespace else ""
+                    answer = self.program.get(f"/v2/{name}/manifests/1{query}", Host=host)
+                    self.assertEqual(digest if ours else None, answer.headers["Docker-Content-Digest"])
 
     def test_who_is_about_to_push_is_told_of_pushes_only(self):
         """Or the image would be gone when Docker drops it: the client would push nothing."""

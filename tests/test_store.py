@@ -1,5 +1,6 @@
 """Section 4: our own disk."""
 
+import json
 import os
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import EVICTION_AGE, BlobWriter, Digest, RegistryError, Store
+from k3d_registry_dockerd import EVICTION_AGE, UPLOAD_AGE, BlobWriter, Digest, Manifest, RegistryError, Store
 
 IMAGE, OTHER = Digest.of(b"image"), Digest.of(b"other image")
 NOW = 2_000_000_000.0
@@ -156,6 +157,159 @@ class TestExports(StoreCase):
         self.store.evict(lambda _: False, self.store.blob_path(digest).stat().st_mtime)
         self.assertEqual(7, self.store.docker.size(digest))
         self.assertFalse(self.store.docker.adopt(IMAGE))
+
+
+class TestLinks(StoreCase):
+    def test_the_bytes_are_there_once(self):
+        digest = self.put(b"content")
+        one, two = self.store.repository("one").blobs, self.store.repository("two").blobs
+        self.assertTrue(one.adopt(digest))
+        self.assertTrue(two.adopt(digest))
+        self.assertTrue(two.adopt(digest), "twice is no harm")
+        inodes = {(self.root / name).stat().st_ino for name in self.files()}
+        self.assertEqual((4, 1), (len(self.files()), len(inodes)))
+
+    def test_freed_with_the_last_owner(self):
+        digest = self.put(b"content")
+        one = self.store.repository("one").blobs
+        one.adopt(digest)
+        self.assertTrue(self.store.docker.drop(digest))
+        self.assertTrue(self.store.blob_path(digest).exists())
+        self.assertTrue(one.drop(digest))
+        self.assertFalse(one.drop(digest))
+        self.assertEqual(set(), self.files())
+        self.assertFalse(one.adopt(digest))
+
+    def test_what_a_crash_cut_short_is_replaced(self):
+        digest = self.put(b"content")
+        self.store.blob_path(digest).write_bytes(b"con")
+        self.assertFalse(self.store.docker.adopt(digest, 7))
+        self.put(b"content")
+        self.assertEqual(b"content", self.store.docker.path(digest).read_bytes())
+        self.assertEqual(b"content", self.store.blob_path(digest).read_bytes())
+
+    def test_many_hands(self):
+        """Pushed and deleted by many at once: who has just pushed, has it."""
+        failures = []
+
+        def work(name):
+            links = self.store.repository(name).blobs
+            for _ in range(50):
+                with BlobWriter(self.store) as writer:
+                    writer.write(b"shared by all")
+                    digest = writer.keep(links)
+                if links.path(digest).read_bytes() != b"shared by all":
+                    failures.append(name)
+                links.drop(digest)
+
+        threads = [threading.Thread(target=work, args=(f"r{i}",)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(([], set()), (failures, self.files()))
+
+
+class TestRepository(StoreCase):
+    def setUp(self):
+        super().setUp()
+        self.repository = self.store.repository("some/app")
+
+    def push(self, *blobs, tags=("1",), **more):
+        """Push a manifest over blobs, some of which are there."""
+        layers = []
+        for data in blobs:
+            with BlobWriter(self.store) as writer:
+                writer.write(data)
+                layers.append({"digest": str(writer.keep(self.repository.blobs)), "size": len(data)})
+        data = json.dumps({"schemaVersion": 2, "layers": layers, **more}).encode()
+        manifest = Manifest.accept(data, "application/vnd.oci.image.manifest.v1+json", "sha256")
+        self.repository.put_manifest(manifest, tags)
+        return manifest
+
+    def test_names_are_kept_apart(self):
+        self.push()
+        for name in ("some", "some/app/below", "some/application"):
+            self.assertIsNone(self.store.repository(name).manifest("1"))
+        self.store.repository("some").begin_upload()
+        self.assertEqual(["some", "some/app"], self.store.repository_names())
+
+    def test_a_tag_counts_only_with_its_manifest(self):
+        manifest = self.push()
+        self.assertEqual(manifest, self.repository.manifest("1"))
+        self.repository.manifests.path(manifest.digest).unlink()
+        self.assertEqual((None, None, []), (self.repository.manifest("1"), self.repository.tag("1"),
+                                            self.repository.tags()))
+
+    def test_tags_that_make_no_sense(self):
+        self.push()
+        for text in ("", "nonsense", "sha256:..", str(IMAGE)):
+            (self.repository.folder / "_tags/1").write_text(text)
+            self.assertEqual([], self.repository.tags())
+
+    def test_blobs_of_no_manifest_are_freed(self):
+        """After a while: a push brings them before the manifest."""
+        manifest = self.push(b"needed")
+        with BlobWriter(self.store) as writer:
+            writer.write(b"of no manifest")
+            orphan = writer.keep(self.repository.blobs)
+        self.age(EVICTION_AGE - 1)
+        self.assertEqual(0, self.store.evict(lambda _: True, NOW))
+        self.age(EVICTION_AGE + 1)
+        self.assertEqual(len(b"of no manifest"), self.store.evict(lambda _: True, NOW))
+        self.assertIsNone(self.repository.blobs.size(orphan))
+        self.assertEqual(6, self.repository.blobs.size(Digest.of(b"needed")))
+        self.repository.delete_manifest(manifest.digest)
+        self.age(EVICTION_AGE + 1)
+        self.assertEqual(len(b"needed"), self.store.evict(lambda _: True, NOW))
+        self.assertEqual(set(), self.files())
+
+    def test_what_is_pushed_and_exported_stays_for_either(self):
+        self.push(b"shared")
+        self.store.docker.adopt(Digest.of(b"shared"))
+        self.age(10 * EVICTION_AGE)
+        self.assertEqual(0, self.store.evict(lambda _: False, NOW))
+        self.assertIsNone(self.store.docker.size(Digest.of(b"shared")))
+        self.assertEqual(6, self.repository.blobs.size(Digest.of(b"shared")))
+
+    def test_abandoned_uploads_are_removed(self):
+        session = self.repository.begin_upload()
+        with self.repository.upload(session) as upload:
+            upload.write(b"half")
+        self.age(UPLOAD_AGE - 1)
+        self.store.evict(lambda _: True, NOW)
+        with self.repository.upload(session) as upload:
+            self.assertEqual(4, upload.size)
+            self.age(UPLOAD_AGE + 1)
+            self.store.evict(lambda _: True, NOW)
+            self.assertEqual(1, len(self.files()), "somebody is writing to it")
+        self.store.evict(lambda _: True, NOW)
+        self.assertEqual((set(), {}), (self.files(), self.store.hashes))
+
+    def test_an_upload_in_pieces_by_two_processes(self):
+        session = self.repository.begin_upload()
+        store = self.store
+        for piece in (b"one ", b"two ", b"three"):
+            with store.repository("some/app").upload(session) as upload:
+                upload.write(piece)
+            store = Store(self.root)  # which knows nothing of the hash
+        for algorithm in ("sha512", "sha256"):
+            expected = Digest.of(b"one two three", algorithm)
+            with store.repository("some/app").upload(session) as upload:
+                upload.keep(expected, self.repository.blobs)
+            self.assertEqual(13, self.repository.blobs.size(expected))
+            session = self.repository.begin_upload()
+            with store.repository("some/app").upload(session) as upload:
+                upload.write(b"one two three")
+
+    def test_one_writer_at_a_time(self):
+        session = self.repository.begin_upload()
+        with self.repository.upload(session), self.assertRaises(RegistryError) as caught, \
+                self.repository.upload(session):
+            pass
+        self.assertEqual("UPLOAD_BUSY", caught.exception.code)
+        with self.repository.upload(session):
+            pass
 
 
 if __name__ == "__main__":
