@@ -4,10 +4,10 @@
 Kubernetes in Docker (k3d) pulls its images from here, and gets what Docker already has: no download,
 no import, no second copy.
 
-    containerd --HTTP--> Handler --> Registry --+-- resolve --> Docker inspect | Docker pull
+    containerd --HTTP--> Handler --> Registry --+-- resolve --> pushed tags | Docker inspect | Docker pull
                                                 |
-                                                +-- content --> store | content directory
-                                                                | content service | export
+                                                +-- content --> pushed blobs | exported ones
+                                                                | content directory | content service
 
 Everything that a pull needs is two questions:
 
@@ -24,6 +24,13 @@ The life of one pull by a node, of an image that Docker has:
     GET  /v2/library/app/manifests/sha256:...        the manifest is read, by digest
     GET  /v2/library/app/blobs/sha256:...            config and layers are streamed, by digest
 
+The life of one push: blobs arrive in uploads, are hashed on the way, and belong to their repository from
+then on; the manifest comes last, and with it the image is there.
+
+    POST /v2/app/blobs/uploads/                      a session begins
+    PATCH, PUT /v2/app/blobs/uploads/<session>       the bytes, and the digest that they must have
+    PUT  /v2/app/manifests/1                         all blobs have to be there: then so is the image
+
 On Docker's containerd image store the bytes come straight out of Docker's content store. The classic
 store has no manifests and no compressed layers: there the image is exported once, into our own store.
 
@@ -37,6 +44,8 @@ Glossary, as in the OCI Distribution Specification:
     manifest     the JSON that lists an image's config and layers
     index        the JSON that lists manifests, one for each platform
     blob         any other content: a config, a layer
+    upload       a blob that is arriving, known by its session
+    referrer     a manifest about another one, its subject: a signature, say
 
 Sections: 1 vocabulary, 2 errors, 3 references, 4 store, 5 engine, 6 content, 7 registry, 8 HTTP,
 9 command line. A section names only sections above it.
@@ -2884,7 +2893,7 @@ def page(request: Request, names: list[str]) -> tuple[list[str], dict[str, str]]
 
 ABOUT = f"""k3d-registry-dockerd {__version__}
 
-This is an OCI registry that serves the images of the Docker daemon it runs beside.
+This is an OCI registry that serves the images of the Docker daemon it runs beside, and what is pushed to it.
 Its API is under /v2/ (OCI Distribution Specification).
 """
 
