@@ -109,6 +109,9 @@ TRAILER_LIMIT = 100         # lines of trailers behind a chunked body
 
 ENGINE_TIMEOUT = 15         # seconds Docker may take to begin an answer; nodes give up after 30
 PULL_TIMEOUT = 300          # seconds without a sign of life from a pull or an export
+EARLY_ANSWER = 5            # seconds in which a pull shows most of its failures: so long its outcome is waited for
+LAST_ANSWER = 18            # seconds after which a request is answered in any case, with whatever there is by then
+ARRIVAL_INTERVAL = 0.2      # seconds between two looks for content that a pull is bringing
 IDLE_TIMEOUT = 120          # seconds an unused client connection is kept
 STALL_TIMEOUT = 300         # seconds a client may take no byte of a body; the kubelet has the same rule
 ENGINE_FRESH = 10           # seconds for which the engine's description is believed
@@ -175,6 +178,7 @@ ERRORS: Mapping[str, tuple[int, str]] = {
 
     "REQUEST_INVALID":       (400, "the request is malformed"),
     "NOT_FOUND":             (404, "no such endpoint"),
+    "STILL_PULLING":         (408, "Docker is still pulling the image"),
     "RANGE_INVALID":         (416, "the requested range cannot be satisfied"),
     "UPLOAD_BUSY":           (409, "another request writes to this upload"),
     "MANIFEST_TOO_LARGE":    (413, "the manifest is too large"),
@@ -1283,9 +1287,9 @@ class Engine:
             with connection.getresponse() as response:
                 yield response
 
-    def _get(self, path: str) -> tuple[int, Any]:
+    def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
         """The status and the parsed JSON of a GET."""
-        with self._request("GET", path) as response:
+        with self._request("GET", path, headers) as response:
             data = response.read(JSON_LIMIT)
             if response.length:  # read(limit) itself does not mind a body that is too short
                 raise http.client.IncompleteRead(data, response.length)
@@ -1383,6 +1387,24 @@ class Engine:
             names = [str(name) for image in document for name in image.get("RepoTags") or ()]
         return [(name, tag) for name, _, tag in (text.rpartition(":") for text in names) if TAG.fullmatch(tag)]
 
+    def origin_digest(self, reference: Reference, credentials: Credentials | None) -> Digest:
+        """The digest that an image has in its own registry now. PullFailed when Docker can't find out.
+
+        It costs a request there, which counts for the registry's limits of the rate.
+        """
+        path = self._path(f"/distribution/{reference}/json")
+        status, document = self._get(path, self._authorization(reference, credentials))
+        if status != 200:
+            message = self._message(status, document)
+            raise PullFailed(pull_failure(message, status, reference.docker_repository()), message)
+        with self._sense(path):
+            return Digest.parse(document["Descriptor"]["digest"])
+
+    @staticmethod
+    def _authorization(reference: Reference, credentials: Credentials | None) -> dict[str, str]:
+        registry = reference.namespace or "docker.io"
+        return {"X-Registry-Auth": credentials.for_docker(registry)} if credentials else {}
+
     def pull(self, reference: Reference, credentials: Credentials | None,
              tell: Callable[[Mapping[str, Any]], None]) -> None:
         """Have Docker pull an image, to the end. Raises PullFailed when Docker says that it failed.
@@ -1392,9 +1414,7 @@ class Engine:
         """
         repository = reference.docker_repository()
         query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
-        headers = {"Content-Length": "0"}
-        if credentials:
-            headers["X-Registry-Auth"] = credentials.for_docker(reference.namespace or "docker.io")
+        headers = {"Content-Length": "0", **self._authorization(reference, credentials)}
         with self._request("POST", self._path(f"/images/create?{query}"), headers, timeout=PULL_TIMEOUT) as response:
             for message in self._messages(response):
                 error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
@@ -1503,10 +1523,14 @@ class FileBody:
 
 
 class StreamBody:
-    """length bytes as an iterator of pieces, which holds a resource until it is closed."""
+    """length bytes as an iterator of pieces, which holds a resource until it is closed.
 
-    def __init__(self, pieces: Iterator[bytes], length: int, close: Callable[[], None]):
-        self._pieces, self.length, self.close = pieces, length, close
+    length is None when nobody knows it yet. waits says that the first piece may take long, so that what
+    was said before should not wait for it.
+    """
+
+    def __init__(self, pieces: Iterator[bytes], length: int | None, close: Callable[[], None], waits: bool = False):
+        self._pieces, self.length, self.close, self.waits = pieces, length, close, waits
 
     def __iter__(self) -> Iterator[bytes]:
         return self._pieces
@@ -1943,6 +1967,26 @@ class ServiceBlob:
         return self._service.read(self._digest, start, length)
 
 
+# ---- what is on its way
+
+
+class ArrivingBlob:
+    """Content of a known size that Docker is getting: whoever opens it gets the bytes when they are there."""
+
+    def __init__(self, size: int, wait: Callable[[], Blob]):
+        """wait gives the content as soon as it has arrived, or raises RegistryError."""
+        self.size, self._wait = size, wait
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob; but errors come while the body is read."""
+        pieces = self._pieces(start, length)
+        return StreamBody(pieces, length, pieces.close, waits=True)
+
+    def _pieces(self, start: int, length: int) -> Generator[bytes, None, None]:
+        with contextlib.closing(self._wait().open(start, length)) as body:
+            yield from body
+
+
 # ---- the export
 
 
@@ -2183,6 +2227,13 @@ class Flight:
         self.result: Any = None
         self.error: Exception | None = None
 
+    def outcome(self) -> Any:
+        """Wait for the end: the job's result or its error."""
+        self.done.wait()
+        if self.error:
+            raise self.error.with_traceback(None)
+        return self.result
+
 
 class Flights:
     """Runs at most one job for a key at a time; whoever asks meanwhile waits for its outcome.
@@ -2197,15 +2248,16 @@ class Flights:
 
     def join(self, key: Hashable, job: Callable[[], Any]) -> Any:
         """The outcome of the job under way for key, or of this one if there is none: its result or its error."""
+        return self.start(key, job).outcome()
+
+    def start(self, key: Hashable, job: Callable[[], Any]) -> Flight:
+        """The job under way for key, or this one, started, if there is none."""
         with self._lock:
             flight = self._flights.get(key)
             if flight is None:
                 flight = self._flights[key] = Flight()
                 threading.Thread(target=self._run, args=(key, flight, job), daemon=True).start()
-        flight.done.wait()
-        if flight.error:
-            raise flight.error.with_traceback(None)
-        return flight.result
+        return flight
 
     def _run(self, key: Hashable, flight: Flight, job: Callable[[], Any]) -> None:
         try:
@@ -2258,6 +2310,19 @@ class Sources:
         return ", ".join([provider.name for provider in self.providers] + ["export"] * self.exports)
 
 
+@dataclass(frozen=True)
+class ArrivingManifest:
+    """A manifest of which nothing but the media type is known until it is there: wait gives it, or raises."""
+
+    media_type: str
+    wait: Callable[[], Manifest]
+
+    def body(self) -> StreamBody:
+        """Its bytes, as soon as they are there."""
+        pieces = (self.wait().data for _ in range(1))
+        return StreamBody(pieces, None, pieces.close, waits=True)
+
+
 class Registry:
     """Answers the two questions: which content does a name mean, and who has these bytes?"""
 
@@ -2267,6 +2332,8 @@ class Registry:
         self._exporter = Exporter(engine, store)
         self._stored = FolderProvider("store", store.docker.path)
         self._flights = Flights()
+        self._lock = threading.Lock()  # guards _expected
+        self._expected: dict[Digest, tuple[int, Flight]] = {}  # what a pull will bring: its size, and the pull
         self._sources: Sources | None = None  # replaced whole: needs no lock
 
     def close(self) -> None:
@@ -2338,14 +2405,14 @@ class Registry:
         pushed = FolderProvider("pushed", repository.blobs.path).find(digest) if repository else None
         if pushed:
             return pushed
-        blob = self._find(digest)
+        blob = self._find(digest) or self._arriving_blob(digest)
         # Nodes say where the image is from. For somebody who pushes, no image need be exported.
         if blob is None and reference.namespace and self.sources().exports and self._export_image_with(reference,
                                                                                                        digest):
             blob = self._find(digest)
         if blob is None:
             raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
-        if self._is_manifest(blob):
+        if not isinstance(blob, ArrivingBlob) and self._is_manifest(blob):
             raise RegistryError("BLOB_UNKNOWN", f"{digest} is a manifest: ask for it under /manifests/")
         return blob
 
@@ -2363,20 +2430,22 @@ class Registry:
         for image_id in self.engine.images_of(reference.docker_repository()):
             image = self.engine.image(str(image_id))
             if image and (image.id == digest or str(digest) in image.layers):
-                self._exported(image)
+                if not self._start_export(image).done.wait(LAST_ANSWER):
+                    raise RegistryError("STILL_PULLING", f"Docker is still exporting {image.id}: ask again")
                 return True
         return False
 
     # ---- resolve(reference) -> digest
 
-    def manifest(self, reference: Reference, own_name: str | None, credentials: Credentials | None) -> Manifest:
+    def manifest(self, reference: Reference, own_name: str | None,
+                 credentials: Credentials | None) -> Manifest | ArrivingManifest:
         """The manifest or index that a reference means right now.
 
         own_name is the host under which the client knows this registry. credentials are the client's;
         they are used for a pull from the reference's own registry, and for nothing else. An image that
-        Docker lacks is pulled by Docker, if the reference says from where; this takes as long as it
-        takes. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, and what
-        Engine raises.
+        Docker lacks is pulled by Docker, if the reference says from where. When that takes long, the
+        answer is what is known within LAST_ANSWER seconds. Raises MANIFEST_UNKNOWN, UNAUTHORIZED,
+        TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
         """
         repository = self.hosted(reference, own_name)
         pushed = repository.manifest(reference.target) if repository else None
@@ -2384,11 +2453,37 @@ class Registry:
             return pushed
         if reference.namespace == own_name:
             reference = reference.under(None)
+        if self.sources().exports:
+            return self._exported_manifest(reference, own_name, credentials)
+        return self._docker_manifest(reference, own_name, credentials)
+
+    def _exported_manifest(self, reference: Reference, own_name: str | None,
+                           credentials: Credentials | None) -> Manifest | ArrivingManifest:
+        """A manifest for which Docker may have to pull, and to export after that.
+
+        With the classic store nobody knows its digest before. But its type is known, and that is enough
+        for a node: told 200 without a digest it asks for the manifest, and waits for that.
+        """
+        work = self._flights.start(("manifest", reference, own_name, credentials),
+                                   lambda: self._docker_manifest(reference, own_name, credentials))
+        if not work.done.wait(LAST_ANSWER):
+            if self.sources().info.store != "classic" or isinstance(reference.target, Digest):
+                raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
+            log.info("%s: answered while Docker is still getting it", reference)
+            return ArrivingManifest(OCI_MANIFEST, work.outcome)
+        manifest: Manifest = work.outcome()
+        return manifest
+
+    def _docker_manifest(self, reference: Reference, own_name: str | None,
+                         credentials: Credentials | None) -> Manifest:
+        """The manifest of an image that Docker has, or gets now; takes as long as it takes where it exports."""
         if isinstance(reference.target, Digest):
             return self._manifest_by_digest(reference, reference.target, credentials)
         image = self._local_image(reference, own_name)
         if image is None:
-            self._pull(reference, credentials)
+            arriving = self._pull(reference, credentials)
+            if arriving:
+                return arriving
             image = self._local_image(reference, own_name)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
@@ -2429,10 +2524,17 @@ class Registry:
             manifest = self._find_manifest(digest)
         if manifest is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has {reference}, but not the bytes of its manifest")
+        pull = self._pull_of(digest)
+        if pull:  # of an index that was answered early: now it is known what its platform needs
+            self._expect(pull, manifest)
         return manifest
 
     def _fetch_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> None:
         """Get content into reach that a manifest request asked for by digest, or say why that can't be."""
+        pull = self._pull_of(digest)
+        if pull:
+            self._await_manifest(pull, digest, time.monotonic() + LAST_ANSWER)
+            return
         sources = self.sources()
         if sources.info.store == "classic":
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep the "
@@ -2442,7 +2544,8 @@ class Registry:
             self._refuse_missing_platform(reference, digest)
         image = self.engine.image(str(reference))
         if image is None:
-            self._pull(reference, credentials)
+            if self._pull(reference, credentials):
+                return
             image = self.engine.image(str(reference))
         if image and sources.exports:
             self._exported(image)
@@ -2586,15 +2689,92 @@ class Registry:
 
     # ---- long work, shared by all who need it
 
-    def _pull(self, reference: Reference, credentials: Credentials | None) -> None:
-        """Have Docker pull an image; requests for the same image with the same credentials share one pull."""
+    def _pull(self, reference: Reference, credentials: Credentials | None) -> Manifest | None:
+        """Have Docker pull an image; requests for the same image with the same credentials share one pull.
+
+        When it takes long, and content can be read while it arrives, the answer is the manifest: the rest is
+        on its way. Otherwise it is None, at the end of the pull.
+        """
         if reference.namespace is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}, and the request names no "
                                                     "registry (ns) to pull it from")
+        deadline = time.monotonic() + LAST_ANSWER
+        pull = self._flights.start(("pull", reference, credentials), lambda: self._run_pull(reference, credentials))
         try:
-            self._flights.join(("pull", reference, credentials), lambda: self._run_pull(reference, credentials))
+            if not pull.done.wait(EARLY_ANSWER) and not self.sources().exports:
+                return self._arriving_manifest(pull, reference, credentials, deadline)
+            pull.outcome()
         except PullFailed as e:
             raise self._pull_error(e, reference, credentials) from None
+        return None
+
+    # ---- what a pull is bringing, on Docker's containerd store: its content can be read piece by piece
+
+    def _arriving_manifest(self, pull: Flight, reference: Reference, credentials: Credentials | None,
+                           deadline: float) -> Manifest | None:
+        """The manifest that a pull has brought already, or None when it has ended; errors like those of the pull."""
+        digest = reference.target
+        if not isinstance(digest, Digest):
+            look_up = self._flights.start(("digest", reference, credentials),
+                                          lambda: self.engine.origin_digest(reference, credentials))
+            while not look_up.done.wait(ARRIVAL_INTERVAL) and not pull.done.is_set() and time.monotonic() < deadline:
+                pass
+            digest = look_up.result
+        manifest = self._await_manifest(pull, digest, deadline)
+        if manifest is None:
+            pull.outcome()
+            return None
+        self._expect(pull, manifest)
+        log.info("pull %s: answered with the manifest %s while the rest arrives", reference, digest)
+        return manifest
+
+    def _await_manifest(self, pull: Flight, digest: Digest | None, deadline: float) -> Manifest | None:
+        """A manifest as soon as a pull has brought it, or None when the pull has ended without it. STILL_PULLING."""
+        while True:
+            ended = pull.done.wait(ARRIVAL_INTERVAL)
+            manifest = self._find_manifest(digest) if digest else None
+            if manifest or ended:
+                return manifest
+            if time.monotonic() > deadline:
+                raise RegistryError("STILL_PULLING", "Docker does not have the manifest yet: ask again")
+
+    def _expect(self, pull: Flight, manifest: Manifest) -> None:
+        """Remember what a manifest says of the content that a pull will bring."""
+        try:
+            manifest.check()
+        except RegistryError as e:
+            log.warning("%s: %s", manifest.digest, e.detail)
+            return
+        sizes = {Digest.parse(found["digest"]): found["size"]
+                 for found in descriptors(manifest.document, "config", "layers", "manifests")}
+        with self._lock:
+            self._expected = {digest: (size, flight) for digest, (size, flight) in self._expected.items()
+                              if not flight.done.is_set()}
+            self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
+
+    def _pull_of(self, digest: Digest) -> Flight | None:
+        """The pull under way that will bring some content, if there is one."""
+        with self._lock:
+            _, pull = self._expected.get(digest, (0, None))
+        return pull if pull and not pull.done.is_set() else None
+
+    def _arriving_blob(self, digest: Digest) -> Blob | None:
+        """Content that a pull under way will bring, as good as here."""
+        pull = self._pull_of(digest)
+        if pull is None:
+            return None
+        with self._lock:
+            size, _ = self._expected.get(digest, (0, None))
+        return ArrivingBlob(size, lambda: self._await_blob(digest, pull))
+
+    def _await_blob(self, digest: Digest, pull: Flight) -> Blob:
+        while True:
+            ended = pull.done.wait(ARRIVAL_INTERVAL)
+            blob = self._find(digest)
+            if blob:
+                return blob
+            if ended:
+                raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
 
     def _run_pull(self, reference: Reference, credentials: Credentials | None) -> None:
         if self.engine.image(str(reference)):
@@ -2631,8 +2811,11 @@ class Registry:
 
     def _exported(self, image: EngineImage) -> Digest:
         """The digest of the manifest of an image that is in the store, exported just now if need be."""
-        target = self.store.exported(image.id)
-        return target or self._flights.join(("export", image.id), lambda: self._run_export(image))
+        target: Digest = self.store.exported(image.id) or self._start_export(image).outcome()
+        return target
+
+    def _start_export(self, image: EngineImage) -> Flight:
+        return self._flights.start(("export", image.id), lambda: self._run_export(image))
 
     def _run_export(self, image: EngineImage) -> Digest:
         done = self.store.exported(image.id)
@@ -2938,11 +3121,12 @@ class Endpoints:
         repository, target = request.captured
         reference = Reference.parse(repository, target, request.namespace)
         if request.method == "HEAD" and asks_before_pushing(request.accept):
-            manifest = self._registry.pushed_manifest(reference, request.host)
+            found: Manifest | ArrivingManifest = self._registry.pushed_manifest(reference, request.host)
         else:
-            manifest = self._registry.manifest(reference, request.host, request.credentials)
-        return Response(200, {"Content-Type": manifest.media_type, "Docker-Content-Digest": str(manifest.digest)},
-                        manifest.data)
+            found = self._registry.manifest(reference, request.host, request.credentials)
+        if isinstance(found, ArrivingManifest):
+            return Response(200, {"Content-Type": found.media_type}, found.body())
+        return Response(200, {"Content-Type": found.media_type, "Docker-Content-Digest": str(found.digest)}, found.data)
 
     # ---- uploads
 
@@ -3247,7 +3431,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 for count in self._write_body(body):
                     sent += count
-                if sent < length:
+                if sent < (length or 0):
                     raise RegistryError("ENGINE_FAILED", "the content ended early")
             self.wfile.flush()
         except OSError as e:
@@ -3264,11 +3448,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self._log(response, sent, time.monotonic() - started, problem or response.note)
 
-    def _write_head(self, response: Response, length: int) -> None:
+    def _write_head(self, response: Response, length: int | None) -> None:
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
-        if response.status != 204:  # RFC 9110, 8.6
+        if length is None and self.command != "HEAD":
+            self.send_header("Transfer-Encoding", "chunked")
+        elif length is not None and response.status != 204:  # RFC 9110, 8.6
             self.send_header("Content-Length", str(length))
         self.send_header("Docker-Distribution-API-Version", "registry/2.0")
         if self.close_connection:
@@ -3288,9 +3474,13 @@ class Handler(BaseHTTPRequestHandler):
             for start in range(body.start, end, WINDOW_STEP):
                 yield self.connection.sendfile(body.file, start, min(WINDOW_STEP, end - start))
         else:
+            if body.waits:
+                self.wfile.flush()
             for piece in body:
-                self.wfile.write(piece)
+                self.wfile.write(piece if body.length is not None else b"%x\r\n%s\r\n" % (len(piece), piece))
                 yield len(piece)
+            if body.length is None:
+                self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
         self.connection.settimeout(self.timeout)
 

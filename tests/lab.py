@@ -308,18 +308,22 @@ def push_document(origin, name, reference, document):
     return {"mediaType": media_type, "digest": digest, "size": len(data)}
 
 
-def push_platforms(origin, name, tag, architectures):
-    """Put an image for several architectures on an origin: the index's digest, and those of the manifests."""
+def push_platforms(origin, name, tag, architectures, files=()):
+    """Put an image for several architectures on an origin: the index's digest, and those of the manifests.
+
+    No engine has ever seen it. files are (path, bytes), a layer for each, besides one that names the architecture.
+    """
     children = []
     for architecture in architectures:
-        layer_tar = tar_of({architecture: architecture.encode()})
-        diff_id = "sha256:" + hashlib.sha256(layer_tar).hexdigest()
+        layers = [tar_of({path: data}) for path, data in [(architecture, architecture.encode()), *files]]
+        diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
         config = json.dumps({"architecture": architecture, "os": "linux", "config": {},
-                             "rootfs": {"type": "layers", "diff_ids": [diff_id]}}).encode()
+                             "rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
         child = push_document(origin, name, None, {
             "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": {"mediaType": "application/vnd.oci.image.config.v1+json", **push_blob(origin, name, config)},
-            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", **push_blob(origin, name, layer_tar)}]})
+            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", **push_blob(origin, name, layer)}
+                       for layer in layers]})
         children.append({**child, "platform": {"architecture": architecture, "os": "linux"}})
     index = push_document(origin, name, tag, {
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": children})
@@ -352,6 +356,59 @@ def refusing_origin(status, code):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+class Gate:
+    """A way to an origin on which every connection is held up after some bytes, until `open` or `cut`."""
+
+    BYTES = 200_000
+
+    def __init__(self, origin):
+        self._origin, self._opened, self._sockets = origin, threading.Event(), []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._origin.port))
+                self._sockets += [client, server]
+                threading.Thread(target=self._copy, args=(client, server, None), daemon=True).start()
+                threading.Thread(target=self._copy, args=(server, client, self.BYTES), daemon=True).start()
+
+    def _copy(self, source, target, limit):
+        count = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                count += len(data)
+                if limit is not None and count > limit:
+                    self._opened.wait()
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def open(self):
+        """Let everything through."""
+        self._opened.set()
+
+    def cut(self):
+        """Break every connection, and take no more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes up accept, which a mere close does not
+        self._listener.close()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._opened.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.cut()
+        for sock in self._sockets:
+            sock.close()
 
 
 @contextlib.contextmanager

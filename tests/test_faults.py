@@ -183,7 +183,9 @@ class TestExports(FaultCase):
 
         self.daemon.faults["/get "] = slow
         answers = []
-        threads = [threading.Thread(target=lambda: answers.append(self.program.get(MANIFEST).status)) for _ in range(5)]
+        threads = [threading.Thread(target=lambda i=i: answers.append(self.program.get(
+            MANIFEST, Host=f"h{i}:1").status))
+                   for i in range(5)]  # under names of its own, each is seen to ask Docker about the image
         for thread in threads:
             thread.start()
         asked.wait(30)

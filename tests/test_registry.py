@@ -120,7 +120,7 @@ class TestSharedWork(RegistryCase):
             raise RegistryError("MANIFEST_UNKNOWN", "")
 
         reference = Reference.parse("team/app", "1", "registry.example")
-        with mock.patch.object(self.registry._flights, "join", remember):
+        with mock.patch.object(self.registry._flights, "start", remember):
             for credentials in (None, Credentials("a", "x"), Credentials("b", "x"), Credentials("a", "y")):
                 with self.assertRaises(RegistryError), self.assertLogs("k3d-registry-dockerd"):
                     self.registry._sources = None
