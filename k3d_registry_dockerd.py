@@ -57,6 +57,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import http.client
@@ -573,6 +574,14 @@ class Links:
         for path in self._folder.glob("*/[0-9a-f]*"):
             yield Digest(path.parent.name, path.name)
 
+    def touch(self, digest: Digest) -> bool:
+        """Count content as used a moment ago; whether it belongs here."""
+        try:
+            os.utime(self.path(digest))
+        except OSError:
+            return False
+        return True
+
     def adopt(self, digest: Digest, size: int | None = None) -> bool:
         """Make content of the store belong here too, as used a moment ago; whether the store has it.
 
@@ -723,10 +732,14 @@ class Repository:
     def upload(self, session: str) -> Iterator[Upload]:
         """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         path = self.folder / "_uploads" / session
-        if not re.fullmatch(r"[0-9a-f]{32}", session) or not path.exists():
-            raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
-        with self._store.reserved(path), contextlib.closing(Upload(self._store, path)) as upload:
-            yield upload
+        unknown = RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+        if not re.fullmatch(r"[0-9a-f]{32}", session):
+            raise unknown
+        with self._store.reserved(path):
+            if not path.exists():
+                raise unknown
+            with contextlib.closing(Upload(self._store, path)) as upload:
+                yield upload
 
     # ---- tidying up
 
@@ -903,6 +916,8 @@ class Store:
         for the sake of a node in the middle of a pull, and of an export or a push that is still arriving.
         now is in seconds since the epoch.
         """
+        if not self.root.exists():
+            return 0
         with disk_errors(f"tidy up {self.root}"):
             before = self._pool()
             for name in self.repository_names():
@@ -2326,8 +2341,9 @@ class ArrivingManifest:
 class Registry:
     """Answers the two questions: which content does a name mean, and who has these bytes?"""
 
-    def __init__(self, engine: Engine, store: Store):
-        self.engine, self.store = engine, store
+    def __init__(self, engine: Engine, store: Store, allowed: tuple[str, ...] = ()):
+        """allowed are patterns, like *.corp.example, of the registries to pull from; none allows all."""
+        self.engine, self.store, self._allowed = engine, store, allowed
         self._service = ContentService(engine)
         self._exporter = Exporter(engine, store)
         self._stored = FolderProvider("store", store.docker.path)
@@ -2596,7 +2612,7 @@ class Registry:
         A client that asked whether the blob is here was told so when Docker has it. From now on it has to
         stay, even when Docker drops it.
         """
-        if repository.blobs.size(digest) is not None:
+        if repository.blobs.touch(digest):
             return True
         try:
             blob = self._find(digest)
@@ -2698,6 +2714,9 @@ class Registry:
         if reference.namespace is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}, and the request names no "
                                                     "registry (ns) to pull it from")
+        if self._allowed and not any(fnmatch.fnmatchcase(reference.namespace, pattern) for pattern in self._allowed):
+            raise RegistryError("DENIED", f"{reference.namespace} is not among the registries to pull from: "
+                                          f"{', '.join(self._allowed)} (-allow)")
         deadline = time.monotonic() + LAST_ANSWER
         pull = self._flights.start(("pull", reference, credentials), lambda: self._run_pull(reference, credentials))
         try:
@@ -3616,6 +3635,9 @@ def argument_parser() -> ArgumentParser:
     parser.add_argument("-store", "--store", metavar="DIR", help=(
         "keep pushed and exported images here (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or else a folder in "
         "the user's cache)"))
+    parser.add_argument("-allow", "--allow", metavar="PATTERN", action="append", default=[], help=(
+        "have Docker pull from registries of this name only, like docker.io or *.corp.example; can be given several "
+        "times (default: from all)"))
     parser.add_argument("-read-only", "--read-only", action="store_true", help=(
         "refuse pushes and deletions (default: REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED)"))
     parser.add_argument("-tls-certificate", "--tls-certificate", metavar="FILE", help=(
@@ -3652,6 +3674,7 @@ class Settings:
     store: Path
     store_origin: str
     engine: EngineHost
+    allowed: tuple[str, ...]
     policy: Policy
     tls: ssl.SSLContext | None
     notes: tuple[str, ...]
@@ -3675,7 +3698,14 @@ class Settings:
         tls = cls._tls(arguments.tls_certificate or environ.get("REGISTRY_HTTP_TLS_CERTIFICATE"),
                        arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
-                   policy, tls, tuple(cls._proxy_notes(environ)))
+                   cls._patterns(arguments.allow), policy, tls, tuple(cls._proxy_notes(environ)))
+
+    @staticmethod
+    def _patterns(patterns: list[str]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not re.fullmatch(r"localhost|(?=.*[.:*])[a-zA-Z0-9.:*?-]+", pattern):
+                raise ValueError(f"-allow {pattern!r} matches no registry: use a host, docker.io or *.corp.example say")
+        return tuple(patterns)
 
     @staticmethod
     def _tls(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -3740,7 +3770,7 @@ def serve(settings: Settings) -> int:
     # handler a process with PID 1 does not get signals that are not blocked.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    registry = Registry(Engine(settings.engine), Store(settings.store))
+    registry = Registry(Engine(settings.engine), Store(settings.store), settings.allowed)
     try:
         server = Server(settings.address, registry, settings.policy, settings.tls)
     except OSError as e:
@@ -3768,8 +3798,7 @@ def introduce(settings: Settings, registry: Registry, server: Server) -> None:
     except RegistryError as e:
         log.error("%s; trying again at each request", e.detail)
     else:
-        if settings.store.exists():
-            registry.tidy_up()
+        registry.tidy_up()
     log.info("listening on %s (%s)%s", server.address, settings.address_origin, " with TLS" if settings.tls else "")
 
 

@@ -58,6 +58,8 @@ class TestNonsense(CommandCase):
                 (["-tls-key", str(file), "-tls-certificate", str(file)], {}, "cannot be used"),
                 ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": str(file)}, "REGISTRY_HTTP_TLS_KEY"),
                 ([], {"REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED": "maybe"}, "neither true nor false"),
+                (["-allow", "corp"], {}, "-allow 'corp'"), (["-allow", ""], {}, "-allow ''"),
+                (["-allow", "a/b.c"], {}, "-allow 'a/b.c'"),
                 (["-frobnicate"], {}, "unrecognized arguments: -frobnicate"),
                 (["extra"], {}, "unrecognized arguments: extra"),
                 (["-addr"], {}, "expected one argument"),

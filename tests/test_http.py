@@ -342,6 +342,20 @@ class TestPolicy(HttpCase):
         self.assertEqual(202, program.request("POST", "/v2/app/blobs/uploads/").status)
 
 
+    def test_which_registries_may_be_reached(self):
+        """Namespace -> the status; what Docker has is served whatever its name."""
+        program = self.start("-allow", "docker.io", "--allow", "*.corp.example", "-allow", "localhost:*")
+        for namespace, status in (("docker.io", 401), ("a.corp.example", 401), ("localhost:7", 401),
+                                  ("corp.example", 403), ("evil.example", 403), ("a.corp.example:5000", 403)):
+            with self.subTest(namespace):
+                answer = program.get(f"/v2/team/nothing/manifests/1?ns={namespace}")
+                self.assertEqual(status, answer.status, answer.body)
+                self.assertEqual(status != 403, bool(program.lines(f"pull {namespace}/team/nothing:1: started")))
+        self.assert_error(answer, 403, "DENIED")
+        self.assertIn("*.corp.example", answer.detail)
+        self.assertEqual(200, program.get(self.manifest).status)
+
+
 @unittest.skipUnless(trustme, "needs the package trustme")
 class TestTls(unittest.TestCase):
     def test_certificate_and_key(self):
