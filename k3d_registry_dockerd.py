@@ -67,11 +67,13 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -1258,7 +1260,63 @@ class Credentials:
     def for_docker(self, registry: str) -> str:
         """The value of X-Registry-Auth (docs.docker.com/reference/api/engine, "Authentication")."""
         document = {"username": self.username, "password": self.password, "serveraddress": registry}
+        if self.username == "<token>":  # so credential helpers say that the secret is an identity token
+            document = {"identitytoken": self.password, "serveraddress": registry}
         return base64.urlsafe_b64encode(json.dumps(document).encode()).decode()
+
+
+class DockerConfig:
+    """The credentials that `docker login` left on this machine (docs.docker.com/reference/cli/docker/login).
+
+    They are looked up for each pull, so that a login counts at once.
+    """
+
+    DOCKER_HUB = "https://index.docker.io/v1/"
+    HELPER_TIMEOUT = 10  # seconds
+
+    def __init__(self, folder: Path):
+        self.path = folder / "config.json"
+
+    def credentials(self, registry: str) -> Credentials | None:
+        """The credentials for a registry, like docker.io or host:port; None when there are none to be had."""
+        try:
+            document = json.loads(self.path.read_bytes())
+            name = self.DOCKER_HUB if registry == "docker.io" else registry
+            helper = (document.get("credHelpers") or {}).get(name) or document.get("credsStore")
+            entries = {self._host(key): entry for key, entry in (document.get("auths") or {}).items()}
+            return (self._from_helper(helper, name) if helper else None) or self._from_entry(
+                entries.get(self._host(name)) or {})
+        except FileNotFoundError:
+            return None
+        except (OSError, subprocess.SubprocessError, *NONSENSE) as e:
+            log.warning("the credentials in %s cannot be used: %s", self.path, type(e).__name__)
+            return None
+
+    @staticmethod
+    def _host(key: str) -> str:
+        """The host in a key of `auths`, which may be a URL."""
+        return key.partition("://")[2].partition("/")[0] if "://" in key else key.partition("/")[0]
+
+    @staticmethod
+    def _from_entry(entry: Mapping[str, str]) -> Credentials | None:
+        if entry.get("identitytoken"):
+            return Credentials("<token>", entry["identitytoken"])
+        if entry.get("auth"):
+            username, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+            return Credentials(username, password.rstrip("\0"))
+        return Credentials(entry["username"], entry["password"]) if entry.get("username") else None
+
+    def _from_helper(self, helper: str, name: str) -> Credentials | None:
+        """Ask a program (github.com/docker/docker-credential-helpers), if it is installed here."""
+        program = shutil.which(f"docker-credential-{helper}") if re.fullmatch(r"[\w.-]+", helper) else None
+        if program is None:
+            return None
+        answer = subprocess.run([program, "get"], input=name.encode(), capture_output=True, check=False,  # noqa: S603
+                                timeout=self.HELPER_TIMEOUT)
+        if answer.returncode:
+            return None  # it has none for this registry
+        document = json.loads(answer.stdout)
+        return Credentials(str(document["Username"]), str(document["Secret"]))
 
 
 class PullFailed(Exception):
@@ -2341,9 +2399,13 @@ class ArrivingManifest:
 class Registry:
     """Answers the two questions: which content does a name mean, and who has these bytes?"""
 
-    def __init__(self, engine: Engine, store: Store, allowed: tuple[str, ...] = ()):
-        """allowed are patterns, like *.corp.example, of the registries to pull from; none allows all."""
-        self.engine, self.store, self._allowed = engine, store, allowed
+    def __init__(self, engine: Engine, store: Store, allowed: tuple[str, ...] = (),
+                 config: DockerConfig | None = None):
+        """allowed are patterns, like *.corp.example, of the registries to pull from; none allows all.
+
+        config has the credentials for pulls of clients that bring none.
+        """
+        self.engine, self.store, self._allowed, self._config = engine, store, allowed, config
         self._service = ContentService(engine)
         self._exporter = Exporter(engine, store)
         self._stored = FolderProvider("store", store.docker.path)
@@ -2718,10 +2780,11 @@ class Registry:
             raise RegistryError("DENIED", f"{reference.namespace} is not among the registries to pull from: "
                                           f"{', '.join(self._allowed)} (-allow)")
         deadline = time.monotonic() + LAST_ANSWER
-        pull = self._flights.start(("pull", reference, credentials), lambda: self._run_pull(reference, credentials))
+        used = credentials or (self._config.credentials(reference.namespace) if self._config else None)
+        pull = self._flights.start(("pull", reference, used), lambda: self._run_pull(reference, used))
         try:
             if not pull.done.wait(EARLY_ANSWER) and not self.sources().exports:
-                return self._arriving_manifest(pull, reference, credentials, deadline)
+                return self._arriving_manifest(pull, reference, used, deadline)
             pull.outcome()
         except PullFailed as e:
             raise self._pull_error(e, reference, credentials) from None
@@ -3674,6 +3737,7 @@ class Settings:
     store: Path
     store_origin: str
     engine: EngineHost
+    config: DockerConfig
     allowed: tuple[str, ...]
     policy: Policy
     tls: ssl.SSLContext | None
@@ -3698,6 +3762,7 @@ class Settings:
         tls = cls._tls(arguments.tls_certificate or environ.get("REGISTRY_HTTP_TLS_CERTIFICATE"),
                        arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
+                   DockerConfig(Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker")),
                    cls._patterns(arguments.allow), policy, tls, tuple(cls._proxy_notes(environ)))
 
     @staticmethod
@@ -3770,7 +3835,7 @@ def serve(settings: Settings) -> int:
     # handler a process with PID 1 does not get signals that are not blocked.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    registry = Registry(Engine(settings.engine), Store(settings.store), settings.allowed)
+    registry = Registry(Engine(settings.engine), Store(settings.store), settings.allowed, settings.config)
     try:
         server = Server(settings.address, registry, settings.policy, settings.tls)
     except OSError as e:
@@ -3791,6 +3856,8 @@ def introduce(settings: Settings, registry: Registry, server: Server) -> None:
     """Log what this is, what it found, and last that it listens: k3d waits for that line."""
     log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
     log.info("store: %s (%s)", settings.store, settings.store_origin)
+    if settings.config.path.exists():
+        log.info("credentials for pulls that bring none: %s", settings.config.path)
     for note in settings.notes:
         log.warning("%s", note)
     try:

@@ -49,7 +49,8 @@ class Program:
         self.process = subprocess.Popen(
             [*command, "-addr", "127.0.0.1:0", "-store", str(self.store), *arguments],
             stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "DOCKER_HOST": docker_host, "PYTHONUNBUFFERED": "1", **(env or {})})
+            env={**os.environ, "DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", "PYTHONUNBUFFERED": "1",
+                 **(env or {})})
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         line = self.wait_for_line("listening on ")

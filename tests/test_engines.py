@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import unittest
 import uuid
 from pathlib import Path
@@ -215,6 +216,25 @@ class EveryEngine:
         log = "\n".join(program.log)
         for secret in (lab.PASSWORD, "wr0ng", right.split()[1], wrong.split()[1]):
             self.assertNotIn(secret, log)
+
+    def test_credentials_of_the_host(self):
+        """config.json counts when the request brings none; what the request brings wins."""
+        self.on_origin("private")
+        path = self.origin_path("1", "private")
+        for what, config, authorization, status in (
+                ("the host's", f"{lab.USER}:{lab.PASSWORD}", None, 200),
+                ("the pod's wrong ones win", f"{lab.USER}:{lab.PASSWORD}", basic(lab.USER, "wr0ng"), 401),
+                ("the pod's right ones win", "somebody:else", basic(lab.USER, lab.PASSWORD), 200),
+                ("the host's wrong ones", "somebody:else", None, 401)):
+            with self.subTest(what), tempfile.TemporaryDirectory() as folder:
+                auths = {lab.ORIGINS["private"].host: {"auth": basic(*config.split(":")).split()[1]}}
+                (Path(folder) / "config.json").write_text(json.dumps({"auths": auths}))
+                self.engine.remove(*self.images[1:])
+                with self.program(env={"DOCKER_CONFIG": folder}) as program:
+                    answer = program.get(path, **({"Authorization": authorization} if authorization else {}))
+                    self.assertEqual(status, answer.status, answer.body)
+                    self.assertEqual(status == 401 and not authorization, "WWW-Authenticate" in answer.headers)
+                    self.assertNotIn(lab.PASSWORD, "\n".join(program.log))
 
     def test_pull_failures(self):
         program = self.program()
