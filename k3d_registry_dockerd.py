@@ -121,7 +121,7 @@ ENGINE_FRESH = 10           # seconds for which the engine's description is beli
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that requests under way get to finish at the end
 EVICTION_AGE = 3600         # seconds that content nothing refers to stays after its last use
-UPLOAD_AGE = 24 * 3600      # seconds an upload stays after its last byte
+UPLOAD_AGE = 24 * 3600      # seconds an upload stays after its last byte, and a blob until its manifest is pushed
 TIDY_INTERVAL = 3600        # seconds between two looks for what can be freed
 
 LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at once
@@ -330,11 +330,16 @@ class Reference:
         cls.check_repository(repository, namespace)
         return cls(repository, requested_digest(digest), namespace)
 
-    @staticmethod
-    def check_repository(repository: str, namespace: str | None) -> None:
+    @classmethod
+    def check_repository(cls, repository: str, namespace: str | None) -> None:
         """Raise NAME_INVALID unless both follow their grammars."""
         if not REPOSITORY.fullmatch(repository) or len(repository) + len(namespace or "") >= NAME_LENGTH:
             raise RegistryError("NAME_INVALID", f"{repository!r} is not a repository name")
+        cls.check_namespace(namespace)
+
+    @staticmethod
+    def check_namespace(namespace: str | None) -> None:
+        """Raise NAME_INVALID unless a namespace, if there is one, is the host of a registry."""
         if namespace is not None and not is_host(namespace):
             raise RegistryError("NAME_INVALID", f"the ns parameter {namespace!r} is not a registry's host: "
                                                 "a domain with a dot, a port, or localhost")
@@ -418,14 +423,16 @@ class Manifest:
         The media type is that of the Content-Type header, which must not contradict the JSON's own
         (OCI Image Spec v1.1, "mediaType"). MANIFEST_INVALID says what is wrong.
         """
-        declared = (content_type or "").partition(";")[0].strip().lower()
+        declared = (content_type or "").partition(";")[0].strip()
         own = manifest_type(data)
         media_type = declared or own
         if media_type is None or not MEDIA_TYPE.fullmatch(media_type):
             raise RegistryError("MANIFEST_INVALID", f"Content-Type: {declared!r} is not a manifest's media type")
         manifest = cls(Digest.of(data, algorithm), media_type, data)
+        if own == DOCKER_SCHEMA1:
+            raise RegistryError("MANIFEST_INVALID", "manifests of schema version 1 are not taken")
         stated = manifest.document.get("mediaType")
-        if stated is not None and stated != media_type:
+        if stated is not None and str(stated).lower() != media_type.lower():
             raise RegistryError("MANIFEST_INVALID", f"the Content-Type is {media_type}, but the manifest's own "
                                                     f"mediaType is {stated!r}")
         manifest.check()
@@ -453,6 +460,17 @@ class Manifest:
                 raise RegistryError("MANIFEST_INVALID", f"{name} is not {'a list' if many else 'a descriptor'}")
             for descriptor in value if many else [value]:
                 self._check_descriptor(name, descriptor)
+        self._check_referrer()
+
+    def _check_referrer(self) -> None:
+        """MANIFEST_INVALID when what a list of referrers shows of this is of another type than clients expect."""
+        config, annotations = self.document.get("config"), self.document.get("annotations")
+        kinds = (self.document.get("artifactType"), config.get("mediaType") if isinstance(config, dict) else None)
+        if not all(kind is None or isinstance(kind, str) for kind in kinds):
+            raise RegistryError("MANIFEST_INVALID", "artifactType or the config's mediaType is not a string")
+        if annotations is not None and not (isinstance(annotations, dict) and all(
+                isinstance(value, str) for value in annotations.values())):
+            raise RegistryError("MANIFEST_INVALID", "annotations are not an object of strings")
 
     @staticmethod
     def _check_descriptor(name: str, descriptor: Any) -> None:
@@ -606,6 +624,7 @@ class Links:
         It is linked here first, so that the store's own link never looks like one that nobody needs.
         """
         with disk_errors(f"write to {self._folder}"):
+            os.utime(file)
             if not self.adopt(digest, file.stat().st_size):
                 self._link(file, digest)
                 make_link(file, self._store.blob_path(digest))
@@ -672,6 +691,8 @@ class Repository:
         digest = manifest.digest
         if manifest.media_type != manifest_type(manifest.data):
             self._store.write(self._type_path(digest), manifest.media_type.encode())
+        else:
+            self._store.remove(self._type_path(digest))  # of another push of the same bytes
         if manifest.subject:
             self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
         with BlobWriter(self._store, digest.algorithm) as writer:
@@ -730,6 +751,15 @@ class Repository:
             path.touch()
         return session
 
+    def upload_size(self, session: str) -> int:
+        """How much of an upload has arrived, in bytes, even while somebody is writing to it. BLOB_UPLOAD_UNKNOWN."""
+        try:
+            if re.fullmatch(r"[0-9a-f]{32}", session):
+                return (self.folder / "_uploads" / session).stat().st_size
+        except FileNotFoundError:
+            pass
+        raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+
     @contextlib.contextmanager
     def upload(self, session: str) -> Iterator[Upload]:
         """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
@@ -739,6 +769,9 @@ class Repository:
             raise unknown
         with self._store.reserved(path):
             if not path.exists():
+                raise unknown
+            if path.stat().st_nlink > 1:  # it is a blob already: the process was killed before this name was removed
+                self._store.remove(path)
                 raise unknown
             with contextlib.closing(Upload(self._store, path)) as upload:
                 yield upload
@@ -757,7 +790,7 @@ class Repository:
             with contextlib.suppress(RegistryError):  # what is no JSON refers to nothing
                 unused.difference_update(manifest.listed() if manifest else ())
         for digest in unused:
-            if self._store.is_old(self.blobs.path(digest), now, EVICTION_AGE):
+            if self._store.is_old(self.blobs.path(digest), now, UPLOAD_AGE):
                 self.blobs.drop(digest)
 
 
@@ -2481,7 +2514,8 @@ class Registry:
         assert isinstance(digest, Digest)
         repository = self.hosted(reference, own_name)
         pushed = FolderProvider("pushed", repository.blobs.path).find(digest) if repository else None
-        if pushed:
+        if repository and pushed:
+            repository.blobs.touch(digest)  # who was told that it is here may rely on that for a while
             return pushed
         blob = self._find(digest) or self._arriving_blob(digest)
         # Nodes say where the image is from. For somebody who pushes, no image need be exported.
@@ -2728,7 +2762,7 @@ class Registry:
     def tags(self, reference: Reference, own_name: str | None) -> list[str]:
         """The tags under which images of a repository can be pulled, sorted. NAME_UNKNOWN. The target is not used."""
         repository = self.hosted(reference, own_name)
-        known = repository is not None and repository.folder.exists()
+        known = repository is not None and (repository.folder / "_manifests").exists()
         names = {docker_name(alias.docker_repository()) for alias in reference.aliases(own_name)}
         found = {tag for name, tag in self._docker_names(known) if docker_name(name) in names}
         if not known and not found:
@@ -2736,11 +2770,12 @@ class Registry:
                                                 "has no image of that name")
         return sorted(found.union(repository.tags() if repository else ()))
 
-    def referrers(self, reference: Reference, own_name: str | None) -> list[Manifest]:
-        """The manifests that were pushed to a repository and are about the digest that a reference names."""
+    def referrers(self, reference: Reference, own_name: str | None) -> list[dict[str, Any]]:
+        """The descriptors of manifests that were pushed to a repository and are about the digest of a reference."""
         repository = self.hosted(reference, own_name)
         assert isinstance(reference.target, Digest)
-        return list(repository.referrers(reference.target)) if repository else []
+        manifests = repository.referrers(reference.target) if repository else ()
+        return [manifest.referrer() for manifest in manifests]  # one at a time: they may be large
 
     def catalog(self, own_name: str | None) -> list[str]:
         """The repositories that can be pulled from without a namespace, sorted: pushed ones, and Docker's."""
@@ -2949,6 +2984,9 @@ class Response:
     note: str = ""             # for the log
 
 
+FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+
+
 class RequestBody:
     """The body of a request, decoded as it is read (RFC 9112, 6 and 7.1).
 
@@ -2982,7 +3020,8 @@ class RequestBody:
     def _decode(self) -> Iterator[bytes]:
         if self.at_end:
             return
-        self._invite()
+        with self._connection_errors():
+            self._invite()
         yield from self._chunks() if self.length is None else self._read(self.length)
         self.at_end = True
 
@@ -3065,7 +3104,7 @@ class Request:
     @property
     def namespace(self) -> str | None:
         """The registry that the image comes from, which mirrors are told."""
-        return self.parameter("ns")
+        return self.parameter("ns") or None
 
     def parameter(self, name: str) -> str | None:
         """The last value of a query parameter, or None."""
@@ -3240,8 +3279,7 @@ class Endpoints:
     def upload(self, request: Request) -> Response:
         """end-13, GET /v2/<name>/blobs/uploads/<session>: how far an upload is."""
         repository, session = self._repository(request), request.captured[1]
-        with repository.upload(session) as upload:
-            return self._upload_status(204, repository, session, upload.size)
+        return self._upload_status(204, repository, session, repository.upload_size(session))
 
     def append_to_upload(self, request: Request) -> Response:
         """end-5, PATCH /v2/<name>/blobs/uploads/<session>: the next bytes, with or without Content-Range."""
@@ -3298,7 +3336,8 @@ class Endpoints:
         if len(tags) > TAG_LIMIT:
             raise RegistryError("TOO_MANY_TAGS", f"{len(tags)} tags at once are more than {TAG_LIMIT}")
         for tag in tags:
-            Reference.parse_pushed(repository, tag)
+            if not TAG.fullmatch(tag):
+                raise RegistryError("MANIFEST_INVALID", f"{tag!r} is not a tag")
         data = request.body.read(MANIFEST_LIMIT)
         if data is None:
             raise RegistryError("MANIFEST_TOO_LARGE", f"a manifest may have {MANIFEST_LIMIT} bytes")
@@ -3343,7 +3382,7 @@ class Endpoints:
         repository, subject = request.captured
         reference = Reference.parse_digest(repository, subject, request.namespace)
         wanted = request.parameter("artifactType")
-        found = [manifest.referrer() for manifest in self._registry.referrers(reference, request.host)]
+        found = self._registry.referrers(reference, request.host)
         if wanted is not None:
             found = [descriptor for descriptor in found if descriptor.get("artifactType") == wanted]
         headers = {"Content-Type": OCI_INDEX, **({"OCI-Filters-Applied": "artifactType"} if wanted is not None else {})}
@@ -3434,6 +3473,7 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self, started: float) -> None:
         body = None
         try:
+            self._check_headers()
             body = RequestBody(self.headers, self.rfile, self._invite_body)
             response = self._respond(body)
             response.note = f"received {human_bytes(body.count)}" if body.count else ""
@@ -3444,6 +3484,13 @@ class Handler(BaseHTTPRequestHandler):
             response = self._error_response(RegistryError("UNKNOWN", f"{type(e).__name__}, see the log"))
         self._keep_in_step(body)
         self.reply(response, started)
+
+    def _check_headers(self) -> None:
+        """REQUEST_INVALID for lines that are no headers (RFC 9112, 5.1): the parser skips them, and all that follow,
+        so that the length of a body could hide among them."""
+        names_good = all(FIELD_NAME.fullmatch(name) for name in self.headers)
+        if self.headers.defects or self.headers.get_payload() or not names_good:
+            raise RegistryError("REQUEST_INVALID", "there is a line among the headers that is none")
 
     def _keep_in_step(self, body: RequestBody | None) -> None:
         """What is left of a request's body would be taken for the next request: read it, or close the connection."""
@@ -3463,8 +3510,10 @@ class Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host")
         host = host if host and is_host(host) else None
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
+        namespace = query.get("ns", [""])[-1] or None
+        Reference.check_namespace(namespace)
         if self.command not in ("GET", "HEAD"):
-            self.server.policy.check(self.command, query.get("ns", [None])[-1], host)
+            self.server.policy.check(self.command, namespace, host)
         request = Request(
             self.command, path, captured, query, host, ",".join(self.headers.get_all("Accept", [])),
             None if self.headers.get("If-Range") else self.headers.get("Range"), self.headers.get("Content-Range"),

@@ -238,6 +238,27 @@ class TestConnections(HttpCase):
                 self.assertIn(b"Connection: close", answer)
                 self.assertEqual(1, answer.count(b"HTTP/1.1 "))
 
+    def test_lines_that_are_no_headers(self):
+        """They do not hide the length of a body, which would be taken for a request then."""
+        body = b"GET /v2/smuggled/tags/list HTTP/1.1\r\nHost: x\r\n\r\n"
+        for lines in (b"Foo\r\nContent-Length: %d", b"Content-Length : %d", b"X y: 1\r\nContent-Length: %d",
+                      b": x\r\nContent-Length: %d", b"X\x00: 1\r\nContent-Length: %d"):
+            with self.subTest(lines):
+                head = b"PUT /v2/a/manifests/t HTTP/1.1\r\nHost: x\r\n" + lines % len(body)
+                answer = self.raw(head + b"\r\n\r\n" + body)
+                self.assertTrue(answer.startswith(b"HTTP/1.1 400 "), answer)
+                self.assertEqual(1, answer.count(b"HTTP/1.1 "))
+        self.assertEqual([], self.program.lines("/v2/smuggled"))
+
+    def test_a_namespace_cannot_bring_headers(self):
+        for path in ("/", "/v2/", "/v2/_catalog"):
+            for namespace in ("a%0d%0aX-Evil:%201", "a%E2%82%AC", "x"):
+                with self.subTest(path=path, namespace=namespace):
+                    answer = self.program.get(f"{path}?ns={namespace}")
+                    self.assert_error(answer, 400, "NAME_INVALID")
+                    self.assertIsNone(answer.headers["X-Evil"])
+        self.assertEqual(200, self.program.get("/v2/?ns=").status)
+
     def test_expect_100_continue(self):
         """The client waits until it is invited; it is not when the answer is an error anyway."""
         location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
@@ -267,6 +288,7 @@ class TestConnections(HttpCase):
                                "Content-Length: 5\r\n\r\n".encode())
             connection.recv(1000)  # now it holds the upload
             self.assert_error(self.program.request("PATCH", location, body=b"other"), 409, "UPLOAD_BUSY")
+            self.assertEqual(204, self.program.get(location).status, "where it stands can be asked all the while")
             connection.sendall(b"hello")
             self.assertIn(b" 202 ", connection.recv(1000))
         self.assertEqual("0-4", self.program.get(location).headers["Range"])

@@ -121,7 +121,9 @@ class TestPull(SpecCase):
         self.push("1")
         nowhere = digest_of(b"nowhere")
         for path, code in ((f"/blobs/{nowhere}", "BLOB_UNKNOWN"), (f"/manifests/{nowhere}", "MANIFEST_UNKNOWN"),
-                           ("/manifests/other", "MANIFEST_UNKNOWN"), ("/v2/no/such/tags/list", "NAME_UNKNOWN")):
+                           ("/manifests/other", "MANIFEST_UNKNOWN"),
+                           (f"/v2/{self.repo.partition('/')[0]}/tags/list", "NAME_UNKNOWN"),
+                           ("/v2/no/such/tags/list", "NAME_UNKNOWN")):
             with self.subTest(path):
                 self.assertEqual(code, self.ask("GET", path, 404).code)
                 self.assertEqual(b"", self.ask("HEAD", path, 404).body)
@@ -305,6 +307,7 @@ class TestManifestPush(SpecCase):
         path = f"/manifests/{digest}?" + "&".join(f"tag={i}" for i in range(1000))
         self.ask("PUT", path, 414, data, Content_Type=MANIFEST)
         self.ask("PUT", f"/manifests/{digest}?tag=good&tag=.bad", 400, data, Content_Type=MANIFEST)
+        self.ask("PUT", f"/manifests/{digest}?tag={digest_of(b'x')}", 400, data, Content_Type=MANIFEST)
         self.ask("HEAD", "/manifests/good", 404)
 
     def test_a_manifest_of_4_mebibytes_but_no_more(self):
@@ -333,6 +336,10 @@ class TestManifestPush(SpecCase):
                 ("a bad size", encode({"schemaVersion": 2, "config": {**config, "size": "1"}}), MANIFEST),
                 ("no descriptor", encode({"schemaVersion": 2, "config": config, "layers": [1]}), MANIFEST),
                 ("a bad subject", encode({"schemaVersion": 2, "subject": {"digest": "x", "size": 1}}), MANIFEST),
+                ("schema 1", encode({"schemaVersion": 1, "fsLayers": []}), MANIFEST),
+                ("a bad artifactType", encode({"schemaVersion": 2, "artifactType": {}, "layers": []}), MANIFEST),
+                ("a bad annotation", encode({"schemaVersion": 2, "annotations": {"a": 1}, "layers": []}), MANIFEST),
+                ("bad annotations", encode({"schemaVersion": 2, "annotations": ["a"], "layers": []}), MANIFEST),
                 ("a bad child", encode({"schemaVersion": 2, "manifests": ["x"]}), INDEX)):
             with self.subTest(what, data=data[:80]):
                 self.assertEqual("MANIFEST_INVALID", self.ask("PUT", "/manifests/1", 400, data,
@@ -355,10 +362,16 @@ class TestManifestPush(SpecCase):
                  "application/vnd.example+json"),
                 ("type of the request only", {"anything": "else"}, "application/vnd.example.other+json"),
                 ("without mediaType", {"schemaVersion": 2, "manifests": []}, INDEX),
+                ("upper case", {"schemaVersion": 2, "mediaType": "application/x.A+json"}, "application/x.A+json"),
                 ("unknown fields", {"schemaVersion": 2, "mediaType": INDEX, "manifests": [], "x": {"y": []}}, INDEX)):
             with self.subTest(what):
                 self.push("unknown", encode(document), media_type)
                 self.assertEqual(media_type, self.ask("GET", "/manifests/unknown", 200).headers["Content-Type"])
+        same = encode({"schemaVersion": 2, "layers": [], "config": descriptor(b"", EMPTY)})
+        self.push_blob(b"")
+        for media_type in ("application/vnd.docker.distribution.manifest.v2+json", MANIFEST):
+            self.push("same", same, media_type)
+            self.assertEqual(media_type, self.ask("GET", "/manifests/same", 200).headers["Content-Type"])
 
     def test_blobs_have_to_be_there_first(self):
         data, blobs = self.image(push_blobs=False)

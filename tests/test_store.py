@@ -7,6 +7,7 @@ import tempfile
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from program import MODULE
 
@@ -253,14 +254,14 @@ class TestRepository(StoreCase):
         with BlobWriter(self.store) as writer:
             writer.write(b"of no manifest")
             orphan = writer.keep(self.repository.blobs)
-        self.age(EVICTION_AGE - 1)
+        self.age(UPLOAD_AGE - 1)
         self.assertEqual(0, self.store.evict(lambda _: True, NOW))
-        self.age(EVICTION_AGE + 1)
+        self.age(UPLOAD_AGE + 1)
         self.assertEqual(len(b"of no manifest"), self.store.evict(lambda _: True, NOW))
         self.assertIsNone(self.repository.blobs.size(orphan))
         self.assertEqual(6, self.repository.blobs.size(Digest.of(b"needed")))
         self.repository.delete_manifest(manifest.digest)
-        self.age(EVICTION_AGE + 1)
+        self.age(UPLOAD_AGE + 1)
         self.assertEqual(len(b"needed"), self.store.evict(lambda _: True, NOW))
         self.assertEqual(set(), self.files())
 
@@ -301,6 +302,18 @@ class TestRepository(StoreCase):
             session = self.repository.begin_upload()
             with store.repository("some/app").upload(session) as upload:
                 upload.write(b"one two three")
+
+    def test_killed_between_the_blob_and_the_end_of_its_upload(self):
+        """The session is over, and can't write into the blob that it has become."""
+        session = self.repository.begin_upload()
+        with self.repository.upload(session) as upload, mock.patch.object(upload, "cancel"):
+            upload.write(b"content")
+            upload.keep(Digest.of(b"content"), self.repository.blobs)
+        store = Store(self.root)
+        with self.assertRaises(RegistryError) as caught, store.repository("some/app").upload(session) as upload:
+            upload.write(b"more")
+        self.assertEqual("BLOB_UPLOAD_UNKNOWN", caught.exception.code)
+        self.assertEqual(b"content", self.repository.blobs.path(Digest.of(b"content")).read_bytes())
 
     def test_one_writer_at_a_time(self):
         session = self.repository.begin_upload()
