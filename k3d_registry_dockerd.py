@@ -689,31 +689,33 @@ class Repository:
     def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
         """Keep a manifest, and then the tags for it. STORE_FAILED when the disk won't."""
         digest = manifest.digest
-        if manifest.media_type != manifest_type(manifest.data):
-            self._store.write(self._type_path(digest), manifest.media_type.encode())
-        else:
-            self._store.remove(self._type_path(digest))  # of another push of the same bytes
-        if manifest.subject:
-            self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
-        with BlobWriter(self._store, digest.algorithm) as writer:
-            writer.write(manifest.data)
-            writer.keep(self.manifests)
-        for tag in tags:
-            self._store.write(self.folder / "_tags" / tag, str(digest).encode())
+        with self._store.changing:
+            if manifest.media_type != manifest_type(manifest.data):
+                self._store.write(self._type_path(digest), manifest.media_type.encode())
+            else:
+                self._store.remove(self._type_path(digest))  # of another push of the same bytes
+            if manifest.subject:
+                self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
+            with BlobWriter(self._store, digest.algorithm) as writer:
+                writer.write(manifest.data)
+                writer.keep(self.manifests)
+            for tag in tags:
+                self._store.write(self.folder / "_tags" / tag, str(digest).encode())
 
     def delete_manifest(self, digest: Digest) -> bool:
         """Remove a manifest with all its tags; whether it was here."""
-        manifest = self.manifest(digest)
-        if manifest is None:
-            return False
-        for tag in self.tags():
-            if self.tag(tag) == digest:
-                self.delete_tag(tag)
-        gone = self.manifests.drop(digest)
-        self._store.remove(self._type_path(digest))
-        if manifest.subject:
-            self._store.remove(self._referrers_folder(manifest.subject) / str(digest))
-        return gone
+        with self._store.changing:
+            manifest = self.manifest(digest)
+            if manifest is None:
+                return False
+            for tag in self.tags():
+                if self.tag(tag) == digest:
+                    self.delete_tag(tag)
+            gone = self.manifests.drop(digest)
+            self._store.remove(self._type_path(digest))
+            if manifest.subject:
+                self._store.remove(self._referrers_folder(manifest.subject) / str(digest))
+            return gone
 
     def referrers(self, subject: Digest) -> Iterator[Manifest]:
         """The manifests here whose subject has a digest, in the order of their own digests."""
@@ -814,6 +816,8 @@ class Store:
         self.docker = Links(self, root / "docker")
         # The size and the hash of uploads between two requests; an entry is only touched by who reserved its path.
         self.hashes: dict[Path, tuple[int, Any]] = {}
+        # Held while a manifest is pushed or deleted: it is several small files, and two such changes must not mix.
+        self.changing = threading.Lock()
         self._lock = threading.Lock()  # guards _unfinished and _reserved
         self._unfinished: set[Path] = set()
         self._reserved: set[Path] = set()

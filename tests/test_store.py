@@ -12,7 +12,7 @@ from unittest import mock
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import EVICTION_AGE, UPLOAD_AGE, BlobWriter, Digest, Manifest, RegistryError, Store
+from k3d_registry_dockerd import EVICTION_AGE, UPLOAD_AGE, BlobWriter, Digest, Links, Manifest, RegistryError, Store
 
 IMAGE, OTHER = Digest.of(b"image"), Digest.of(b"other image")
 NOW = 2_000_000_000.0
@@ -241,6 +241,32 @@ class TestRepository(StoreCase):
         self.repository.manifests.path(manifest.digest).unlink()
         self.assertEqual((None, None, []), (self.repository.manifest("1"), self.repository.tag("1"),
                                             self.repository.tags()))
+
+    def test_a_push_and_a_deletion_of_one_manifest_do_not_mix(self):
+        """In the middle of the one, the other begins: it waits, and so its outcome is the last word."""
+        subject = {"mediaType": "application/json", "digest": str(OTHER), "size": 1}
+        manifest = Manifest.accept(json.dumps({"schemaVersion": 2, "subject": subject}).encode(), "text/x", "sha256")
+        push = lambda: self.repository.put_manifest(manifest, ["1"])  # noqa: E731
+        delete = lambda: self.repository.delete_manifest(manifest.digest)  # noqa: E731
+        for first, second, owner, step, stays in ((push, delete, self.store, "write", False),
+                                                  (delete, push, Links, "drop", True)):
+            with self.subTest(stays=stays):
+                push()
+                thread = threading.Thread(target=second)
+                real = getattr(owner, step)
+
+                def interrupted(*arguments, thread=thread, real=real):
+                    if thread.ident is None:
+                        thread.start()
+                        thread.join(0.3)
+                    return real(*arguments)
+
+                with mock.patch.object(owner, step, interrupted):
+                    first()
+                thread.join()
+                self.assertEqual(stays, self.repository.manifest("1") is not None)
+                self.assertEqual(stays, bool(list(self.repository.referrers(OTHER))))
+                self.assertEqual(stays, (self.repository.folder / "_tags" / "1").exists())
 
     def test_tags_that_make_no_sense(self):
         self.push()
