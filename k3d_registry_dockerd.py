@@ -61,6 +61,7 @@ import fnmatch
 import functools
 import hashlib
 import http.client
+import io
 import ipaddress
 import json
 import logging
@@ -78,12 +79,14 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
+import weakref
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -99,6 +102,9 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+# What a registry may answer with when it is asked for a manifest or an index.
+MANIFEST_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
+                            "application/vnd.docker.distribution.manifest.v2+json", "*/*"))
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -117,10 +123,12 @@ LAST_ANSWER = 18            # seconds after which a request is answered in any c
 ARRIVAL_INTERVAL = 0.2      # seconds between two looks for content that a pull is bringing
 IDLE_TIMEOUT = 120          # seconds an unused client connection is kept
 STALL_TIMEOUT = 300         # seconds a client may take no byte of a body; the kubelet has the same rule
+ORIGIN_TIMEOUT = 30         # seconds without a sign of life from a registry that we ask ourselves
 ENGINE_FRESH = 10           # seconds for which the engine's description is believed
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that requests under way get to finish at the end
 EVICTION_AGE = 3600         # seconds that content nothing refers to stays after its last use
+FETCHED_AGE = 7 * 24 * 3600  # seconds that content fetched for Docker, which has it not, stays after its last use
 UPLOAD_AGE = 24 * 3600      # seconds an upload stays after its last byte, and a blob until its manifest is pushed
 TIDY_INTERVAL = 3600        # seconds between two looks for what can be freed
 
@@ -490,9 +498,33 @@ class Manifest:
         Layers that may not be distributed come from elsewhere. So do manifests that an index lists: the
         image spec lets an index have platforms that a registry does not hold.
         """
-        return [Digest.parse(descriptor["digest"])
-                for descriptor in descriptors(self.document, "config", "layers", "blobs")
-                if not descriptor.get("urls") and not NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))]
+        return list(self.sizes("config", "layers", "blobs"))
+
+    def sizes(self, *names: str) -> dict[Digest, int]:
+        """What this refers to by these properties, as far as a registry holds that, with the sizes in bytes.
+
+        A descriptor that is none (see check()) does not count: manifests that Docker has are as they are.
+        """
+        found = {}
+        for descriptor in descriptors(self.document, *names):
+            foreign = descriptor.get("urls") or NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))
+            if not foreign:
+                with contextlib.suppress(*NONSENSE):
+                    found[Digest.parse(descriptor["digest"])] = max(int(descriptor["size"]), 0)
+        return found
+
+    def platforms(self) -> list[Digest]:
+        """The manifests of an index that are images: those of attestations have an unknown platform.
+
+        (docs.docker.com/build/metadata/attestations/attestation-storage)
+        """
+        found = []
+        for descriptor in descriptors(self.document, "manifests"):
+            platform = descriptor.get("platform")
+            if not isinstance(platform, dict) or platform.get("os") != "unknown":
+                with contextlib.suppress(ValueError):
+                    found.append(Digest.parse(descriptor["digest"]))
+        return found
 
     def listed(self) -> list[Digest]:
         """All content that this refers to, the manifests of an index included."""
@@ -532,21 +564,21 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ExportRecord:
-    """What was exported for one image: its manifest's digest, and the size in bytes of all content."""
+class Record:
+    """What is kept for one image: its manifest's digest, and the size in bytes of all content."""
 
     target: Digest
     content: Mapping[Digest, int]
 
     @classmethod
-    def load(cls, path: Path) -> ExportRecord:
+    def load(cls, path: Path) -> Record:
         """Read a record; OSError when it is not there, ValueError when it makes no sense."""
         try:
             document = json.loads(path.read_bytes())
             content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
             return cls(Digest.parse(document["target"]), content)
         except NONSENSE as e:
-            raise ValueError(f"not a record of an export: {e}") from e
+            raise ValueError(f"not a record of an image: {e}") from e
 
     def dump(self) -> bytes:
         """The record as bytes that load() understands."""
@@ -800,8 +832,9 @@ class Store:
     """Our own disk: content by digest, and to whom it belongs.
 
         blobs/sha256/<hex>          content, whole and verified
-        docker/sha256/<hex>         links to what was exported from Docker
+        docker/sha256/<hex>         links to what was exported from Docker, or fetched for it
         exports/sha256/<hex>        the record of one exported image, named by the image's ID
+        fetched/sha256/<hex>        the record of what Docker lacked of an image, named by its manifest
         repositories/<name>/...     what was pushed: see Repository
         .../.<random>               any of them while it is being written
 
@@ -913,7 +946,7 @@ class Store:
         """Whether content belongs to any repository: it may be mounted from there."""
         return any(self.repository(name).blobs.size(digest) is not None for name in self.repository_names())
 
-    # ---- exports
+    # ---- exports, and what was fetched
 
     def _record_path(self, image_id: Digest) -> Path:
         return self.root / "exports" / image_id.algorithm / image_id.hex
@@ -922,18 +955,33 @@ class Store:
         """Note that the image's manifest is `target`, and the content that has to be here with it."""
         with disk_errors(f"read {self.root}"):
             sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
-        self.write(self._record_path(image_id), ExportRecord(target, sizes).dump())
+        self.write(self._record_path(image_id), Record(target, sizes).dump())
 
     def exported(self, image_id: Digest) -> Digest | None:
         """The digest of an exported image's manifest, or None unless all of its content is here."""
         path = self._record_path(image_id)
         try:
-            record = ExportRecord.load(path)
+            record = Record.load(path)
             os.utime(path)  # eviction goes by the last use
         except (OSError, ValueError):
             return None
         whole = all(self.docker.size(digest) == size for digest, size in record.content.items())
         return record.target if whole else None
+
+    def _fetched_path(self, manifest: Digest) -> Path:
+        return self.root / "fetched" / manifest.algorithm / manifest.hex
+
+    def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
+        """Note that some content, with its size in bytes, is to stay here for a manifest, as long as that is used."""
+        path = self._fetched_path(manifest)
+        with contextlib.suppress(OSError, ValueError):
+            content = {**Record.load(path).content, **content}
+        self.write(path, Record(manifest, content).dump())
+
+    def touch_fetch(self, manifest: Digest) -> None:
+        """Count what was fetched for a manifest, if anything was, as used a moment ago."""
+        with contextlib.suppress(OSError):
+            os.utime(self._fetched_path(manifest))
 
     # ---- tidying up
 
@@ -950,10 +998,10 @@ class Store:
     def evict(self, in_docker: Callable[[Digest], bool], now: float) -> int:
         """Remove what nothing refers to any more, and return the number of bytes that were freed.
 
-        That is: exports of images that Docker no longer has, content of no manifest, abandoned uploads, and
-        what a killed process left half-written. What was used within the last EVICTION_AGE seconds stays,
-        for the sake of a node in the middle of a pull, and of an export or a push that is still arriving.
-        now is in seconds since the epoch.
+        That is: exports of images that Docker no longer has, what was fetched and not used for FETCHED_AGE
+        seconds, content of no manifest, abandoned uploads, and what a killed process left half-written. What
+        was used within the last EVICTION_AGE seconds stays, for the sake of a node in the middle of a pull,
+        and of an export or a push that is still arriving. now is in seconds since the epoch.
         """
         if not self.root.exists():
             return 0
@@ -961,7 +1009,8 @@ class Store:
             before = self._pool()
             for name in self.repository_names():
                 self.repository(name).tidy_up(now)
-            needed = self._needed_exports(in_docker, now)
+            needed = self._needed("exports", now, EVICTION_AGE, in_docker)
+            needed |= self._needed("fetched", now, FETCHED_AGE, lambda _: False)
             for digest in set(self.docker.digests()) - needed:
                 if self.is_old(self.docker.path(digest), now, EVICTION_AGE):
                     self.docker.drop(digest)
@@ -982,17 +1031,17 @@ class Store:
                 pool[Digest(path.parent.name, path.name)] = path.stat().st_size
         return pool
 
-    def _needed_exports(self, in_docker: Callable[[Digest], bool], now: float) -> set[Digest]:
-        """Remove the records of exports that nobody needs, and return the content of the others."""
+    def _needed(self, folder: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
+        """Remove the old records that nobody needs, and return the content of the others."""
         needed: set[Digest] = set()
-        for path in self.root.glob("exports/*/[0-9a-f]*"):
+        for path in self.root.glob(f"{folder}/*/[0-9a-f]*"):
             try:
-                record = ExportRecord.load(path)
+                record = Record.load(path)
             except ValueError as e:
                 log.warning("store: %s is %s", path, e)
                 record = None
-            gone = self.is_old(path, now, EVICTION_AGE) and (
-                record is None or not in_docker(Digest(path.parent.name, path.name)))
+            gone = self.is_old(path, now, age) and (
+                record is None or not is_needed(Digest(path.parent.name, path.name)))
             if gone:
                 path.unlink(missing_ok=True)
             elif record:
@@ -1008,7 +1057,7 @@ class BlobWriter:
         self._folder = store.root / "blobs" / algorithm
         with disk_errors(f"write to {self._folder}"):
             self.path = store.begin(self._folder)
-            self._file = open(self.path, "wb")  # noqa: SIM115 - closed by finish()
+            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -1017,10 +1066,12 @@ class BlobWriter:
         self.discard()
 
     def write(self, data: bytes) -> None:
-        """Append bytes; STORE_FAILED when the disk won't take them."""
+        """Append bytes, which who reads the file sees at once; STORE_FAILED when the disk won't take them."""
         self._hash.update(data)
+        rest = memoryview(data)
         with disk_errors(f"write to {self._folder}"):
-            self._file.write(data)
+            while rest:
+                rest = rest[self._file.write(rest):]
 
     def finish(self) -> Digest:
         """Close the file, and return the digest of all that was written."""
@@ -1203,6 +1254,8 @@ class EngineInfo:
     store: str
     root: Path
     identity: str
+    indexes: tuple[tuple[str, bool], ...] = ()  # the registries that its configuration names: whether they are secure
+    insecure_networks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"Docker {self.version}, API {self.api[0]}.{self.api[1]}, {self.store} image store"
@@ -1213,11 +1266,13 @@ class EngineImage:
     """An image as Docker inspects it. size is in bytes, unpacked; layers are those of the root file system.
 
     The ID is the digest of the manifest or index on the containerd store, of the config on the classic.
+    origins are the names by digest that it had in the registries that it came from.
     """
 
     id: Digest
     size: int
     layers: tuple[str, ...]
+    origins: tuple[str, ...] = ()
 
 
 class PullProgress:
@@ -1262,7 +1317,7 @@ PULL_FAILURES = (
                 "insufficient_scope", "403 forbidden", "access forbidden", ": denied")),
     ("ORIGIN_UNAVAILABLE", ("dial tcp", "connection refused", "connection reset", "no such host", "timeout",
                             "deadline exceeded", "x509:", "tls:", "server gave http response", "eof",
-                            "failed to do request", "network is unreachable", "500 internal server error",
+                            "failed to do request", "could not fetch content", "network is unreachable", "500 internal server error",
                             "502 bad gateway", "503 service unavailable", "504 gateway")),
     ("MANIFEST_UNKNOWN", ("manifest unknown", "not found", "name unknown", "no matching manifest",
                           "no match for platform", "name not known", "does not exist")),
@@ -1287,6 +1342,10 @@ def pull_failure(message: str, status: int, name: str) -> str:
     return next(code for code, phrases in PULL_FAILURES if any(phrase in text for phrase in phrases))
 
 
+# The user name by which credential helpers say that the secret is an identity token.
+IDENTITY_TOKEN = "<token>"  # noqa: S105 - it is no secret
+
+
 @dataclass(frozen=True)
 class Credentials:
     """A user's name and password for one registry. Hashable, so that they can be part of a key."""
@@ -1297,9 +1356,13 @@ class Credentials:
     def for_docker(self, registry: str) -> str:
         """The value of X-Registry-Auth (docs.docker.com/reference/api/engine, "Authentication")."""
         document = {"username": self.username, "password": self.password, "serveraddress": registry}
-        if self.username == "<token>":  # so credential helpers say that the secret is an identity token
+        if self.username == IDENTITY_TOKEN:
             document = {"identitytoken": self.password, "serveraddress": registry}
         return base64.urlsafe_b64encode(json.dumps(document).encode()).decode()
+
+    def for_http(self) -> str:
+        """The value of Authorization (RFC 7617)."""
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
 
 
 class DockerConfig:
@@ -1337,7 +1400,7 @@ class DockerConfig:
     @staticmethod
     def _from_entry(entry: Mapping[str, str]) -> Credentials | None:
         if entry.get("identitytoken"):
-            return Credentials("<token>", entry["identitytoken"])
+            return Credentials(IDENTITY_TOKEN, entry["identitytoken"])
         if entry.get("auth"):
             username, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
             return Credentials(username, password.rstrip("\0"))
@@ -1388,12 +1451,12 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker's answer makes no sense: {e!r}") from e
 
     @contextlib.contextmanager
-    def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, *,
+    def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, *, body: bytes | None = None,
                  timeout: float = ENGINE_TIMEOUT) -> Iterator[http.client.HTTPResponse]:
         """One request; the response has to be read within the `with`. timeout in seconds, per read."""
         connection = EngineConnection(self.host, timeout)
         with self.connection_errors(), contextlib.closing(connection):
-            connection.request(method, path, headers=dict(headers or {}))
+            connection.request(method, path, body, dict(headers or {}))
             with connection.getresponse() as response:
                 yield response
 
@@ -1454,8 +1517,31 @@ class Engine:
             api = tuple(int(part) for part in version["ApiVersion"].split("."))
             major, minor = min(api, API_VERSION)
             snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
+            registries = info.get("RegistryConfig") or {}
+            indexes = (registries.get("IndexConfigs") or {}).items()
             return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
-                              Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]))
+                              Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]),
+                              tuple((str(name), bool(index.get("Secure"))) for name, index in indexes),
+                              tuple(str(network) for network in registries.get("InsecureRegistryCIDRs") or ()))
+
+    def is_insecure(self, registry: str) -> bool:
+        """Whether Docker takes plain HTTP and any certificate from a registry.
+
+        The rule is Docker's own (docs.docker.com/reference/cli/dockerd/#insecure-registries): what the
+        configuration says of this host; or else, whether one of its addresses is in an insecure network.
+        """
+        info = self.info()
+        configured = dict(info.indexes).get(registry)
+        if configured is not None:
+            return not configured
+        networks = [ipaddress.ip_network(network) for network in info.insecure_networks]
+        host = urllib.parse.urlsplit(f"//{registry}").hostname or ""
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError:
+            return False
+        addresses = [ipaddress.ip_address(str(address[4][0]).partition("%")[0]) for address in found]
+        return any(address in network for address in addresses for network in networks)
 
     def _path(self, path: str) -> str:
         """A path under the API version that both sides know."""
@@ -1472,7 +1558,8 @@ class Engine:
             return None
         with self._sense(path):
             layers = (document.get("RootFS") or {}).get("Layers") or []
-            return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers))
+            return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers),
+                               tuple(str(name) for name in document.get("RepoDigests") or ()))
 
     def images_of(self, repository: str) -> list[Digest]:
         """The IDs of all images that Docker has in a repository.
@@ -1561,6 +1648,38 @@ class Engine:
         if not isinstance(message, dict):
             raise RegistryError("ENGINE_FAILED", f"Docker sent something that is not JSON: {line[:200]!r}")
         return message
+
+    def repair(self, reference: Reference) -> None:
+        """Have Docker get what its content store has lost of an image. PullFailed when it says that it can't.
+
+        A pull does not bring it, because the image's unpacked layers are there. A build does: BuildKit wants the
+        content of the image that it builds on. A label of its own makes the outcome another image in any case, so
+        that it can be removed again.
+        """
+        dockerfile = f"FROM {reference}\nLABEL k3d-registry-dockerd.repair={secrets.token_hex(8)}\n".encode()
+        context = io.BytesIO()
+        with tarfile.open(fileobj=context, mode="w") as archive:
+            member = tarfile.TarInfo("Dockerfile")
+            member.size = len(dockerfile)
+            archive.addfile(member, io.BytesIO(dockerfile))
+        with self._request("POST", self._path("/build?version=2"), {"Content-Type": "application/x-tar"},
+                           body=context.getvalue(), timeout=PULL_TIMEOUT) as response:
+            built = self._built(response, reference)
+        if built:
+            with self._request("DELETE", self._path(f"/images/{built}")) as response:
+                response.read()
+
+    def _built(self, response: http.client.HTTPResponse, reference: Reference) -> Digest | None:
+        """The ID of the image that a build makes."""
+        built = None
+        for message in self._messages(response):
+            error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
+            if error:
+                raise PullFailed(pull_failure(str(error), response.status, reference.docker_repository()), str(error))
+            if message.get("id") == "moby.image.id":
+                with self._sense("/build"):
+                    built = Digest.parse(message["aux"]["ID"])
+        return built
 
     @contextlib.contextmanager
     def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
@@ -2097,6 +2216,226 @@ class ArrivingBlob:
             yield from body
 
 
+class Relay:
+    """Content on its way from a slow source: written once, to a file, and read by many while that grows.
+
+    Each reader goes at his own pace. The last byte is held back until the digest was verified, so nobody
+    takes bad content for good. The file may lose its name meanwhile: it is held open until nobody needs it.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.count = 0  # bytes that have arrived
+        self._change = threading.Condition()  # guards count, and all that follows
+        self._file: int | None = None
+        self._ended = False
+        self._error: RegistryError | None = None
+
+    # ---- for who brings the content
+
+    def begin(self, path: Path) -> None:
+        """The source gives the content, and it will grow in this file."""
+        file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, file)
+        with self._change:
+            self._file = file
+            self._change.notify_all()
+
+    def advance(self, count: int) -> None:
+        """The file has grown by some bytes."""
+        with self._change:
+            self.count += count
+            self._change.notify_all()
+
+    def end(self, error: RegistryError | None = None) -> None:
+        """All of it is there and verified, or there will be no more of it."""
+        with self._change:
+            self._ended, self._error = True, error
+            self._change.notify_all()
+
+    # ---- for who wants it
+
+    def begun(self, timeout: float) -> None:
+        """Wait until the source gives the content; its error, or STILL_PULLING after some seconds."""
+        with self._change:
+            if not self._change.wait_for(lambda: self._file is not None or self._ended, timeout):
+                raise RegistryError("STILL_PULLING", "the image's registry does not answer yet: ask again")
+            if self._error:
+                raise self._error.with_traceback(None)
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob."""
+        self.begun(LAST_ANSWER)
+        pieces = self._pieces(start, length)
+        return StreamBody(pieces, length, pieces.close, waits=True)
+
+    def _pieces(self, start: int, length: int) -> Generator[bytes, None, None]:
+        position, end = start, start + length
+        while position < end:
+            file, there = self._await(position)
+            data = os.pread(file, min(PIECE, there - position, end - position), position)
+            yield data
+            position += len(data)
+
+    def _await(self, position: int) -> tuple[int, int]:
+        """The file as soon as it has the byte at a position, and the number of bytes that may be read of it."""
+        with self._change:
+            self._change.wait_for(lambda: self._readable() > position or self._ended)
+            if self._error:
+                raise self._error.with_traceback(None)
+            assert self._file is not None
+            return self._file, self._readable()
+
+    def _readable(self) -> int:
+        return self.count if self._ended else min(self.count, self.size - 1)
+
+
+# ---- an image's own registry
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows 308 like 307, which Python 3.10 does not, and takes credentials along to the same server only."""
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any,
+                         newurl: str) -> urllib.request.Request | None:
+        """See urllib.request; the names of the arguments are those of the library."""
+        following = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
+        authorization = req.unredirected_hdrs.get("Authorization")
+        if following and authorization and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
+            following.add_unredirected_header("Authorization", authorization)
+        return following
+
+
+class Origin:
+    """The registry that an image comes from, asked for content that Docker has lost, or does not keep.
+
+    Knows as much of the distribution protocol as that takes: the token of a Bearer challenge
+    (distribution.github.io/distribution/spec/auth/token) or Basic authentication, redirects, and the proxies
+    that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name. An insecure one is tried with TLS and then without, as
+    Docker does.
+    """
+
+    DOCKER_HUB = "registry-1.docker.io"
+
+    def __init__(self, reference: Reference, credentials: Credentials | None, insecure: bool):
+        assert reference.namespace
+        self._host = self.DOCKER_HUB if reference.namespace == "docker.io" else reference.namespace
+        self._repository, self._credentials = reference.repository, credentials
+        self._schemes = ["https", "http"] if insecure else ["https"]
+        self._authorization: str | None = None
+        self._opener = self._make_opener(insecure)
+
+    def _make_opener(self, insecure: bool) -> urllib.request.OpenerDirector:
+        """As urllib.request has it, but for its handlers of files and FTP, to which a redirect might lead."""
+        context = ssl.create_default_context()
+        if insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        near = self._host.rpartition(":")[0] in LOOPBACK or self._host in LOOPBACK  # proxies are for what is far
+        opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler({} if near else None), urllib.request.HTTPHandler(),
+                        urllib.request.HTTPSHandler(context=context), Redirects(), urllib.request.UnknownHandler(),
+                        urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
+            opener.add_handler(handler)
+        return opener
+
+    @contextlib.contextmanager
+    def open(self, kind: str, digest: Digest) -> Iterator[http.client.HTTPResponse]:
+        """A response with content of a kind, "manifests" or "blobs", to be read within the `with`. PullFailed."""
+        try:
+            with self._get(f"/v2/{self._repository}/{kind}/{digest}") as response:
+                yield response
+        except urllib.error.HTTPError as e:
+            codes = {401: "DENIED", 403: "DENIED", 404: f"{kind[:-1].upper()}_UNKNOWN", 429: "TOOMANYREQUESTS"}
+            text = b"(its answer broke off)"
+            with e, contextlib.suppress(OSError, http.client.HTTPException):
+                text = e.read(300)
+            reason = f"{self._host} answered {e.code}: {printable(text.decode(errors='replace'))}"
+            raise PullFailed(codes.get(e.code, "ORIGIN_UNAVAILABLE"), reason) from None
+        except (OSError, http.client.HTTPException) as e:
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: {getattr(e, 'reason', None) or e!r}") from None
+
+    def _get(self, path: str) -> http.client.HTTPResponse:
+        """A good response, after one challenge if need be."""
+        try:
+            return self._try(path)
+        except urllib.error.HTTPError as e:
+            self._authorization = self._answer(e.headers) if e.code == 401 else None
+            if self._authorization is None:
+                raise
+            e.close()
+        return self._try(path)
+
+    def _try(self, path: str) -> http.client.HTTPResponse:
+        """A good response by the first scheme that the registry speaks, by which it is asked from then on."""
+        for scheme in self._schemes:
+            request = urllib.request.Request(f"{scheme}://{self._host}{path}", headers={"Accept": MANIFEST_TYPES})
+            if self._authorization:
+                request.add_unredirected_header("Authorization", self._authorization)
+            try:
+                response = self._send(request)
+            except urllib.error.HTTPError:
+                self._schemes = [scheme]
+                raise
+            except OSError:
+                if scheme == self._schemes[-1]:
+                    raise
+            else:
+                self._schemes = [scheme]
+                return response
+        raise AssertionError("there is at least one scheme")
+
+    def _send(self, request: urllib.request.Request, body: bytes | None = None) -> http.client.HTTPResponse:
+        request.add_header("User-Agent", f"k3d-registry-dockerd/{__version__}")
+        try:
+            response: http.client.HTTPResponse = self._opener.open(request, body, ORIGIN_TIMEOUT)
+        except ValueError as e:  # of a Location that is no URL
+            raise urllib.error.URLError(str(e)) from None
+        return response
+
+    def _answer(self, headers: Message) -> str | None:
+        """The Authorization that a 401 asks for, or None when there is nothing to answer it with."""
+        for challenge in headers.get_all("WWW-Authenticate", []):
+            scheme, _, parameters = challenge.strip().partition(" ")
+            if scheme.lower() == "bearer":
+                return f"Bearer {self._token(parameters)}"
+            if scheme.lower() == "basic" and self._credentials:
+                return self._credentials.for_http()
+        return None
+
+    def _token(self, challenge: str) -> str:
+        """A token from where a Bearer challenge says."""
+        try:
+            fields = urllib.request.parse_keqv_list(urllib.request.parse_http_list(challenge))
+            question = {"service": fields.get("service", ""),
+                        "scope": fields.get("scope") or f"repository:{self._repository}:pull"}
+            with self._send(*self._token_request(fields["realm"], question)) as response:
+                answer = json.loads(response.read(MANIFEST_LIMIT))
+            token = answer.get("token") or answer["access_token"]
+            if re.fullmatch(r"[\x21-\x7e]+", token):
+                return str(token)
+            raise ValueError("it is not one")
+        except NONSENSE as e:
+            if isinstance(e, OSError):
+                raise
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} gives no token: {e!r}") from None
+
+    def _token_request(self, realm: str, question: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
+        """The request for a token: with an identity token it is OAuth 2.0's, which has a body."""
+        if urllib.parse.urlsplit(realm).scheme not in {"https", *self._schemes}:
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} wants a token from {printable(realm)}, without TLS")
+        if self._credentials and self._credentials.username == IDENTITY_TOKEN:
+            form = {"grant_type": "refresh_token", "client_id": "k3d-registry-dockerd",
+                    "refresh_token": self._credentials.password, **question}
+            return urllib.request.Request(realm), urllib.parse.urlencode(form).encode()
+        separator = "&" if urllib.parse.urlsplit(realm).query else "?"
+        request = urllib.request.Request(realm + separator + urllib.parse.urlencode(question))
+        if self._credentials:
+            request.add_unredirected_header("Authorization", self._credentials.for_http())
+        return request, None
+
+
 # ---- the export
 
 
@@ -2395,6 +2734,10 @@ class ProgressLog:
             self._next = now + PROGRESS_INTERVAL
             log.info("%s: %s", self._what, line(now))
 
+    def tell_rate(self, count: int) -> None:
+        """Some bytes have been read so far."""
+        self.tell(lambda now: f"{human_bytes(count)}, {human_bytes(count / (now - self.started))}/s")
+
     def done(self, how: str) -> None:
         """Write the last line of work that succeeded."""
         log.info("%s: done in %s, %s", self._what, human_seconds(time.monotonic() - self.started), how)
@@ -2420,45 +2763,22 @@ class Sources:
         return ", ".join([provider.name for provider in self.providers] + ["export"] * self.exports)
 
 
-@dataclass(frozen=True)
-class ArrivingManifest:
-    """A manifest of which nothing but the media type is known until it is there: wait gives it, or raises."""
+class Content:
+    """The question content(digest) -> bytes, asked of the providers that the engine of now has."""
 
-    media_type: str
-    wait: Callable[[], Manifest]
-
-    def body(self) -> StreamBody:
-        """Its bytes, as soon as they are there."""
-        pieces = (self.wait().data for _ in range(1))
-        return StreamBody(pieces, None, pieces.close, waits=True)
-
-
-class Registry:
-    """Answers the two questions: which content does a name mean, and who has these bytes?"""
-
-    def __init__(self, engine: Engine, store: Store, allowed: tuple[str, ...] = (),
-                 config: DockerConfig | None = None):
-        """allowed are patterns, like *.corp.example, of the registries to pull from; none allows all.
-
-        config has the credentials for pulls of clients that bring none.
-        """
-        self.engine, self.store, self._allowed, self._config = engine, store, allowed, config
+    def __init__(self, engine: Engine, store: Store):
+        self._engine = engine
         self._service = ContentService(engine)
-        self._exporter = Exporter(engine, store)
         self._stored = FolderProvider("store", store.docker.path)
-        self._flights = Flights()
-        self._lock = threading.Lock()  # guards _expected
-        self._expected: dict[Digest, tuple[int, Flight]] = {}  # what a pull will bring: its size, and the pull
         self._sources: Sources | None = None  # replaced whole: needs no lock
 
     def close(self) -> None:
-        """Give up what is held open, and remove what is half-written."""
+        """Give up what is held open."""
         self._service.close()
-        self.store.close()
 
     def sources(self) -> Sources:
         """Where content comes from, for the engine as it is now; logged whenever that changes."""
-        info = self.engine.info()
+        info = self._engine.info()
         known = self._sources
         if known and (info is known.info or (info == known.info and not known.problem)):
             return known
@@ -2484,9 +2804,7 @@ class Registry:
             return Sources(info, tuple(providers), exports=True, problem=problem)
         return Sources(info, tuple(providers))
 
-    # ---- content(digest) -> bytes
-
-    def _find(self, digest: Digest) -> Blob | None:
+    def find(self, digest: Digest) -> Blob | None:
         """The content, from the first provider that has it. The store answers even without Docker."""
         blob = self._stored.find(digest)
         if blob is None:
@@ -2494,9 +2812,9 @@ class Registry:
                 blob = blob or provider.find(digest)
         return blob
 
-    def _find_manifest(self, digest: Digest) -> Manifest | None:
+    def manifest(self, digest: Digest) -> Manifest | None:
         """The manifest or index with a digest; None when there is none, or when it is something else."""
-        blob = self._find(digest)
+        blob = self.find(digest)
         if blob is None or blob.size > MANIFEST_LIMIT:
             return None
         data = read_blob(blob, MANIFEST_LIMIT)
@@ -2507,7 +2825,361 @@ class Registry:
             raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
         return Manifest(digest, media_type, data)
 
-    def blob(self, reference: Reference, own_name: str | None) -> Blob:
+
+@dataclass(frozen=True)
+class Origins:
+    """From which registries images may be got, when, and with whose credentials.
+
+    allowed are patterns, like *.corp.example; none allows all. policy is missing, always or never, with the
+    docker command's meaning (docs.docker.com/reference/cli/docker/container/run/#pull). config has the
+    credentials for requests that bring none.
+    """
+
+    POLICIES = ("missing", "always", "never")
+
+    allowed: tuple[str, ...] = ()
+    policy: str = "missing"
+    config: DockerConfig | None = None
+
+    def check(self, reference: Reference) -> None:
+        """MANIFEST_UNKNOWN or DENIED unless the registry of a reference may be asked."""
+        if reference.namespace is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}, and the request names no "
+                                                    "registry (ns) to pull it from")
+        if self.policy == "never":
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have all of {reference}, and no registry is "
+                                                    "asked for it (-pull never)")
+        if self.allowed and not any(fnmatch.fnmatchcase(reference.namespace, pattern) for pattern in self.allowed):
+            raise RegistryError("DENIED", f"{reference.namespace} is not among the registries to pull from: "
+                                          f"{', '.join(self.allowed)} (-allow)")
+
+    def credentials(self, reference: Reference, own: Credentials | None) -> Credentials | None:
+        """A request's own credentials, or else those of this machine for the registry of a reference."""
+        if own is None and self.config and reference.namespace:
+            return self.config.credentials(reference.namespace)
+        return own
+
+
+def pull_error(failure: PullFailed, reference: Reference, credentials: Credentials | None) -> RegistryError:
+    """The answer for a failed pull, to a request with these credentials.
+
+    A registry does not tell strangers what exists, so without credentials "not found" may well
+    mean "log in": 401 with a challenge makes the node come again with the pod's secret. Wrong
+    credentials get a 401 without the challenge, or the node would try them again.
+    """
+    detail = f"Docker could not pull {reference}: {failure}"
+    if failure.code == "TOOMANYREQUESTS":
+        detail += ". The registry limits the rate: log in (imagePullSecrets), or wait and try again"
+    if failure.code == "DENIED" or (failure.code == "MANIFEST_UNKNOWN" and not credentials):
+        challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
+        return RegistryError("UNAUTHORIZED", detail, challenge)
+    return RegistryError(failure.code, detail)
+
+
+class Pulls:
+    """Has Docker pull images, once for all who want the same, and knows what the pulls under way will bring.
+
+    On Docker's containerd store, that is: there the content of an image can be read piece by piece, as it comes.
+    """
+
+    def __init__(self, engine: Engine, content: Content, origins: Origins):
+        self._engine, self._content, self._origins = engine, content, origins
+        self._flights = Flights()
+        self._lock = threading.Lock()  # guards _expected
+        self._expected: dict[Digest, tuple[int, Flight]] = {}  # what a pull will bring: its size, and the pull
+
+    def pull(self, reference: Reference, credentials: Credentials | None,
+             old: EngineImage | None = None) -> Manifest | None:
+        """Have Docker pull an image; requests for the same image with the same credentials share one pull.
+
+        When it takes long, and content can be read while it arrives, the answer is the manifest: the rest is
+        on its way. Otherwise it is None, at the end of the pull. old is what Docker has by that name already,
+        which is to be replaced. Raises what Origins.check() and pull_error() give, and STILL_PULLING.
+        """
+        self._origins.check(reference)
+        deadline = time.monotonic() + LAST_ANSWER
+        used = self._origins.credentials(reference, credentials)
+        pull = self._flights.start(("pull", reference, used), lambda: self._run(reference, used, old))
+        try:
+            if not pull.done.wait(EARLY_ANSWER) and not self._content.sources().exports:
+                return self._early_manifest(pull, reference, used, deadline)
+            pull.outcome()
+        except PullFailed as e:
+            raise pull_error(e, reference, credentials) from None
+        return None
+
+    def _run(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None) -> None:
+        image = self._engine.image(str(reference))
+        if image and (old is None or image.id != old.id):
+            return  # pulled by a flight that landed after the caller had looked
+        lines = ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else ""))
+        progress = PullProgress(lines.started)
+
+        def tell(message: Mapping[str, Any]) -> None:
+            progress.update(message)
+            lines.tell(progress.line)
+
+        try:
+            self._engine.pull(reference, credentials, tell)
+        except Exception as e:
+            lines.failed(e)
+            raise
+        lines.done(progress.line(time.monotonic()))
+
+    def _look_up(self, reference: Reference, credentials: Credentials | None) -> Flight:
+        """The question to an image's registry which digest a tag has there now."""
+        return self._flights.start(("digest", reference, credentials),
+                                   lambda: self._engine.origin_digest(reference, credentials))
+
+    def is_outdated(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
+        """Whether a tag means another image at its registry than at Docker, as far as that can be found out."""
+        try:
+            self._origins.check(reference)
+            look_up = self._look_up(reference, self._origins.credentials(reference, credentials))
+            if not look_up.done.wait(EARLY_ANSWER):
+                raise RegistryError("ORIGIN_UNAVAILABLE", "there is no answer in time")
+            digest = look_up.outcome()
+        except (PullFailed, RegistryError) as e:
+            log.warning("%s: Docker's own image is served, whether or not the tag has moved: %s", reference,
+                        e.detail if isinstance(e, RegistryError) else e)
+            return False
+        return digest != image.id and not any(name.endswith(f"@{digest}") for name in image.origins)
+
+    # ---- what a pull is bringing
+
+    def _early_manifest(self, pull: Flight, reference: Reference, credentials: Credentials | None,
+                        deadline: float) -> Manifest | None:
+        """The manifest that a pull has brought already, or None when it has ended; errors like those of the pull."""
+        digest = reference.target
+        if not isinstance(digest, Digest):
+            look_up = self._look_up(reference, credentials)
+            while not look_up.done.wait(ARRIVAL_INTERVAL) and not pull.done.is_set() and time.monotonic() < deadline:
+                pass
+            digest = look_up.result
+        manifest = self._await_manifest(pull, digest, deadline)
+        if manifest is None:
+            pull.outcome()
+            return None
+        log.info("pull %s: answered with the manifest %s while the rest arrives", reference, digest)
+        self._expect(pull, manifest)
+        return manifest
+
+    def _await_manifest(self, pull: Flight, digest: Digest | None, deadline: float) -> Manifest | None:
+        """A manifest as soon as a pull has brought it, or None when the pull has ended without it. STILL_PULLING."""
+        while True:
+            ended = pull.done.wait(ARRIVAL_INTERVAL)
+            manifest = self._content.manifest(digest) if digest else None
+            if manifest or ended:
+                return manifest
+            if time.monotonic() > deadline:
+                raise RegistryError("STILL_PULLING", "Docker does not have the manifest yet: ask again")
+
+    def manifest(self, digest: Digest) -> Manifest | None:
+        """A manifest that a pull under way will bring, as soon as it is there; None if no pull will. STILL_PULLING.
+
+        What it refers to is expected from then on.
+        """
+        pull = self._pull_of(digest)
+        manifest = self._await_manifest(pull, digest, time.monotonic() + LAST_ANSWER) if pull else None
+        if pull and manifest:
+            self._expect(pull, manifest)
+        return manifest
+
+    def _expect(self, pull: Flight, manifest: Manifest) -> None:
+        """Remember what a manifest says of the content that a pull will bring."""
+        with self._lock:
+            self._expected = {digest: (size, flight) for digest, (size, flight) in self._expected.items()
+                              if not flight.done.is_set()}
+            sizes = manifest.sizes("config", "layers", "blobs", "manifests")
+            self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
+
+    def _pull_of(self, digest: Digest) -> Flight | None:
+        """The pull under way that will bring some content, if there is one."""
+        with self._lock:
+            _, pull = self._expected.get(digest, (0, None))
+        return pull if pull and not pull.done.is_set() else None
+
+    def blob(self, digest: Digest) -> Blob | None:
+        """Content that a pull under way will bring, as good as here."""
+        pull = self._pull_of(digest)
+        if pull is None:
+            return None
+        with self._lock:
+            size, _ = self._expected.get(digest, (0, None))
+        return ArrivingBlob(size, lambda: self._await_blob(digest, pull))
+
+    def _await_blob(self, digest: Digest, pull: Flight) -> Blob:
+        while True:
+            ended = pull.done.wait(ARRIVAL_INTERVAL)
+            blob = self._content.find(digest)
+            if blob:
+                return blob
+            if ended:
+                raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
+
+
+class Fetcher:
+    """Gets content from an image's own registry into the store, where Docker does not give it.
+
+    Requests for the same content with the same credentials share one transfer, and read it while it comes.
+    """
+
+    def __init__(self, engine: Engine, store: Store, origins: Origins):
+        self._engine, self._store, self._origins = engine, store, origins
+        self._lock = threading.Lock()  # guards _relays and _wanted
+        self._relays: dict[Hashable, Relay] = {}
+        # The size of blobs that a manifest was promised with and that are not in the store yet, by repository.
+        self._wanted: dict[tuple[str, Digest], int] = {}
+
+    def _origin(self, reference: Reference, credentials: Credentials | None) -> Origin:
+        self._origins.check(reference)
+        assert reference.namespace
+        return Origin(reference, credentials, self._engine.is_insecure(reference.namespace))
+
+    def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
+        """Fetch a manifest, verify and keep it. Raises what Origins.check() and pull_error() give."""
+        used = self._origins.credentials(reference, credentials)
+        try:
+            with self._origin(reference, used).open("manifests", digest) as response:
+                data = response.read(MANIFEST_LIMIT + 1)
+            media_type = manifest_type(data)
+            if Digest.of(data, digest.algorithm) != digest or media_type is None:
+                raise PullFailed("ORIGIN_UNAVAILABLE", f"{reference.namespace} answered with something else")
+        except PullFailed as e:
+            raise pull_error(e, reference, credentials) from None
+        with BlobWriter(self._store, digest.algorithm) as writer:
+            writer.write(data)
+            writer.keep(self._store.docker)
+        self._store.record_fetch(digest, {digest: len(data)})
+        return Manifest(digest, media_type, data)
+
+    def begin(self, reference: Reference, blobs: Mapping[Digest, int], credentials: Credentials | None) -> None:
+        """Begin to fetch blobs, given with their sizes in bytes; each is on its way or there when this returns."""
+        with self._lock:
+            self._wanted.update(((reference.docker_repository(), digest), size) for digest, size in blobs.items())
+        for digest in blobs:
+            blob = self.blob(reference, digest, credentials)
+            if blob:
+                blob.begun(LAST_ANSWER)
+
+    def is_fetching(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> bool:
+        """Whether a blob is on its way for somebody with these credentials."""
+        with self._lock:
+            return (reference.docker_repository(), digest, credentials) in self._relays
+
+    def blob(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
+        """A blob that is to be fetched, while it arrives: begun again, if need be. None when it is no such blob."""
+        key = (reference.docker_repository(), digest, credentials)
+        with self._lock:
+            size = self._wanted.get(key[:2])
+            relay = self._relays.get(key)
+            if relay is None and size is not None:
+                relay = self._relays[key] = Relay(size)
+                threading.Thread(target=self._run, args=(key, relay, reference, digest, credentials),
+                                 daemon=True).start()
+        return relay
+
+    def _run(self, key: Hashable, relay: Relay, reference: Reference, digest: Digest,
+             credentials: Credentials | None) -> None:
+        lines = ProgressLog(f"fetch {digest} of {reference}, {human_bytes(relay.size)}")
+        try:
+            self._transfer(relay, reference, digest, self._origins.credentials(reference, credentials), lines)
+        except Exception as e:  # a boundary: the readers raise it
+            lines.failed(e)
+            error = pull_error(e, reference, credentials) if isinstance(e, PullFailed) else e
+            relay.end(error if isinstance(error, RegistryError) else RegistryError("UNKNOWN", repr(e)))
+        else:
+            relay.end()
+            lines.done("verified")
+            with self._lock:
+                self._wanted = {wanted: size for wanted, size in self._wanted.items() if wanted[1] != digest}
+        finally:
+            with self._lock:
+                del self._relays[key]
+
+    def _transfer(self, relay: Relay, reference: Reference, digest: Digest, credentials: Credentials | None,
+                  lines: ProgressLog) -> None:
+        with BlobWriter(self._store, digest.algorithm) as writer, \
+                self._origin(reference, credentials).open("blobs", digest) as response:
+            relay.begin(writer.path)
+            while relay.count <= relay.size and (data := response.read1(PIECE)):
+                writer.write(data)
+                relay.advance(len(data))
+                lines.tell_rate(relay.count)
+            found = writer.finish()
+            if (found, relay.count) != (digest, relay.size):
+                raise PullFailed("ORIGIN_UNAVAILABLE", f"{reference.namespace} gave {relay.count} bytes of {found}")
+            writer.keep(self._store.docker)
+
+
+class Exports:
+    """Copies images out of Docker into the store, each once for all who want it."""
+
+    def __init__(self, engine: Engine, store: Store, done: Callable[[], None]):
+        """done is called after each export."""
+        self._store, self._exporter, self._done = store, Exporter(engine, store), done
+        self._flights = Flights()
+
+    def manifest(self, image: EngineImage) -> Digest:
+        """The digest of the manifest of an image that is in the store, exported just now if need be."""
+        target: Digest = self._store.exported(image.id) or self.start(image).outcome()
+        return target
+
+    def start(self, image: EngineImage) -> Flight:
+        """The export of an image, begun if it is not under way; its outcome is the digest of the manifest."""
+        return self._flights.start(("export", image.id), lambda: self._run(image))
+
+    def _run(self, image: EngineImage) -> Digest:
+        done = self._store.exported(image.id)
+        if done:  # by a flight that landed after the caller had looked
+            return done
+        lines = ProgressLog(f"export {image.id}, about {human_bytes(image.size)}")
+        try:
+            target = self._exporter.export(image.id, lines.tell_rate)
+        except Exception as e:
+            lines.failed(e)
+            raise
+        lines.done(f"manifest {target}")
+        self._done()
+        return target
+
+
+@dataclass(frozen=True)
+class ArrivingManifest:
+    """A manifest of which nothing but the media type is known until it is there: wait gives it, or raises."""
+
+    media_type: str
+    wait: Callable[[], Manifest]
+
+    def body(self) -> StreamBody:
+        """Its bytes, as soon as they are there."""
+        pieces = (self.wait().data for _ in range(1))
+        return StreamBody(pieces, None, pieces.close, waits=True)
+
+
+class Registry:
+    """Answers the two questions: which content does a name mean, and who has these bytes?"""
+
+    def __init__(self, engine: Engine, store: Store, origins: Origins | None = None):
+        self.engine, self.store, self._origins = engine, store, origins or Origins()
+        self._content = Content(engine, store)
+        self._pulls = Pulls(engine, self._content, self._origins)
+        self._fetcher = Fetcher(engine, store, self._origins)
+        self._exports = Exports(engine, store, lambda: threading.Thread(target=self.tidy_up, daemon=True).start())
+        self._flights = Flights()
+
+    def close(self) -> None:
+        """Give up what is held open, and remove what is half-written."""
+        self._content.close()
+        self.store.close()
+
+    def sources(self) -> Sources:
+        """Where content comes from now."""
+        return self._content.sources()
+
+    # ---- content(digest) -> bytes
+
+    def blob(self, reference: Reference, own_name: str | None, credentials: Credentials | None) -> Blob:
         """The blob with the digest that a reference names, for a client that knows this registry as own_name.
 
         What was pushed is found in its own repository only; Docker does not keep its content apart by
@@ -2521,14 +3193,17 @@ class Registry:
         if repository and pushed:
             repository.blobs.touch(digest)  # who was told that it is here may rely on that for a while
             return pushed
-        blob = self._find(digest) or self._arriving_blob(digest)
+        arriving = None
+        blob = self._content.find(digest)
+        if blob is None:
+            arriving = self._pulls.blob(digest) or self._fetcher.blob(reference, digest, credentials)
         # Nodes say where the image is from. For somebody who pushes, no image need be exported.
-        if blob is None and reference.namespace and self.sources().exports and self._export_image_with(reference,
-                                                                                                       digest):
-            blob = self._find(digest)
+        if blob is None and arriving is None and reference.namespace and self.sources().exports:
+            self._export_image_with(reference, digest)
+        blob = blob or arriving or self._content.find(digest)  # it may have arrived since
         if blob is None:
             raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
-        if not isinstance(blob, ArrivingBlob) and self._is_manifest(blob):
+        if not arriving and self._is_manifest(blob):
             raise RegistryError("BLOB_UNKNOWN", f"{digest} is a manifest: ask for it under /manifests/")
         return blob
 
@@ -2538,18 +3213,17 @@ class Registry:
         return (blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
                 and manifest_type(read_blob(blob, MANIFEST_LIMIT)) is not None)
 
-    def _export_image_with(self, reference: Reference, digest: Digest) -> bool:
-        """Export the image of this repository that a blob belongs to; whether there is one.
+    def _export_image_with(self, reference: Reference, digest: Digest) -> None:
+        """Export the image of this repository that a blob belongs to, if there is one.
 
         A node may have the manifest from long ago, and our store may be new.
         """
         for image_id in self.engine.images_of(reference.docker_repository()):
             image = self.engine.image(str(image_id))
             if image and (image.id == digest or str(digest) in image.layers):
-                if not self._start_export(image).done.wait(LAST_ANSWER):
+                if not self._exports.start(image).done.wait(LAST_ANSWER):
                     raise RegistryError("STILL_PULLING", f"Docker is still exporting {image.id}: ask again")
-                return True
-        return False
+                return
 
     # ---- resolve(reference) -> digest
 
@@ -2558,10 +3232,11 @@ class Registry:
         """The manifest or index that a reference means right now.
 
         own_name is the host under which the client knows this registry. credentials are the client's;
-        they are used for a pull from the reference's own registry, and for nothing else. An image that
-        Docker lacks is pulled by Docker, if the reference says from where. When that takes long, the
-        answer is what is known within LAST_ANSWER seconds. Raises MANIFEST_UNKNOWN, UNAUTHORIZED,
-        TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
+        they are used with the reference's own registry, and for nothing else. An image that Docker lacks is
+        pulled by Docker, if the reference says from where. When that takes long, the answer is what is known
+        within LAST_ANSWER seconds. All that the answer refers to is here, or on its way. Raises
+        MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED, TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what
+        Engine raises.
         """
         repository = self.hosted(reference, own_name)
         pushed = repository.manifest(reference.target) if repository else None
@@ -2594,21 +3269,46 @@ class Registry:
                          credentials: Credentials | None) -> Manifest:
         """The manifest of an image that Docker has, or gets now; takes as long as it takes where it exports."""
         if isinstance(reference.target, Digest):
-            return self._manifest_by_digest(reference, reference.target, credentials)
+            manifest = self._manifest_by_digest(reference, reference.target, credentials)
+        else:
+            manifest = self._manifest_by_tag(reference, own_name, credentials)
+        return self._promise(reference, manifest, credentials)
+
+    def _manifest_by_tag(self, reference: Reference, own_name: str | None, credentials: Credentials | None) -> Manifest:
         image = self._local_image(reference, own_name)
-        if image is None:
-            arriving = self._pull(reference, credentials)
-            if arriving:
-                return arriving
-            image = self._local_image(reference, own_name)
+        if image is None or self._is_to_be_replaced(reference, image, credentials):
+            try:
+                arriving = self._pulls.pull(reference, credentials, image)
+            except RegistryError as e:
+                if image is None:
+                    raise
+                log.warning("%s: Docker's own image is served, though the tag has moved: %s", reference, e.detail)
+            else:
+                if arriving:
+                    return arriving
+                image = self._local_image(reference, own_name)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
-        digest = self._exported(image) if self.sources().exports else image.id
-        manifest = self._find_manifest(digest)
+        digest = self._exported(reference, image) if self.sources().exports else image.id
+        manifest = self._content.manifest(digest)
         if manifest is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker lists {reference} as {digest}, but that content is "
                                                     "missing from its store: pull or build the image again")
         return manifest
+
+    def _exported(self, reference: Reference, image: EngineImage) -> Digest:
+        try:
+            return self._exports.manifest(image)
+        except RegistryError as e:
+            if e.code != "ENGINE_FAILED" or self.sources().info.store == "classic":
+                raise
+            self._rebuild(reference)  # content that Docker has lost is silently left out of exports
+            return self._exports.manifest(image)
+
+    def _is_to_be_replaced(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
+        """Whether Docker is to pull an image that it has: one of another registry, when its tag has moved there."""
+        return (self._origins.policy == "always" and reference.namespace is not None
+                and self._pulls.is_outdated(reference, image, credentials))
 
     def pushed_manifest(self, reference: Reference, own_name: str | None) -> Manifest:
         """What was pushed under a reference, whatever Docker has; MANIFEST_UNKNOWN.
@@ -2634,37 +3334,39 @@ class Registry:
         return next((image for image in images if image), None)
 
     def _manifest_by_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
-        manifest = self._find_manifest(digest)
-        if manifest is None:
-            self._fetch_digest(reference, digest, credentials)
-            manifest = self._find_manifest(digest)
-        if manifest is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has {reference}, but not the bytes of its manifest")
-        pull = self._pull_of(digest)
-        if pull:  # of an index that was answered early: now it is known what its platform needs
-            self._expect(pull, manifest)
-        return manifest
+        manifest = self._pulls.manifest(digest) or self._content.manifest(digest)
+        if manifest:
+            return manifest
+        if self.sources().info.store == "classic":  # it does not keep the manifests of registries
+            return self._fetch_manifest(reference, digest, credentials)
+        return self._pulled_by_digest(reference, digest, credentials)
 
-    def _fetch_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> None:
-        """Get content into reach that a manifest request asked for by digest, or say why that can't be."""
-        pull = self._pull_of(digest)
-        if pull:
-            self._await_manifest(pull, digest, time.monotonic() + LAST_ANSWER)
-            return
-        sources = self.sources()
-        if sources.info.store == "classic":
-            raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep the "
-                                                    "manifests of registries, so it cannot give these bytes. Use the "
-                                                    "tag, or Docker's containerd image store")
-        if not sources.exports:
+    def _fetch_manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
+        try:
+            return self._fetcher.manifest(reference, digest, credentials)
+        except RegistryError as e:
+            if e.code not in ("MANIFEST_UNKNOWN", "ORIGIN_UNAVAILABLE"):
+                raise
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep these "
+                                                    f"bytes, and its registry does not give them: {e.detail}") from None
+
+    def _pulled_by_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
+        """A manifest that Docker's containerd store does not have yet."""
+        exports = self.sources().exports
+        if not exports:
             self._refuse_missing_platform(reference, digest)
         image = self.engine.image(str(reference))
         if image is None:
-            if self._pull(reference, credentials):
-                return
+            arriving = self._pulls.pull(reference, credentials)
+            if arriving:
+                return arriving
             image = self.engine.image(str(reference))
-        if image and sources.exports:
-            self._exported(image)
+        if image and exports:
+            self._exports.manifest(image)
+        manifest = self._content.manifest(digest)
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has {reference}, but not the bytes of its manifest")
+        return manifest
 
     def _refuse_missing_platform(self, reference: Reference, digest: Digest) -> None:
         """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
@@ -2672,11 +3374,88 @@ class Registry:
         Docker was told which platforms to get, so the node has to look for others elsewhere.
         """
         for image_id in self.engine.images_of(reference.docker_repository()):
-            index = self._find_manifest(image_id)
+            index = self._content.manifest(image_id)
             children = descriptors(json.loads(index.data), "manifests") if index else ()
             if any(child["digest"] == str(digest) for child in children):
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image_id} of {reference}, but not "
                                                         "this platform of it: get it with docker pull --platform")
+
+    # ---- what a manifest refers to
+
+    def _promise(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> Manifest:
+        """A manifest whose blobs are all here or on their way; MANIFEST_UNKNOWN says which ones cannot be got."""
+        if self._missing(reference, manifest, credentials):
+            repair = self._flights.start(("repair", reference, manifest.digest, credentials),
+                                         lambda: self._repair(reference, manifest, credentials))
+            if not repair.done.wait(LAST_ANSWER):
+                raise RegistryError("STILL_PULLING", f"{reference} is being repaired in Docker: ask again")
+            repair.outcome()
+        self.store.touch_fetch(manifest.digest)
+        return manifest
+
+    def _missing(self, reference: Reference, manifest: Manifest,
+                 credentials: Credentials | None) -> dict[Digest, int]:
+        """The blobs of a manifest that are neither here nor on their way, with their sizes in bytes.
+
+        Of an index one whole platform will do: what it needs of others is seen when they are asked for.
+        """
+        missing = {digest: size for digest, size in manifest.sizes("config", "layers", "blobs").items()
+                   if not (self._content.find(digest) or self._pulls.blob(digest)
+                           or self._fetcher.is_fetching(reference, digest, credentials))}
+        for digest in manifest.platforms():
+            if self._pulls.blob(digest):
+                return {}
+            child = self._content.manifest(digest)
+            if child:
+                lacking = self._missing(reference, child, credentials)
+                if not lacking:
+                    return {}
+                missing = missing or lacking
+        return missing
+
+    def _repair(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> None:
+        """Get what Docker has lost of an image: by a build into Docker itself, or else into our store."""
+        missing = self._missing(reference, manifest, credentials)
+        problems = []
+        for repair in (self._repair_docker, self._repair_store):
+            if missing:
+                try:
+                    repair(reference, manifest, missing, credentials)
+                except RegistryError as e:
+                    if e.code in ("UNAUTHORIZED", "TOOMANYREQUESTS"):
+                        raise
+                    problems.append(e.detail)
+                missing = self._missing(reference, manifest, credentials)
+        if missing:
+            raise RegistryError("MANIFEST_UNKNOWN", (
+                f"Docker lists {reference}, but lacks {', '.join(map(str, missing))} of it "
+                f"({'; '.join(dict.fromkeys(problems)) or 'a build from it brought nothing'}). "
+                "Remove the image from Docker, and pull or build it again"))
+
+    def _repair_docker(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
+                       credentials: Credentials | None) -> None:
+        if self.sources().exports:
+            self._export_image_with(reference, next(iter(missing)))
+        else:
+            self._rebuild(reference)
+
+    def _rebuild(self, reference: Reference) -> None:
+        """Have Docker get what it has lost of an image; ENGINE_FAILED, or what Origins.check() raises."""
+        self._origins.check(reference)
+        lines = ProgressLog(f"repair {reference}, of which Docker has lost content")
+        try:
+            self.engine.repair(reference)
+        except Exception as e:
+            lines.failed(e)
+            if isinstance(e, PullFailed):
+                raise RegistryError("ENGINE_FAILED", f"a build from it fails: {e}") from None
+            raise
+        lines.done("with a build")
+
+    def _repair_store(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
+                      credentials: Credentials | None) -> None:
+        self._fetcher.begin(reference, missing, credentials)
+        self.store.record_fetch(manifest.digest, missing)
 
     # ---- what is pushed
 
@@ -2715,7 +3494,7 @@ class Registry:
         if repository.blobs.touch(digest):
             return True
         try:
-            blob = self._find(digest)
+            blob = self._content.find(digest)
         except RegistryError as e:
             log.warning("looking for %s in Docker: %s", digest, e.detail)
             return False
@@ -2740,7 +3519,7 @@ class Registry:
         repository, target = self.store.repository(reference.repository), reference.target
         if isinstance(target, Digest):
             gone = repository.delete_manifest(target)
-            docker_has = gone or self._find_manifest(target) is not None
+            docker_has = gone or self._content.manifest(target) is not None
         else:
             gone = repository.delete_tag(target)
             docker_has = gone or self._local_image(reference, own_name) is not None
@@ -2752,7 +3531,7 @@ class Registry:
         digest = reference.target
         assert isinstance(digest, Digest)
         if not self.store.repository(reference.repository).blobs.drop(digest):
-            raise self._not_deleted(reference, self._find(digest) is not None, "BLOB_UNKNOWN")
+            raise self._not_deleted(reference, self._content.find(digest) is not None, "BLOB_UNKNOWN")
 
     @staticmethod
     def _not_deleted(reference: Reference, docker_has: bool, code: str) -> RegistryError:
@@ -2804,157 +3583,7 @@ class Registry:
             log.warning("the list lacks Docker's images: %s", e.detail)
             return []
 
-    # ---- long work, shared by all who need it
-
-    def _pull(self, reference: Reference, credentials: Credentials | None) -> Manifest | None:
-        """Have Docker pull an image; requests for the same image with the same credentials share one pull.
-
-        When it takes long, and content can be read while it arrives, the answer is the manifest: the rest is
-        on its way. Otherwise it is None, at the end of the pull.
-        """
-        if reference.namespace is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}, and the request names no "
-                                                    "registry (ns) to pull it from")
-        if self._allowed and not any(fnmatch.fnmatchcase(reference.namespace, pattern) for pattern in self._allowed):
-            raise RegistryError("DENIED", f"{reference.namespace} is not among the registries to pull from: "
-                                          f"{', '.join(self._allowed)} (-allow)")
-        deadline = time.monotonic() + LAST_ANSWER
-        used = credentials or (self._config.credentials(reference.namespace) if self._config else None)
-        pull = self._flights.start(("pull", reference, used), lambda: self._run_pull(reference, used))
-        try:
-            if not pull.done.wait(EARLY_ANSWER) and not self.sources().exports:
-                return self._arriving_manifest(pull, reference, used, deadline)
-            pull.outcome()
-        except PullFailed as e:
-            raise self._pull_error(e, reference, credentials) from None
-        return None
-
-    # ---- what a pull is bringing, on Docker's containerd store: its content can be read piece by piece
-
-    def _arriving_manifest(self, pull: Flight, reference: Reference, credentials: Credentials | None,
-                           deadline: float) -> Manifest | None:
-        """The manifest that a pull has brought already, or None when it has ended; errors like those of the pull."""
-        digest = reference.target
-        if not isinstance(digest, Digest):
-            look_up = self._flights.start(("digest", reference, credentials),
-                                          lambda: self.engine.origin_digest(reference, credentials))
-            while not look_up.done.wait(ARRIVAL_INTERVAL) and not pull.done.is_set() and time.monotonic() < deadline:
-                pass
-            digest = look_up.result
-        manifest = self._await_manifest(pull, digest, deadline)
-        if manifest is None:
-            pull.outcome()
-            return None
-        self._expect(pull, manifest)
-        log.info("pull %s: answered with the manifest %s while the rest arrives", reference, digest)
-        return manifest
-
-    def _await_manifest(self, pull: Flight, digest: Digest | None, deadline: float) -> Manifest | None:
-        """A manifest as soon as a pull has brought it, or None when the pull has ended without it. STILL_PULLING."""
-        while True:
-            ended = pull.done.wait(ARRIVAL_INTERVAL)
-            manifest = self._find_manifest(digest) if digest else None
-            if manifest or ended:
-                return manifest
-            if time.monotonic() > deadline:
-                raise RegistryError("STILL_PULLING", "Docker does not have the manifest yet: ask again")
-
-    def _expect(self, pull: Flight, manifest: Manifest) -> None:
-        """Remember what a manifest says of the content that a pull will bring."""
-        try:
-            manifest.check()
-        except RegistryError as e:
-            log.warning("%s: %s", manifest.digest, e.detail)
-            return
-        sizes = {Digest.parse(found["digest"]): found["size"]
-                 for found in descriptors(manifest.document, "config", "layers", "manifests")}
-        with self._lock:
-            self._expected = {digest: (size, flight) for digest, (size, flight) in self._expected.items()
-                              if not flight.done.is_set()}
-            self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
-
-    def _pull_of(self, digest: Digest) -> Flight | None:
-        """The pull under way that will bring some content, if there is one."""
-        with self._lock:
-            _, pull = self._expected.get(digest, (0, None))
-        return pull if pull and not pull.done.is_set() else None
-
-    def _arriving_blob(self, digest: Digest) -> Blob | None:
-        """Content that a pull under way will bring, as good as here."""
-        pull = self._pull_of(digest)
-        if pull is None:
-            return None
-        with self._lock:
-            size, _ = self._expected.get(digest, (0, None))
-        return ArrivingBlob(size, lambda: self._await_blob(digest, pull))
-
-    def _await_blob(self, digest: Digest, pull: Flight) -> Blob:
-        while True:
-            ended = pull.done.wait(ARRIVAL_INTERVAL)
-            blob = self._find(digest)
-            if blob:
-                return blob
-            if ended:
-                raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
-
-    def _run_pull(self, reference: Reference, credentials: Credentials | None) -> None:
-        if self.engine.image(str(reference)):
-            return  # pulled by a flight that landed after the caller had looked
-        lines = ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else ""))
-        progress = PullProgress(lines.started)
-
-        def tell(message: Mapping[str, Any]) -> None:
-            progress.update(message)
-            lines.tell(progress.line)
-
-        try:
-            self.engine.pull(reference, credentials, tell)
-        except Exception as e:
-            lines.failed(e)
-            raise
-        lines.done(progress.line(time.monotonic()))
-
-    @staticmethod
-    def _pull_error(failure: PullFailed, reference: Reference, credentials: Credentials | None) -> RegistryError:
-        """The answer for a failed pull.
-
-        A registry does not tell strangers what exists, so without credentials "not found" may well
-        mean "log in": 401 with a challenge makes the node come again with the pod's secret. Wrong
-        credentials get a 401 without the challenge, or the node would try them again.
-        """
-        detail = f"Docker could not pull {reference}: {failure}"
-        if failure.code == "TOOMANYREQUESTS":
-            detail += ". The registry limits the rate: log in (imagePullSecrets), or wait and try again"
-        if failure.code == "DENIED" or (failure.code == "MANIFEST_UNKNOWN" and not credentials):
-            challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
-            return RegistryError("UNAUTHORIZED", detail, challenge)
-        return RegistryError(failure.code, detail)
-
-    def _exported(self, image: EngineImage) -> Digest:
-        """The digest of the manifest of an image that is in the store, exported just now if need be."""
-        target: Digest = self.store.exported(image.id) or self._start_export(image).outcome()
-        return target
-
-    def _start_export(self, image: EngineImage) -> Flight:
-        return self._flights.start(("export", image.id), lambda: self._run_export(image))
-
-    def _run_export(self, image: EngineImage) -> Digest:
-        done = self.store.exported(image.id)
-        if done:  # by a flight that landed after the caller had looked
-            return done
-        lines = ProgressLog(f"export {image.id}, about {human_bytes(image.size)}")
-
-        def tell(count: int) -> None:
-            lines.tell(lambda now: f"{human_bytes(count)}, {human_bytes(count / (now - lines.started))}/s")
-
-        try:
-            target = self._exporter.export(image.id, tell)
-        except Exception as e:
-            lines.failed(e)
-            raise
-        lines.done(f"manifest {target}")
-        threading.Thread(target=self.tidy_up, daemon=True).start()
-        return target
+    # ---- tidying up
 
     def keep_tidy(self) -> None:
         """Tidy up every TIDY_INTERVAL seconds, as long as the process lives."""
@@ -2986,6 +3615,7 @@ class Response:
     body: bytes | Body = b""
     length: int | None = None  # bytes, where it is not that of the body: for HEAD
     note: str = ""             # for the log
+    lines: list[tuple[str, str]] = field(default_factory=list)  # headers of which there may be several
 
 
 FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
@@ -2998,7 +3628,7 @@ class RequestBody:
     framing is REQUEST_INVALID: nobody knows then where the next request begins.
     """
 
-    def __init__(self, headers: Message, stream: BufferedIOBase, invite: Callable[[], None]):
+    def __init__(self, headers: Message, stream: io.BufferedIOBase, invite: Callable[[], None]):
         """invite is called before the first byte is read: the client may be waiting for that."""
         self._stream, self._invite = stream, invite
         self.length = self._parse_length(headers)
@@ -3138,7 +3768,8 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """Start and length, in bytes, of the one range that a Range header asks for (RFC 9110, 14.1.2).
 
     None when all is to be sent: there is no such header, or one that may be ignored because it is
-    malformed or has several ranges. RANGE_INVALID when the content has no such part.
+    malformed or has several ranges. RANGE_INVALID when the content has no such part, as it has none
+    that ends before it begins.
     """
     match = re.fullmatch(r"bytes=\s*(\d{0,99})-(\d{0,99})\s*", header or "", re.ASCII)
     if not match or match.groups() == ("", ""):
@@ -3146,8 +3777,6 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     first, last = match.groups()
     if first:
         start, end = int(first), min(int(last) if last else size - 1, size - 1)
-        if last and int(last) < start:
-            return None
     else:
         start, end = max(size - int(last), 0), size - 1
     if start > end:
@@ -3238,7 +3867,7 @@ class Endpoints:
     def _find_blob(self, request: Request) -> tuple[Blob, dict[str, str]]:
         repository, digest = request.captured
         reference = Reference.parse_digest(repository, digest, request.namespace)
-        return self._registry.blob(reference, request.host), {
+        return self._registry.blob(reference, request.host, request.credentials), {
             "Content-Type": "application/octet-stream", "Docker-Content-Digest": digest, "Accept-Ranges": "bytes"}
 
     def manifest(self, request: Request) -> Response:
@@ -3350,9 +3979,8 @@ class Endpoints:
                    "Docker-Content-Digest": str(manifest.digest)}
         if manifest.subject:
             headers["OCI-Subject"] = str(manifest.subject)
-        if isinstance(reference.target, Digest) and tags:
-            headers["OCI-Tag"] = ", ".join(tags)
-        return Response(201, headers)
+        by_digest = isinstance(reference.target, Digest)
+        return Response(201, headers, lines=[("OCI-Tag", tag) for tag in tags if by_digest])
 
     def delete_manifest(self, request: Request) -> Response:
         """end-9, DELETE /v2/<name>/manifests/<reference>: a tag, or a manifest with all its tags."""
@@ -3585,7 +4213,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write_head(self, response: Response, length: int | None) -> None:
         self.send_response(response.status)
-        for name, value in response.headers.items():
+        for name, value in (*response.headers.items(), *response.lines):
             self.send_header(name, value)
         if length is None and self.command != "HEAD":
             self.send_header("Transfer-Encoding", "chunked")
@@ -3754,6 +4382,9 @@ def argument_parser() -> ArgumentParser:
     parser.add_argument("-allow", "--allow", metavar="PATTERN", action="append", default=[], help=(
         "have Docker pull from registries of this name only, like docker.io or *.corp.example; can be given several "
         "times (default: from all)"))
+    parser.add_argument("-pull", "--pull", choices=Origins.POLICIES, default="missing", help=(
+        "when Docker is to pull an image: when it is missing, always (when its tag has moved at its registry, which is "
+        "asked each time), or never (default: missing)"))
     parser.add_argument("-read-only", "--read-only", action="store_true", help=(
         "refuse pushes and deletions (default: REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED)"))
     parser.add_argument("-tls-certificate", "--tls-certificate", metavar="FILE", help=(
@@ -3790,8 +4421,7 @@ class Settings:
     store: Path
     store_origin: str
     engine: EngineHost
-    config: DockerConfig
-    allowed: tuple[str, ...]
+    origins: Origins
     policy: Policy
     tls: ssl.SSLContext | None
     notes: tuple[str, ...]
@@ -3814,9 +4444,10 @@ class Settings:
         policy = Policy(read_only, boolean(environ, "REGISTRY_STORAGE_DELETE_ENABLED", True))
         tls = cls._tls(arguments.tls_certificate or environ.get("REGISTRY_HTTP_TLS_CERTIFICATE"),
                        arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
+        config = DockerConfig(Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker"))
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
-                   DockerConfig(Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker")),
-                   cls._patterns(arguments.allow), policy, tls, tuple(cls._proxy_notes(environ)))
+                   Origins(cls._patterns(arguments.allow), arguments.pull, config), policy, tls,
+                   tuple(cls._proxy_notes(environ)))
 
     @staticmethod
     def _patterns(patterns: list[str]) -> tuple[str, ...]:
@@ -3888,7 +4519,7 @@ def serve(settings: Settings) -> int:
     # handler a process with PID 1 does not get signals that are not blocked.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    registry = Registry(Engine(settings.engine), Store(settings.store), settings.allowed, settings.config)
+    registry = Registry(Engine(settings.engine), Store(settings.store), settings.origins)
     try:
         server = Server(settings.address, registry, settings.policy, settings.tls)
     except OSError as e:
@@ -3909,8 +4540,9 @@ def introduce(settings: Settings, registry: Registry, server: Server) -> None:
     """Log what this is, what it found, and last that it listens: k3d waits for that line."""
     log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
     log.info("store: %s (%s)", settings.store, settings.store_origin)
-    if settings.config.path.exists():
-        log.info("credentials for pulls that bring none: %s", settings.config.path)
+    config = settings.origins.config
+    if config and config.path.exists():
+        log.info("credentials for pulls that bring none: %s", config.path)
     for note in settings.notes:
         log.warning("%s", note)
     try:

@@ -196,6 +196,11 @@ class Engine(Daemon):
         address = f"/lab/{self.name}/exec/containerd/containerd.sock"
         return chroot("ctr", "-a", address, "-n", "moby", *arguments, root=self.root).stdout
 
+    def content(self, digest):
+        """Bytes of a blob in Docker's content store."""
+        address = f"/lab/{self.name}/exec/containerd/containerd.sock"
+        return chroot("ctr", "-a", address, "-n", "moby", "content", "get", digest, root=self.root, text=False).stdout
+
     def import_image(self, name, files, changes=()):
         """Make a one-layer image out of {path: bytes}."""
         self.docker("import", *[f"--change={c}" for c in changes], "-", name, input=tar_of(files), text=False)
@@ -330,6 +335,11 @@ def push_platforms(origin, name, tag, architectures, files=()):
     return index["digest"], [child["digest"] for child in children]
 
 
+class QuietServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Clients that try TLS first break off."""
+
+
 @contextlib.contextmanager
 def refusing_origin(status, code):
     """A registry that answers every manifest request with one error; gives its HOST:PORT."""
@@ -352,10 +362,96 @@ def refusing_origin(status, code):
         def log_message(self, *arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+    with QuietServer(("127.0.0.1", 0), Refuse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+class TokenOrigin:
+    """An origin as Docker Hub and others are: it wants a Bearer token, and sends those who ask for blobs elsewhere.
+
+    requests   (path, Authorization) of all that was asked so far, the storage behind the redirect included
+    answers    text in a path -> (status, body) to answer instead
+    """
+
+    def __init__(self, origin, private=False, redirect=307):
+        self.requests, self.answers, self._tokens = [], {}, set()
+        token_origin = self
+
+        class Front(http.server.BaseHTTPRequestHandler):
+            default_request_version = "HTTP/1.1"  # or dockerd would not understand the answer to its TLS handshake
+
+            def do_GET(self):
+                authorization = self.headers["Authorization"]
+                token_origin.requests.append((self.path, authorization))
+                fault = next((answer for text, answer in token_origin.answers.items() if text in self.path), None)
+                if fault:
+                    self.answer(*fault)
+                elif self.path.startswith("/token"):
+                    self.token(authorization)
+                elif (authorization or "").removeprefix("Bearer ") not in token_origin._tokens:
+                    self.answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="http://{token_origin.host}/token",'
+                                                                 'service="lab",scope="repository:all:pull"'})
+                elif "/blobs/" in self.path:
+                    self.answer(redirect, b"", {"Location": f"http://localhost:{token_origin._storage_port}{self.path}"})
+                else:
+                    self.forward()
+
+            def do_POST(self):
+                self.answer(405, b"")  # who asks for a token the newer way has to come again the older way
+
+            def token(self, authorization):
+                expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+                if private and authorization != expected:
+                    self.answer(401, b'{"details": "wrong user or password"}')
+                    return
+                token = os.urandom(16).hex()
+                token_origin._tokens.add(token)
+                self.answer(200, json.dumps({"token": token}).encode())
+
+            def forward(self):
+                headers = {"Accept": ", ".join(self.headers.get_all("Accept", ["*/*"]))}
+                status, headers, body = origin.request(self.command, self.path, headers)
+                names = ("Content-Type", "Docker-Content-Digest", "Content-Length")
+                self.answer(status, body, {name: headers[name] for name in names if headers[name]})
+
+            def answer(self, status, body, headers=()):
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **dict(headers)}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        class Storage(Front):
+            def do_GET(self):
+                token_origin.requests.append((f"storage{self.path}", self.headers["Authorization"]))
+                fault = next((answer for text, answer in token_origin.answers.items() if text in f"storage{self.path}"),
+                             None)
+                if fault:
+                    self.answer(*fault)
+                else:
+                    self.forward()
+
+        self._servers = [QuietServer(("127.0.0.1", 0), handler) for handler in (Front, Storage)]
+        self.host = f"127.0.0.1:{self._servers[0].server_port}"
+        self._storage_port = self._servers[1].server_port
+
+    def __enter__(self):
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
 
 class Gate:

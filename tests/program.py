@@ -92,6 +92,13 @@ class Program:
             connection.request(method, path, body, headers or {})
             return Answer(connection.getresponse())
 
+    def begin_get(self, path, **headers):
+        """A GET whose headers have come; the body is still to be read."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        self._stack.callback(connection.close)
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse()
+
     def get(self, path, **headers):
         return self.request("GET", path, {k.replace("_", "-"): v for k, v in headers.items()})
 

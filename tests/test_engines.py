@@ -48,8 +48,8 @@ class EngineCase(unittest.TestCase):
         lab.NODE.forget()
         self.addCleanup(lambda: self.engine.remove(*self.images))
 
-    def program(self, **options):
-        program = Program(f"unix://{self.engine.socket}", **options)
+    def program(self, *arguments, **options):
+        program = Program(f"unix://{self.engine.socket}", *arguments, **options)
         self.addCleanup(program.__exit__)
         return program
 
@@ -259,6 +259,27 @@ class EveryEngine:
             with self.subTest(what), lab.refusing_origin(status, body) as host:
                 answer = program.get(f"/v2/lab/{self.name}/manifests/1?ns={host}")
                 self.assertEqual((expected, code), (answer.status, answer.code), answer.body)
+
+    def test_an_origin_that_wants_a_token(self):
+        self.build("origin")
+        lab.ORIGINS["open"].push(self.engine, f"{self.name}:origin", f"lab/{self.name}:1")
+        with lab.TokenOrigin(lab.ORIGINS["open"], private=True) as origin:
+            program = self.program()
+            reference, path = f"{origin.host}/lab/{self.name}:1", f"/v2/lab/{self.name}/manifests/1?ns={origin.host}"
+            self.images.append(reference)
+            answer = program.get(path)
+            self.assertEqual((401, "UNAUTHORIZED"), (answer.status, answer.code))
+            self.assertEqual(f'Basic realm="{origin.host}"', answer.headers["WWW-Authenticate"])
+            wrong = program.get(path, Authorization=basic(lab.USER, "wrong"))
+            self.assertEqual((401, None), (wrong.status, wrong.headers["WWW-Authenticate"]))
+            self.pull(program, reference, user=f"{lab.USER}:{lab.PASSWORD}")
+            self.assertFalse(program.lines(lab.PASSWORD))
+
+    def test_an_origin_that_talks_garbage(self):
+        with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
+            origin.answers = {"/manifests/": (200, b"<html>garbage")}
+            answer = self.program().get(f"/v2/lab/{self.name}/manifests/1?ns={origin.host}")
+            self.assertEqual(502, answer.status, answer.body)
 
     def test_ten_nodes_at_once(self):
         self.build("1", {f"file{i}": os.urandom(2_000_000) for i in range(3)})
@@ -478,17 +499,6 @@ class ClassicStore(EveryEngine):
         for blob in (manifest["config"], manifest["layers"][-1]):
             path = f"/v2/library/{self.name}/blobs/{blob['digest']}?ns=docker.io"
             self.assertEqual(blob["digest"], sha256(fresh.get(path).body), "a node that kept the manifest")
-
-    def test_by_digest_of_a_registry(self):
-        """Docker does not have these bytes: 404 with the reason, and no pull for nothing."""
-        reference, digest = self.on_origin()
-        self.engine.docker("pull", "-q", reference)
-        program = self.program()
-        answer = program.get(self.origin_path(digest))
-        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
-        self.assertIn("classic image store", answer.detail)
-        self.assertIn("classic image store", program.wait_for_line("MANIFEST_UNKNOWN"))
-        self.assertEqual([], program.jobs("pull"))
 
     def test_an_export_that_docker_cannot_finish(self):
         """A file is missing in Docker's own data: an error at the end of a response that seems good."""

@@ -116,7 +116,7 @@ class TestRoutes(HttpCase):
         for header, status, start, end in (
                 ("bytes=0-0", 206, 0, 1), ("bytes=5-", 206, 5, size), ("bytes=-5", 206, size - 5, size),
                 (f"bytes={size - 1}-", 206, size - 1, size), (f"bytes=0-{10**30}", 206, 0, size),
-                ("bytes=-0", 416, 0, 0), (f"bytes={size}-", 416, 0, 0), ("bytes=5-1", 200, 0, size),
+                ("bytes=-0", 416, 0, 0), (f"bytes={size}-", 416, 0, 0), ("bytes=5-1", 416, 0, 0),
                 ("bytes=a-b", 200, 0, size), ("bytes=0-1,3-4", 200, 0, size), ("octets=0-1", 200, 0, size)):
             with self.subTest(header):
                 answer = self.program.get(self.layer, Range=header)

@@ -98,7 +98,7 @@ class TestSharedWork(RegistryCase):
         self.daemon.add("app:1", self.image)
         image = self.registry.engine.image("app:1")
         with self.assertLogs("k3d-registry-dockerd"):
-            self.assertEqual([self.image.digest] * 2, [str(self.registry._run_export(image)) for _ in range(2)])
+            self.assertEqual([self.image.digest] * 2, [str(self.registry._exports._run(image)) for _ in range(2)])
         self.assertEqual(1, self.asked("/get "))
 
     def test_a_pull_that_landed_a_moment_ago(self):
@@ -107,7 +107,7 @@ class TestSharedWork(RegistryCase):
         self.daemon.pulls[str(reference)] = lambda: self.daemon.add(str(reference), self.image) and chunked(b"{}")
         with self.assertLogs("k3d-registry-dockerd"):
             for _ in range(2):
-                self.registry._run_pull(reference, None)
+                self.registry._pulls._run(reference, None, None)
         self.assertEqual(1, self.asked("/images/create"))
 
     def test_credentials_are_part_of_the_key(self):
@@ -120,10 +120,10 @@ class TestSharedWork(RegistryCase):
             raise RegistryError("MANIFEST_UNKNOWN", "")
 
         reference = Reference.parse("team/app", "1", "registry.example")
-        with mock.patch.object(self.registry._flights, "start", remember):
+        with mock.patch.object(self.registry._pulls._flights, "start", remember):
             for credentials in (None, Credentials("a", "x"), Credentials("b", "x"), Credentials("a", "y")):
                 with self.assertRaises(RegistryError), self.assertLogs("k3d-registry-dockerd"):
-                    self.registry._sources = None
+                    self.registry._content._sources = None
                     self.registry.sources()
                     self.registry.manifest(reference, None, credentials)
         self.assertEqual(4, len(set(keys)))
@@ -145,12 +145,12 @@ class TestSharedWork(RegistryCase):
             if digest == str(reference.target):
                 continue
             with self.assertLogs("k3d-registry-dockerd"):
-                self.registry._sources = None
-                blob = self.registry.blob(Reference.parse_digest("library/app", digest, "docker.io"), None)
+                self.registry._content._sources = None
+                blob = self.registry.blob(Reference.parse_digest("library/app", digest, "docker.io"), None, None)
             body = blob.open(0, blob.size)
             next(iter(body))
             body.close()
-        self.assertLessEqual(len(self.registry._service._idle), 1)
+        self.assertLessEqual(len(self.registry._content._service._idle), 1)
 
 
 class TestProgressLog(unittest.TestCase):

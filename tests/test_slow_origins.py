@@ -56,13 +56,6 @@ class SlowCase(unittest.TestCase):
     def pull_is_over(self):
         return bool(self.program.lines(f"pull {self.reference}: done"))
 
-    def begin_get(self, path):
-        """A GET whose headers have come; the body is still to be read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.program.port, timeout=120)
-        self.addCleanup(connection.close)
-        connection.request("GET", path)
-        return connection.getresponse()
-
     def image_manifest(self):
         """The manifest of this machine's platform, by way of the index if there is one."""
         manifest = self.program.get(self.path("manifests", "1"))
@@ -80,7 +73,7 @@ class ContainerdStore:
         *_, small, large = manifest["layers"]
         for blob in (manifest["config"], small):
             self.assertEqual(blob["digest"], sha256(self.program.get(self.path("blobs", blob["digest"])).body))
-        response = self.begin_get(self.path("blobs", large["digest"]))
+        response = self.program.begin_get(self.path("blobs", large["digest"]))
         self.assertEqual((200, str(large["size"])), (response.status, response.headers["Content-Length"]))
         self.assertFalse(self.pull_is_over())
         self.gate.open()
@@ -113,7 +106,7 @@ class ContainerdStore:
     def test_an_origin_that_breaks_off(self):
         """The connection of who was promised bytes is closed, the reason is logged, the next request is told."""
         large = self.image_manifest()["layers"][-1]
-        response = self.begin_get(self.path("blobs", large["digest"]))
+        response = self.program.begin_get(self.path("blobs", large["digest"]))
         self.assertEqual(200, response.status)
         self.gate.cut()
         with self.assertRaises(http.client.IncompleteRead):
@@ -126,7 +119,7 @@ class ContainerdStore:
 
     def test_it_goes_on_when_the_client_leaves(self):
         large = self.image_manifest()["layers"][-1]
-        with contextlib.closing(self.begin_get(self.path("blobs", large["digest"]))):
+        with contextlib.closing(self.program.begin_get(self.path("blobs", large["digest"]))):
             pass
         self.gate.open()
         self.program.wait_for_line(f"pull {self.reference}: done")
@@ -140,7 +133,7 @@ class ClassicStore:
 
     def test_headers_come_before_the_pull_is_over(self):
         path = self.path("manifests", "1")
-        head, get = self.program.head(path), self.begin_get(path)
+        head, get = self.program.head(path), self.program.begin_get(path)
         for answer in (head, get):
             self.assertEqual((200, "application/vnd.oci.image.manifest.v1+json"),
                              (answer.status, answer.headers["Content-Type"]))
@@ -164,7 +157,7 @@ class ClassicStore:
         self.assertEqual(1, len(self.program.jobs("pull")))
 
     def test_an_origin_that_breaks_off(self):
-        response = self.begin_get(self.path("manifests", "1"))
+        response = self.program.begin_get(self.path("manifests", "1"))
         self.assertEqual(200, response.status)
         self.gate.cut()
         with self.assertRaises((http.client.IncompleteRead, ConnectionError)):

@@ -1,0 +1,418 @@
+"""What Docker lacks: content that it has lost, digests that the classic store does not keep, tags that have moved."""
+
+import base64
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import tempfile
+import unittest
+from pathlib import Path
+
+import lab
+from program import Program
+from test_engines import EngineCase, basic, sha256
+
+
+def setUpModule():
+    lab.require()
+
+
+class RepairCase(EngineCase):
+    """An image of two layers, which only an origin has."""
+
+    def on(self, host):
+        """A name for the image by way of a host that leads to the origin, and what to remove after the test."""
+        name = f"{host}/lab/{self.name}"
+        self.images += [f"{name}:1", f"{name}@{self.index}"]
+        return f"{name}:1"
+
+    def setUp(self):
+        super().setUp()
+        self.put("1")
+
+    def put(self, tag, origin="open"):
+        self.layers = [os.urandom(10_000), os.urandom(1_000_000)]
+        self.index, (self.child,) = lab.push_platforms(lab.ORIGINS[origin], f"lab/{self.name}", tag, ["amd64"], [
+            ("small", self.layers[0]), ("large", self.layers[1])])
+        _, _, body = lab.ORIGINS[origin].request("GET", f"/v2/lab/{self.name}/manifests/{self.child}", {
+            "Accept": "application/vnd.oci.image.manifest.v1+json"})
+        self.manifest = json.loads(body)
+        self.large = self.manifest["layers"][-1]["digest"]
+
+    def path(self, kind, target, host):
+        return f"/v2/lab/{self.name}/{kind}/{target}?ns={host}"
+
+    def stored(self, program):
+        """The digests of what is in the program's own store."""
+        return {f"sha256:{path.name}" for path in Path(program.store).glob("blobs/sha256/*")}
+
+    def login(self, host):
+        """A folder with a config.json as `docker login` leaves it."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        auth = base64.b64encode(f"{lab.USER}:{lab.PASSWORD}".encode()).decode()
+        (Path(folder.name) / "config.json").write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+        return folder.name
+
+
+class LostBlobs(RepairCase):
+    """On the containerd store, a blob is gone from Docker's content store, though the image is there."""
+
+    def lose(self, reference, digest=None):
+        self.engine.docker("pull", "-q", reference)
+        self.engine.containerd("content", "rm", digest or self.large)
+
+    def assert_served(self, program, reference):
+        self.pull(program, reference)
+        self.assertEqual(self.index, lab.NODE.digest(reference))
+        self.assertEqual(self.large, sha256(lab.NODE.content(self.large)))
+
+
+class TestRepairByBuild(LostBlobs):
+    engine = lab.ENGINES["containerd"]
+
+    def untagged(self):
+        return self.engine.docker("images", "-aq", "--filter", "dangling=true").split()
+
+    def test_docker_is_repaired(self):
+        for what, reference in (("tag", self.on(lab.ORIGINS["open"].host)),
+                                ("digest", f"{lab.ORIGINS['open'].host}/lab/{self.name}@{self.index}")):
+            with self.subTest(what):
+                lab.NODE.forget()
+                untagged = self.untagged()
+                self.lose(reference)
+                program = self.program()
+                self.assert_served(program, reference)
+                self.assertIn("done", program.wait_for_line("repair ", 2))
+                self.assertEqual((set(), untagged), (self.stored(program), self.untagged()))
+                self.assertEqual(self.large, sha256(self.engine.content(self.large)))
+                self.engine.remove(*self.images, reference)
+
+    def test_a_lost_config_and_a_lost_manifest(self):
+        reference = self.on(lab.ORIGINS["open"].host)
+        for lost in (self.manifest["config"]["digest"], self.manifest["layers"][0]["digest"]):
+            with self.subTest(lost):
+                lab.NODE.forget()
+                self.lose(reference, lost)
+                self.assert_served(self.program(), reference)
+                self.engine.remove(reference)
+
+    def test_at_once_for_many(self):
+        reference = self.on(lab.ORIGINS["open"].host)
+        self.lose(reference)
+        program = self.program()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            paths = [self.path("manifests", target, lab.ORIGINS["open"].host) for target in ("1", self.child) * 4]
+            self.assertEqual({200}, {answer.status for answer in pool.map(program.get, paths)})
+        answer = program.get(self.path("blobs", self.large, lab.ORIGINS["open"].host))
+        self.assertEqual(self.large, sha256(answer.body))
+
+    def test_what_cannot_be_had_again(self):
+        """An image that was built here and nowhere else."""
+        self.build("1", {"file": os.urandom(5000)})
+        layer = self.built_layer()
+        self.engine.containerd("content", "rm", layer)
+        program = self.program()
+        answer = program.get(self.manifest_path("1"))
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+        for text in (layer, "registry-1.docker.io", "pull or build it again"):
+            self.assertIn(text, answer.detail)
+            self.assertTrue(program.lines(text), text)
+        self.assertEqual(404, program.head(self.manifest_path("1")).status)
+
+    def built_layer(self):
+        """The last layer of what was built here."""
+        found = self.engine.inspect(f"{self.name}:1")["Id"]
+        document = json.loads(self.engine.content(found))
+        if "manifests" in document:
+            document = json.loads(self.engine.content(document["manifests"][0]["digest"]))
+        return document["layers"][-1]["digest"]
+
+    def test_without_the_content_service(self):
+        """Exports lack all blobs of a manifest of which one is lost."""
+        reference = self.on(lab.ORIGINS["open"].host)
+        self.lose(reference)
+        with lab.filtered(self.engine, b"/grpc HTTP/1.1") as socket, Program(f"unix://{socket}") as program:
+            self.pull(program, reference)
+            self.assertTrue(program.lines("repair "))
+
+    def test_never(self):
+        reference = self.on(lab.ORIGINS["open"].host)
+        self.lose(reference)
+        program = self.program("-pull", "never")
+        answer = program.get(self.path("manifests", "1", lab.ORIGINS["open"].host))
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+        self.assertIn("-pull never", answer.detail)
+        self.assertEqual([], program.lines("repair "))
+
+
+class TestRepairByFetch(LostBlobs):
+    """Docker 26 has no build without a session: the blob alone comes from the image's registry, into the store."""
+
+    engine = lab.ENGINES["containerd-26"]
+
+    def test_from_an_open_registry(self):
+        reference = self.on(lab.ORIGINS["open"].host)
+        self.lose(reference)
+        program = self.program()
+        self.assert_served(program, reference)
+        self.assertEqual({self.large}, self.stored(program))
+        self.assertEqual(1, len(program.jobs("fetch")))
+        path = self.path("blobs", self.large, lab.ORIGINS["open"].host)
+        whole = program.get(path)
+        self.assertEqual(self.large, sha256(whole.body))
+        part = program.get(path, Range="bytes=5000-5999")
+        self.assertEqual((206, whole.body[5000:6000]), (part.status, part.body))
+
+    def test_with_a_token_and_a_redirect(self):
+        for private, user, status in ((False, None, 307), (True, f"{lab.USER}:{lab.PASSWORD}", 308)):
+            with self.subTest(private=private), lab.TokenOrigin(lab.ORIGINS["open"], private, status) as origin:
+                lab.NODE.forget()
+                reference = self.on(origin.host)
+                if private:
+                    self.engine.docker("login", "-u", lab.USER, "--password-stdin", origin.host, input=lab.PASSWORD)
+                    self.addCleanup(self.engine.docker, "logout", origin.host)
+                self.lose(reference)
+                program = self.program()
+                origin.requests.clear()
+                if private:
+                    self.assertEqual((401, f'Basic realm="{origin.host}"'), (
+                        (answer := program.head(self.path("manifests", "1", origin.host))).status,
+                        answer.headers["WWW-Authenticate"]))
+                self.pull(program, reference, user=user)
+                self.assertEqual(self.large, sha256(lab.NODE.content(self.large)))
+                self.assertEqual({None}, {authorization for path, authorization in origin.requests
+                                          if path.startswith("storage") and path.endswith(self.large)})
+                self.assertFalse([line for line in program.log if lab.PASSWORD in line or "Bearer ey" in line])
+
+    def test_with_basic_authentication(self):
+        """By the request's own credentials, or by those of this machine; wrong ones are told so."""
+        self.put("1", "private")
+        host = lab.ORIGINS["private"].host
+        reference = self.on(host)
+        self.engine.docker("login", "-u", lab.USER, "--password-stdin", host, input=lab.PASSWORD)
+        self.addCleanup(self.engine.docker, "logout", host)
+        self.lose(reference)
+        path = self.path("manifests", "1", host)
+        program = self.program()
+        self.assertEqual(401, program.get(path).status)
+        wrong = program.get(path, Authorization=basic(lab.USER, "wrong"))
+        self.assertEqual((401, None), (wrong.status, wrong.headers["WWW-Authenticate"]))
+        self.assertEqual(200, program.get(path, Authorization=basic(lab.USER, lab.PASSWORD)).status)
+        program = self.program(env={"DOCKER_CONFIG": self.login(host)})
+        self.assertEqual(200, program.get(path).status)
+        self.assertEqual(self.large, sha256(program.get(self.path("blobs", self.large, host)).body))
+
+    def test_what_a_registry_may_say(self):
+        cases = (("429", "/blobs/", (429, b"slow down"), 429, "TOOMANYREQUESTS"),
+                 ("500", "/blobs/", (500, b"no"), 404, "MANIFEST_UNKNOWN"),
+                 ("403", "/blobs/", (403, b"no"), 401, "UNAUTHORIZED"),
+                 ("404", "storage", (404, b"gone"), 404, "MANIFEST_UNKNOWN"),
+                 ("garbage for a token", "/token", (200, b"<html>"), 404, "MANIFEST_UNKNOWN"),
+                 ("a token that is none", "/token", (200, b'{"token": "a\\r\\nb"}'), 404, "MANIFEST_UNKNOWN"),
+                 ("no token", "/token", (500, b""), 404, "MANIFEST_UNKNOWN"))
+        with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
+            self.lose(self.on(origin.host))
+            program = self.program()
+            for what, where, answer, status, code in cases:
+                with self.subTest(what):
+                    origin.answers = {where: answer}
+                    found = program.get(self.path("manifests", "1", origin.host))
+                    self.assertEqual((status, code), (found.status, found.code), found.body)
+            origin.answers = {}
+            self.assertEqual(200, program.get(self.path("manifests", "1", origin.host)).status)
+            self.assertEqual([], program.lines("a bug in this program"))
+
+    def test_other_bytes_than_were_asked_for(self):
+        """Who reads along is cut off before the last byte, and nothing of it is kept."""
+        with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
+            self.lose(self.on(origin.host))
+            size = self.manifest["layers"][-1]["size"]
+            for what, body in (("wrong", bytes(size)), ("too short", b"abc"), ("too long", bytes(size + 1))):
+                with self.subTest(what):
+                    origin.answers = {f"storage/v2/lab/{self.name}/blobs/": (200, body)}
+                    program = self.program()
+                    program.get(self.path("manifests", "1", origin.host))
+                    with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
+                        answer = program.get(self.path("blobs", self.large, origin.host))
+                        self.assertEqual(502, answer.status)
+                    self.assertIn("failed", program.wait_for_line(f"fetch {self.large} of", 2))
+                    self.assertEqual(set(), self.stored(program))
+
+
+class DigestsOnClassic:
+    """Docker's classic store has no manifests of registries: what is asked for by digest comes from the registry."""
+
+    def test_a_node_pulls_by_digest(self):
+        for target in (self.index, self.child):
+            with self.subTest(target):
+                lab.NODE.forget()
+                reference = f"{lab.ORIGINS['open'].host}/lab/{self.name}@{target}"
+                program = self.program()
+                self.pull(program, reference)
+                self.assertEqual(target, lab.NODE.digest(reference))
+                expected = {self.child, target, self.manifest["config"]["digest"],
+                            *(layer["digest"] for layer in self.manifest["layers"])}
+                self.assertEqual(expected, self.stored(program))
+                self.assertEqual([], program.jobs("pull"))
+
+    def test_offline(self):
+        """What was fetched before is there; what was not is 404, with the reason."""
+        with lab.Gate(lab.ORIGINS["open"]) as gate:
+            gate.open()
+            program = self.program()
+            reference = f"{gate.host}/lab/{self.name}@{self.index}"
+            self.pull(program, reference)
+        lab.NODE.forget()
+        self.pull(program, reference)
+        answer = self.program().get(self.path("manifests", self.index, gate.host))
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+        self.assertIn("refused", answer.detail)
+
+    def test_an_unknown_digest(self):
+        answer = self.program().get(self.path("manifests", sha256(b"nothing"), lab.ORIGINS["open"].host))
+        self.assertEqual(401, answer.status, "registries do not tell strangers what exists")
+        answer = self.program().get(self.path("manifests", sha256(b"nothing"), lab.ORIGINS["open"].host),
+                                    Authorization=basic("a", "b"))
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+
+    def test_blobs_flow_while_they_arrive(self):
+        """The readers of a blob get its first bytes before the last ones are there."""
+        with lab.Gate(lab.ORIGINS["open"]) as gate:
+            program = self.program()
+            self.assertEqual(200, program.get(self.path("manifests", self.child, gate.host)).status)
+            small = self.manifest["layers"][1]["digest"]
+            self.assertEqual(small, sha256(program.get(self.path("blobs", small, gate.host)).body))
+            readers = [program.begin_get(self.path("blobs", self.large, gate.host)) for _ in range(3)]
+            first = [reader.read(100_000) for reader in readers]
+            gate.open()
+            self.assertEqual({self.large}, {sha256(start + reader.read())
+                                            for start, reader in zip(first, readers, strict=True)})
+            self.assertEqual(1, len([line for line in program.jobs("fetch") if self.large in line]))
+
+    def test_an_origin_that_breaks_off(self):
+        gate = lab.Gate(lab.ORIGINS["open"])
+        with gate:
+            program = self.program()
+            self.assertEqual(200, program.get(self.path("manifests", self.child, gate.host)).status)
+            reader = program.begin_get(self.path("blobs", self.large, gate.host))
+            reader.read(100_000)
+        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+            reader.read()
+        self.assertIn("closed early", program.wait_for_line(f"blobs/{self.large}"))
+        answer = program.get(self.path("manifests", self.child, gate.host))
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+        self.assertNotIn(self.large, self.stored(program))
+
+    def test_two_clients_with_different_credentials(self):
+        """Nobody rides on the transfer of another, not even while it is under way."""
+        self.put("1", "private")
+        with lab.Gate(lab.ORIGINS["private"]) as gate:
+            program = self.program()
+            path = self.path("manifests", self.child, gate.host)
+            good, wrong = basic(lab.USER, lab.PASSWORD), basic(lab.USER, "wrong")
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                for expected, answer in [(200, pool.submit(program.get, path, Authorization=good)),
+                                         (401, pool.submit(program.get, path, Authorization=wrong)),
+                                         (401, pool.submit(program.get, path))]:
+                    self.assertEqual(expected, answer.result().status)
+            blob = self.path("blobs", self.large, gate.host)
+            arriving = program.begin_get(blob, Authorization=good)
+            self.assertEqual(401, program.get(blob, Authorization=wrong).status)
+            self.assertEqual(401, program.get(blob).status)
+            gate.open()
+            self.assertEqual(self.large, sha256(arriving.read()))
+
+    def test_not_from_where_it_is_not_allowed(self):
+        host = lab.ORIGINS["open"].host
+        for arguments, status in ((["-allow", "*.corp.example"], 403), (["-pull", "never"], 404)):
+            answer = self.program(*arguments).get(self.path("manifests", self.child, host))
+            self.assertEqual(status, answer.status, answer.body)
+
+
+class TestDigestsOnClassic(DigestsOnClassic, RepairCase):
+    engine = lab.ENGINES["classic"]
+
+
+class TestDigestsOnClassic20(DigestsOnClassic, RepairCase):
+    engine = lab.ENGINES["classic-20"]
+    test_blobs_flow_while_they_arrive = test_an_origin_that_breaks_off = None  # the engine has no part in these
+
+
+class PullPolicy:
+    """-pull with the docker command's meaning."""
+
+    def current(self, program, host):
+        """The digest of the small layer's content that a tag leads to, through the program."""
+        answer = program.get(self.path("manifests", "1", host))
+        self.assertEqual(200, answer.status, answer.body)
+        return answer
+
+    def config_of(self, answer, program, host):
+        document = answer.json
+        if "manifests" in document:
+            document = program.get(self.path("manifests", document["manifests"][0]["digest"], host)).json
+        return document["config"]["digest"]
+
+    def test_a_tag_that_moves(self):
+        """missing and never serve what is there, always what the registry has now."""
+        with lab.Gate(lab.ORIGINS["open"]) as gate:
+            gate.open()
+            reference = self.on(gate.host)
+            self.engine.docker("pull", "-q", reference)
+            old = self.manifest["config"]["digest"]
+            self.put("1")
+            self.on(gate.host)
+            new = self.manifest["config"]["digest"]
+            for policy, expected, pulls in (("missing", old, 0), ("never", old, 0), ("always", new, 1)):
+                with self.subTest(policy):
+                    program = self.program("-pull", policy)
+                    for _ in range(2):
+                        self.assertEqual(expected, self.config_of(self.current(program, gate.host), program, gate.host))
+                    self.assertEqual(pulls, len(program.jobs("pull")))
+        with self.subTest("the registry is not reachable"):
+            self.assertEqual(new, self.config_of(self.current(program, gate.host), program, gate.host))
+            self.assertTrue(program.lines("Docker's own image is served"))
+
+    def test_what_no_registry_has(self):
+        self.build("1")
+        program = self.program("-pull", "always")
+        self.assertEqual(200, program.get(self.manifest_path("1")).status)
+        self.assertTrue(program.lines("Docker's own image is served"))
+
+    def test_our_own_images_are_not_asked_for_elsewhere(self):
+        program = self.program("-pull", "always")
+        self.build("1")
+        own = f"{program.address}/{self.name}:1"
+        self.engine.docker("tag", f"{self.name}:1", own)
+        self.images.append(own)
+        self.assertEqual(200, program.get(f"/v2/{self.name}/manifests/1?ns={program.address}").status)
+        self.assertEqual([], program.lines("Docker's own image is served"))
+
+    def test_never(self):
+        program = self.program("-pull", "never")
+        answer = program.get(self.path("manifests", "1", lab.ORIGINS["open"].host))
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+        self.assertEqual([], program.jobs("pull"))
+
+
+class TestPolicyOnContainerd(PullPolicy, RepairCase):
+    engine = lab.ENGINES["containerd"]
+
+
+class TestPolicyOnContainerd26(PullPolicy, RepairCase):
+    engine = lab.ENGINES["containerd-26"]
+
+
+class TestPolicyOnClassic(PullPolicy, RepairCase):
+    engine = lab.ENGINES["classic"]
+
+
+class TestPolicyOnClassic20(PullPolicy, RepairCase):
+    engine = lab.ENGINES["classic-20"]
+
+
+if __name__ == "__main__":
+    unittest.main()
