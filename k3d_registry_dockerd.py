@@ -1317,8 +1317,9 @@ PULL_FAILURES = (
                 "insufficient_scope", "403 forbidden", "access forbidden", ": denied")),
     ("ORIGIN_UNAVAILABLE", ("dial tcp", "connection refused", "connection reset", "no such host", "timeout",
                             "deadline exceeded", "x509:", "tls:", "server gave http response", "eof",
-                            "failed to do request", "could not fetch content", "network is unreachable", "500 internal server error",
-                            "502 bad gateway", "503 service unavailable", "504 gateway")),
+                            "failed to do request", "could not fetch content", "network is unreachable",
+                            "500 internal server error", "502 bad gateway", "503 service unavailable",
+                            "504 gateway")),
     ("MANIFEST_UNKNOWN", ("manifest unknown", "not found", "name unknown", "no matching manifest",
                           "no match for platform", "name not known", "does not exist")),
     ("NAME_INVALID", ("invalid reference format",)),
@@ -2894,15 +2895,14 @@ class Pulls:
 
         When it takes long, and content can be read while it arrives, the answer is the manifest: the rest is
         on its way. Otherwise it is None, at the end of the pull. old is what Docker has by that name already,
-        which is to be replaced. Raises what Origins.check() and pull_error() give, and STILL_PULLING.
+        which is to be replaced. Raises what Origins.check() and pull_error() give.
         """
         self._origins.check(reference)
-        deadline = time.monotonic() + LAST_ANSWER
         used = self._origins.credentials(reference, credentials)
         pull = self._flights.start(("pull", reference, used), lambda: self._run(reference, used, old))
         try:
             if not pull.done.wait(EARLY_ANSWER) and not self._content.sources().exports:
-                return self._early_manifest(pull, reference, used, deadline)
+                return self._early_manifest(pull, reference, used)
             pull.outcome()
         except PullFailed as e:
             raise pull_error(e, reference, credentials) from None
@@ -2947,16 +2947,15 @@ class Pulls:
 
     # ---- what a pull is bringing
 
-    def _early_manifest(self, pull: Flight, reference: Reference, credentials: Credentials | None,
-                        deadline: float) -> Manifest | None:
+    def _early_manifest(self, pull: Flight, reference: Reference, credentials: Credentials | None) -> Manifest | None:
         """The manifest that a pull has brought already, or None when it has ended; errors like those of the pull."""
         digest = reference.target
         if not isinstance(digest, Digest):
             look_up = self._look_up(reference, credentials)
-            while not look_up.done.wait(ARRIVAL_INTERVAL) and not pull.done.is_set() and time.monotonic() < deadline:
+            while not look_up.done.wait(ARRIVAL_INTERVAL) and not pull.done.is_set():
                 pass
             digest = look_up.result
-        manifest = self._await_manifest(pull, digest, deadline)
+        manifest = self._await_manifest(pull, digest)
         if manifest is None:
             pull.outcome()
             return None
@@ -2964,23 +2963,21 @@ class Pulls:
         self._expect(pull, manifest)
         return manifest
 
-    def _await_manifest(self, pull: Flight, digest: Digest | None, deadline: float) -> Manifest | None:
-        """A manifest as soon as a pull has brought it, or None when the pull has ended without it. STILL_PULLING."""
+    def _await_manifest(self, pull: Flight, digest: Digest | None) -> Manifest | None:
+        """A manifest as soon as a pull has brought it, or None when the pull has ended without it."""
         while True:
             ended = pull.done.wait(ARRIVAL_INTERVAL)
             manifest = self._content.manifest(digest) if digest else None
             if manifest or ended:
                 return manifest
-            if time.monotonic() > deadline:
-                raise RegistryError("STILL_PULLING", "Docker does not have the manifest yet: ask again")
 
     def manifest(self, digest: Digest) -> Manifest | None:
-        """A manifest that a pull under way will bring, as soon as it is there; None if no pull will. STILL_PULLING.
+        """A manifest that a pull under way will bring, as soon as it is there; None if no pull will.
 
         What it refers to is expected from then on.
         """
         pull = self._pull_of(digest)
-        manifest = self._await_manifest(pull, digest, time.monotonic() + LAST_ANSWER) if pull else None
+        manifest = self._await_manifest(pull, digest) if pull else None
         if pull and manifest:
             self._expect(pull, manifest)
         return manifest
@@ -3244,26 +3241,24 @@ class Registry:
             return pushed
         if reference.namespace == own_name:
             reference = reference.under(None)
-        if self.sources().exports:
-            return self._exported_manifest(reference, own_name, credentials)
-        return self._docker_manifest(reference, own_name, credentials)
+        # A job of its own, so that no sum of delays keeps the client from its answer. What can be shared with other
+        # requests is shared further down.
+        work = self._flights.start(object(), lambda: self._docker_manifest(reference, own_name, credentials))
+        if work.done.wait(LAST_ANSWER):
+            manifest: Manifest = work.outcome()
+            return manifest
+        return self._late_manifest(reference, work)
 
-    def _exported_manifest(self, reference: Reference, own_name: str | None,
-                           credentials: Credentials | None) -> Manifest | ArrivingManifest:
-        """A manifest for which Docker may have to pull, and to export after that.
+    def _late_manifest(self, reference: Reference, work: Flight) -> ArrivingManifest:
+        """What is known of a manifest that takes too long to wait for it, or STILL_PULLING.
 
-        With the classic store nobody knows its digest before. But its type is known, and that is enough
-        for a node: told 200 without a digest it asks for the manifest, and waits for that.
+        With the classic store nobody knows its digest before the image is pulled and exported. But its type is
+        known, and that is enough for a node: told 200 without a digest it asks for the manifest, and waits for that.
         """
-        work = self._flights.start(("manifest", reference, own_name, credentials),
-                                   lambda: self._docker_manifest(reference, own_name, credentials))
-        if not work.done.wait(LAST_ANSWER):
-            if self.sources().info.store != "classic" or isinstance(reference.target, Digest):
-                raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
-            log.info("%s: answered while Docker is still getting it", reference)
-            return ArrivingManifest(OCI_MANIFEST, work.outcome)
-        manifest: Manifest = work.outcome()
-        return manifest
+        if self.sources().info.store != "classic" or isinstance(reference.target, Digest):
+            raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
+        log.info("%s: answered while Docker is still getting it", reference)
+        return ArrivingManifest(OCI_MANIFEST, work.outcome)
 
     def _docker_manifest(self, reference: Reference, own_name: str | None,
                          credentials: Credentials | None) -> Manifest:
@@ -3385,11 +3380,8 @@ class Registry:
     def _promise(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> Manifest:
         """A manifest whose blobs are all here or on their way; MANIFEST_UNKNOWN says which ones cannot be got."""
         if self._missing(reference, manifest, credentials):
-            repair = self._flights.start(("repair", reference, manifest.digest, credentials),
-                                         lambda: self._repair(reference, manifest, credentials))
-            if not repair.done.wait(LAST_ANSWER):
-                raise RegistryError("STILL_PULLING", f"{reference} is being repaired in Docker: ask again")
-            repair.outcome()
+            self._flights.join(("repair", reference, manifest.digest, credentials),
+                               lambda: self._repair(reference, manifest, credentials))
         self.store.touch_fetch(manifest.digest)
         return manifest
 

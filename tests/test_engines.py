@@ -139,7 +139,7 @@ class EveryEngine:
         for wanted, status, start, end in (
                 ("bytes=0-99", 206, 0, 100), ("bytes=100-", 206, 100, size), ("bytes=-50", 206, size - 50, size),
                 (f"bytes=5-{size + 9}", 206, 5, size), (f"bytes=-{size + 9}", 206, 0, size),
-                ("bytes=0-1,5-6", 200, 0, size), ("lines=1-2", 200, 0, size), ("bytes=9-1", 200, 0, size)):
+                ("bytes=0-1,5-6", 200, 0, size), ("lines=1-2", 200, 0, size)):
             with self.subTest(wanted):
                 part = program.get(path, Range=wanted)
                 self.assertEqual(status, part.status)

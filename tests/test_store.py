@@ -12,7 +12,17 @@ from unittest import mock
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import EVICTION_AGE, UPLOAD_AGE, BlobWriter, Digest, Links, Manifest, RegistryError, Store
+from k3d_registry_dockerd import (
+    EVICTION_AGE,
+    FETCHED_AGE,
+    UPLOAD_AGE,
+    BlobWriter,
+    Digest,
+    Links,
+    Manifest,
+    RegistryError,
+    Store,
+)
 
 IMAGE, OTHER = Digest.of(b"image"), Digest.of(b"other image")
 NOW = 2_000_000_000.0
@@ -158,6 +168,35 @@ class TestExports(StoreCase):
         self.store.evict(lambda _: False, self.store.blob_path(digest).stat().st_mtime)
         self.assertEqual(7, self.store.docker.size(digest))
         self.assertFalse(self.store.docker.adopt(IMAGE))
+
+
+class TestFetched(StoreCase):
+    def fetch(self, manifest, *contents):
+        content = {self.put(data): len(data) for data in contents}
+        self.store.record_fetch(manifest, content)
+        return content
+
+    def test_it_stays_while_it_is_used(self):
+        kept, gone = self.fetch(IMAGE, b"manifest", b"layer"), self.fetch(OTHER, b"another")
+        self.age(FETCHED_AGE + 1)
+        self.store.touch_fetch(IMAGE)
+        self.store.touch_fetch(Digest.of(b"never fetched"))
+        (path,) = self.root.glob(f"fetched/*/{IMAGE.hex}")
+        self.assertEqual(len(b"another"), self.store.evict(lambda _: False, path.stat().st_mtime))
+        self.assertTrue(all(self.store.docker.size(digest) for digest in kept))
+        self.assertIsNone(self.store.docker.size(next(iter(gone))))
+
+    def test_longer_than_other_content(self):
+        (digest,) = self.fetch(IMAGE, b"layer")
+        self.age(10 * EVICTION_AGE)
+        self.assertEqual(0, self.store.evict(lambda _: False, NOW))
+        self.assertEqual(5, self.store.docker.size(digest))
+
+    def test_one_after_the_other(self):
+        both = {**self.fetch(IMAGE, b"manifest"), **self.fetch(IMAGE, b"layer")}
+        self.age(10 * EVICTION_AGE)
+        self.store.evict(lambda _: False, NOW)
+        self.assertTrue(all(self.store.docker.size(digest) for digest in both))
 
 
 class TestLinks(StoreCase):

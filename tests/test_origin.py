@@ -1,0 +1,322 @@
+"""Section 6: an image's own registry, asked directly, and content that is read while it arrives."""
+
+import concurrent.futures
+import hashlib
+import http.server
+import os
+import ssl
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from program import MODULE
+
+sys.path.insert(0, str(MODULE.parent))
+from k3d_registry_dockerd import (
+    IDENTITY_TOKEN,
+    Credentials,
+    Digest,
+    Engine,
+    EngineHost,
+    EngineInfo,
+    Origin,
+    PullFailed,
+    Reference,
+    RegistryError,
+    Relay,
+)
+
+try:
+    import trustme
+except ImportError:
+    trustme = None
+
+CONTENT = b"some content"
+DIGEST = Digest.of(CONTENT)
+USER = Credentials("user", "pass")
+
+
+class OriginCase(unittest.TestCase):
+    """A server whose answers are a table: path -> (status, headers, body), or a callable that gets the handler."""
+
+    def setUp(self):
+        self.answers, self.requests = {}, []
+        self.host = self.start()
+
+    def start(self, tls=None):
+        case = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            default_request_version = "HTTP/1.1"
+
+            def do_GET(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                self.body = self.rfile.read(length)
+                case.requests.append((self.command, self.path, self.headers["Authorization"]))
+                answer = case.answers.get(self.path.partition("?")[0], (404, {}, b"no such page"))
+                status, headers, body = answer(self) if callable(answer) else answer
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_CONNECT = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            def handle_error(self, request, client_address):
+                pass
+
+        server = Server(("127.0.0.1", 0), Handler)
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return f"127.0.0.1:{server.server_port}"
+
+    PATH = f"/v2/team/app/blobs/{DIGEST}"
+
+    def fetch(self, credentials=None, host=None, insecure=True):
+        origin = Origin(Reference("team/app", DIGEST, host or self.host), credentials, insecure)
+        with origin.open("blobs", DIGEST) as response:
+            return response.read()
+
+    def failure(self, *arguments, **options):
+        with self.assertRaises(PullFailed) as caught:
+            self.fetch(*arguments, **options)
+        return caught.exception
+
+
+class TestOrigin(OriginCase):
+    def test_plain_http_only_where_it_is_allowed(self):
+        self.answers[self.PATH] = (200, {}, CONTENT)
+        self.assertEqual(CONTENT, self.fetch())
+        self.assertEqual("ORIGIN_UNAVAILABLE", self.failure(insecure=False).code)
+
+    def test_what_a_status_means(self):
+        for status, code in ((401, "DENIED"), (403, "DENIED"), (404, "BLOB_UNKNOWN"), (429, "TOOMANYREQUESTS"),
+                             (500, "ORIGIN_UNAVAILABLE"), (302, "ORIGIN_UNAVAILABLE")):
+            with self.subTest(status):
+                self.answers[self.PATH] = (status, {}, b"because\n\x1b[0m")
+                failure = self.failure()
+                self.assertEqual(code, failure.code)
+                self.assertIn(r"because\n\x1b[0m", str(failure))
+
+    def test_basic_authentication(self):
+        def answer(handler):
+            good = handler.headers["Authorization"] == USER.for_http()
+            return (200, {}, CONTENT) if good else (401, {"WWW-Authenticate": 'Basic realm="x"'}, b"")
+
+        self.answers[self.PATH] = answer
+        self.assertEqual(CONTENT, self.fetch(USER))
+        for credentials in (None, Credentials("user", "wrong")):
+            failure = self.failure(credentials)
+            self.assertEqual("DENIED", failure.code)
+            self.assertNotIn("wrong", str(failure))
+
+    def want_token(self, challenge=None, token=b'{"token": "abc"}'):
+        challenge = challenge or f'Bearer realm="http://{self.host}/token?a=b",service="s",scope="repository:x:pull"'
+
+        def answer(handler):
+            good = handler.headers["Authorization"] == "Bearer abc"
+            return (200, {}, CONTENT) if good else (401, {"WWW-Authenticate": challenge}, b"")
+
+        self.answers[self.PATH], self.answers["/token"] = answer, (200, {}, token)
+
+    def test_a_token(self):
+        for token in (b'{"token": "abc"}', b'{"access_token": "abc", "expires_in": 60}'):
+            self.want_token(token=token)
+            self.requests.clear()
+            self.assertEqual(CONTENT, self.fetch(USER))
+            self.assertEqual([("GET", self.PATH, None),
+                              ("GET", "/token?a=b&service=s&scope=repository%3Ax%3Apull", USER.for_http()),
+                              ("GET", self.PATH, "Bearer abc")], self.requests)
+
+    def test_an_identity_token_goes_by_oauth(self):
+        bodies = []
+        self.want_token()
+        self.answers["/token"] = lambda handler: bodies.append(handler.body) or (200, {}, b'{"access_token": "abc"}')
+        self.assertEqual(CONTENT, self.fetch(Credentials(IDENTITY_TOKEN, "secret")))
+        self.assertEqual("POST", self.requests[1][0])
+        self.assertEqual([b"grant_type=refresh_token&client_id=k3d-registry-dockerd&refresh_token=secret&service=s"
+                          b"&scope=repository%3Ax%3Apull"], bodies)
+
+    def test_challenges_and_tokens_that_make_no_sense(self):
+        for challenge, token in (("Bearer", b""), ("Bearer realm", b""), ('Bearer realm="nonsense"', b""),
+                                 ('Bearer realm="file:///etc/passwd"', b""), ('Bearer realm="http://[/"', b""),
+                                 (None, b"[]"), (None, b"{}"), (None, b'{"token": 1}'), (None, b'{"token": "a b"}'),
+                                 (None, b'{"token": "a\\r\\nX: y"}'), (None, b"\xff")):
+            with self.subTest(challenge, token=token):
+                self.want_token(challenge, token)
+                self.assertEqual("ORIGIN_UNAVAILABLE", self.failure(USER).code)
+        self.want_token("Digest x")
+        self.assertEqual("DENIED", self.failure(USER).code)
+        self.want_token(token=b'{"token": "another"}')
+        self.assertEqual("DENIED", self.failure(USER).code)
+
+    def test_redirects_take_credentials_to_the_same_server_only(self):
+        other = self.start()
+        for status in (301, 302, 303, 307, 308):
+            for host, expected in ((self.host, "Bearer abc"), (other, None)):
+                with self.subTest(status, host=host):
+                    self.want_token()
+                    first = self.answers[self.PATH]
+                    self.answers["/elsewhere"] = (200, {}, CONTENT)
+                    self.answers[self.PATH] = lambda handler, first=first, status=status, host=host: (
+                        found if (found := first(handler))[0] == 401
+                        else (status, {"Location": f"http://{host}/elsewhere"}, b""))
+                    self.requests.clear()
+                    self.assertEqual(CONTENT, self.fetch(USER))
+                    self.assertEqual(("GET", "/elsewhere", expected), self.requests[-1])
+
+    def test_redirects_to_nowhere(self):
+        for location in (self.PATH, "file:///etc/passwd", "ftp://127.0.0.1/", "http://[", "http://127.0.0.1:1/", "x:y"):
+            with self.subTest(location):
+                self.answers[self.PATH] = (307, {"Location": location}, b"")
+                self.assertEqual("ORIGIN_UNAVAILABLE", self.failure().code)
+
+    def test_proxies_are_for_what_is_far(self):
+        """The registry's name is known to the proxy only."""
+        self.answers[f"http://registry.example{self.PATH}"] = (200, {}, CONTENT)
+        self.answers[self.PATH] = (200, {}, b"directly")
+        proxy = {"http_proxy": f"http://{self.host}", "https_proxy": f"http://{self.host}", "no_proxy": ""}
+        with mock.patch.dict(os.environ, proxy):
+            self.assertEqual(CONTENT, self.fetch(host="registry.example"))
+            self.assertEqual("CONNECT", self.requests[0][0], "TLS first")
+            self.assertEqual(b"directly", self.fetch())
+        with mock.patch.dict(os.environ, {**proxy, "no_proxy": "registry.example"}):
+            self.assertEqual("ORIGIN_UNAVAILABLE", self.failure(host="registry.example").code)
+
+    def test_docker_hub(self):
+        origin = Origin(Reference("library/app", DIGEST, "docker.io"), None, False)
+        with mock.patch.object(origin, "_send", side_effect=OSError("no")) as send, self.assertRaises(PullFailed), \
+                origin.open("manifests", DIGEST):
+            pass
+        self.assertEqual(f"https://registry-1.docker.io/v2/library/app/manifests/{DIGEST}",
+                         send.call_args.args[0].full_url)
+
+
+@unittest.skipUnless(trustme, "needs the package trustme")
+class TestTls(OriginCase):
+    def setUp(self):
+        super().setUp()
+        self.authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.authority.issue_cert("127.0.0.1").configure_cert(context)
+        self.secure = self.start(context)
+        self.answers[self.PATH] = (200, {}, CONTENT)
+
+    def test_certificates(self):
+        self.assertIn("certificate verify failed", str(self.failure(host=self.secure, insecure=False)))
+        self.assertEqual(CONTENT, self.fetch(host=self.secure, insecure=True))
+        with self.authority.cert_pem.tempfile() as path, mock.patch.dict(os.environ, {"SSL_CERT_FILE": path}):
+            self.assertEqual(CONTENT, self.fetch(host=self.secure, insecure=False))
+
+    def test_credentials_do_not_leave_tls(self):
+        """A registry with TLS that wants its token fetched without."""
+        self.answers[self.PATH] = (401, {"WWW-Authenticate": f'Bearer realm="http://{self.host}/token"'}, b"")
+        failure = self.failure(USER, host=self.secure)
+        self.assertIn("without TLS", str(failure))
+        self.assertNotIn("/token", [path for _, path, _ in self.requests])
+
+
+class TestInsecure(unittest.TestCase):
+    """Docker's own rule for which registries may be asked without TLS."""
+
+    def test_the_rule(self):
+        engine = Engine(EngineHost(path="/nowhere"))
+        info = EngineInfo("28", (1, 51), "classic", Path("/"), "x",
+                          (("docker.io", True), ("plain.example:5000", False), ("127.0.0.9:1", True)),
+                          ("127.0.0.0/8", "::1/128", "10.0.0.0/8"))
+        with mock.patch.object(engine, "info", lambda: info):
+            for registry, expected in (
+                    ("docker.io", False), ("plain.example:5000", True), ("plain.example", False),
+                    ("127.0.0.1:5000", True), ("127.0.0.9:1", False), ("localhost:5000", True), ("[::1]:5000", True),
+                    ("10.1.2.3", True), ("11.1.2.3:80", False), ("no.such.host.invalid:1", False)):
+                with self.subTest(registry):
+                    self.assertEqual(expected, engine.is_insecure(registry))
+
+
+class TestRelay(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name) / "file"
+        self.data = os.urandom(1_000_000)
+        self.relay = Relay(len(self.data))
+
+    def write(self, data):
+        with open(self.path, "ab") as file:
+            file.write(data)
+        self.relay.advance(len(data))
+
+    def begin(self):
+        self.path.touch()
+        self.relay.begin(self.path)
+
+    def test_many_readers_of_what_grows(self):
+        self.begin()
+        ranges = [(0, len(self.data)), (0, 1), (500_000, 10), (999_999, 1), (300_000, 700_000)] * 3
+        with concurrent.futures.ThreadPoolExecutor(len(ranges)) as pool:
+            readers = [pool.submit(lambda part: b"".join(self.relay.open(*part)), part) for part in ranges]
+            for start in range(0, len(self.data), 70_000):
+                self.write(self.data[start:start + 70_000])
+            self.path.unlink()  # as it is when the content gets its real name
+            self.relay.end()
+            for (start, length), reader in zip(ranges, readers, strict=True):
+                self.assertEqual(hashlib.sha256(self.data[start:start + length]).hexdigest(),
+                                 hashlib.sha256(reader.result(30)).hexdigest())
+
+    def test_the_last_byte_waits_for_the_digest(self):
+        self.begin()
+        self.write(self.data)
+        pieces = iter(self.relay.open(0, len(self.data)))
+        got = b""
+        while len(got) < len(self.data) - 1:
+            got += next(pieces)
+        self.relay.end(RegistryError("ORIGIN_UNAVAILABLE", "other bytes"))
+        with self.assertRaises(RegistryError):
+            next(pieces)
+
+    def test_an_end_before_the_beginning(self):
+        self.relay.end(RegistryError("ORIGIN_UNAVAILABLE", "no"))
+        with self.assertRaisesRegex(RegistryError, "no"):
+            self.relay.open(0, 1)
+
+    def test_no_beginning(self):
+        with self.assertRaises(RegistryError) as caught:
+            self.relay.begun(0.01)
+        self.assertEqual("STILL_PULLING", caught.exception.code)
+
+    def test_nothing_to_read(self):
+        relay = Relay(0)
+        self.path.touch()
+        relay.begin(self.path)
+        relay.end()
+        self.assertEqual([], list(relay.open(0, 0)))
+
+    def test_its_file_is_closed_with_the_last_reader(self):
+        def held():
+            return sum(str(fd.resolve()).startswith(str(self.path)) for fd in Path("/proc/self/fd").iterdir())
+
+        self.begin()
+        self.write(self.data)
+        self.relay.end()
+        body = self.relay.open(0, 10)
+        del self.relay
+        self.assertEqual(1, held())
+        self.assertEqual(self.data[:10], b"".join(body))
+        body.close()
+        del body
+        self.assertEqual(0, held())
+
+
+if __name__ == "__main__":
+    unittest.main()
