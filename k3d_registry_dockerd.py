@@ -8,6 +8,7 @@ no import, no second copy.
                                                 |
                                                 +-- content --> pushed blobs | exported ones
                                                                 | content directory | content service
+                                                                | layer directory | an image's own registry
 
 Everything that a pull needs is two questions:
 
@@ -32,7 +33,8 @@ then on; the manifest comes last, and with it the image is there.
     PUT  /v2/app/manifests/1                         all blobs have to be there: then so is the image
 
 On Docker's containerd image store the bytes come straight out of Docker's content store. The classic
-store has no manifests and no compressed layers: there the image is exported once, into our own store.
+store has no manifests and no compressed layers. Where its folder can be read, layers are put together
+out of that; otherwise the image is exported once, into our own store.
 
 Glossary, as in the OCI Distribution Specification:
 
@@ -59,6 +61,7 @@ import binascii
 import contextlib
 import fnmatch
 import functools
+import gzip
 import hashlib
 import http.client
 import io
@@ -73,6 +76,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -83,6 +87,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import weakref
+import zlib
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
@@ -138,7 +143,7 @@ IDLE_CALLS = 8              # connections to the content service that are kept f
 API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
 
 # What comes of taking JSON from outside for what it should be.
-NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+NONSENSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 log = logging.getLogger("k3d-registry-dockerd")
 
@@ -1569,18 +1574,25 @@ class Engine:
         """
         names = [repository, repository.removeprefix("docker.io/"), repository.removeprefix("docker.io/library/")]
         path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"reference": names})))
+        with self._sense(path):
+            return [Digest.parse(image["Id"]) for image in self._list_images(path)]
+
+    def image_ids(self) -> list[Digest]:
+        """The IDs of all images that have a name."""
+        path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"dangling": ["false"]})))
+        with self._sense(path):
+            return [Digest.parse(image["Id"]) for image in self._list_images(path)]
+
+    def _list_images(self, path: str) -> list[Any]:
         status, document = self._get(path)
         if status != 200 or not isinstance(document, list):
             raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
-        with self._sense(path):
-            return [Digest.parse(image["Id"]) for image in document]
+        return document
 
     def names(self) -> list[tuple[str, str]]:
         """The name and the tag of every tagged image, as Docker shows them."""
         path = self._path("/images/json")
-        status, document = self._get(path)
-        if status != 200 or not isinstance(document, list):
-            raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
+        document = self._list_images(path)
         with self._sense(path):
             names = [str(name) for image in document for name in image.get("RepoTags") or ()]
         return [(name, tag) for name, _, tag in (text.rpartition(":") for text in names) if TAG.fullmatch(tag)]
@@ -1736,9 +1748,14 @@ class Engine:
 class FileBody:
     """A slice of an open file, length bytes from start: the server sends it with sendfile."""
 
-    def __init__(self, path: Path, start: int, length: int):
-        self.file: BinaryIO = open(path, "rb")  # noqa: SIM115 - closed by close()
-        self.start, self.length = start, length
+    waits = False
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self.file, self.start, self.length = file, start, length
+
+    def parts(self) -> Iterator[bytes | FileBody]:
+        """Itself: there is only one part."""
+        yield self
 
     def __iter__(self) -> Iterator[bytes]:
         self.file.seek(self.start)
@@ -1753,17 +1770,26 @@ class FileBody:
 
 
 class StreamBody:
-    """length bytes as an iterator of pieces, which holds a resource until it is closed.
+    """length bytes as an iterator of pieces, some of which may be slices of files.
 
-    length is None when nobody knows it yet. waits says that the first piece may take long, so that what
-    was said before should not wait for it.
+    It holds a resource until it is closed. length is None when nobody knows it yet. waits says that the first
+    piece may take long, so that what was said before should not wait for it.
     """
 
-    def __init__(self, pieces: Iterator[bytes], length: int | None, close: Callable[[], None], waits: bool = False):
-        self._pieces, self.length, self.close, self.waits = pieces, length, close, waits
+    def __init__(self, parts: Iterator[bytes | FileBody], length: int | None, close: Callable[[], None],
+                 waits: bool = False):
+        self._parts, self.length, self.close, self.waits = parts, length, close, waits
+
+    def parts(self) -> Iterator[bytes | FileBody]:
+        """The pieces; a slice of a file is valid until the next one is taken."""
+        return self._parts
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
+        for part in self._parts:
+            if isinstance(part, FileBody):
+                yield from part
+            else:
+                yield part
 
 
 Body = FileBody | StreamBody
@@ -1806,9 +1832,20 @@ class FileBlob:
     def open(self, start: int, length: int) -> Body:
         """See Blob."""
         try:
-            return FileBody(self.path, start, length)
+            return FileBody(open(self.path, "rb"), start, length)
         except OSError as e:
             raise RegistryError("BLOB_UNKNOWN", f"{self.path.name} was removed a moment ago") from e
+
+
+class BytesBlob:
+    """Content that is in memory."""
+
+    def __init__(self, data: bytes):
+        self._data, self.size = data, len(data)
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob."""
+        return StreamBody(iter([self._data[start:start + length]]), length, lambda: None)
 
 
 class FolderProvider:
@@ -1831,9 +1868,14 @@ class FolderProvider:
 
 
 def content_folder(root: Path) -> Path | None:
-    """containerd's content folder under Docker's data folder, or None where it can't be read from here."""
-    folder = root / "containerd/daemon/io.containerd.content.v1.content/blobs"
-    return folder if os.access(folder / "sha256", os.R_OK | os.X_OK) else None
+    """containerd's content folder, or None where it can't be read from here.
+
+    It is under Docker's data folder, unless Docker uses the system's containerd, or is Docker Desktop.
+    """
+    folders = (root / "containerd/daemon", root, root / "daemon", Path("/var/lib/containerd"),
+               Path("/var/lib/desktop-containerd/daemon"))
+    found = (folder / "io.containerd.content.v1.content/blobs" for folder in folders)
+    return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
 
 
 # ---- HTTP/2, as much of it as one gRPC call at a time takes (RFC 9113)
@@ -2437,6 +2479,273 @@ class Origin:
         return request, None
 
 
+# ---- the classic store's files
+
+
+def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> bytes:
+    """The manifest of an image that has none, out of the digests and sizes (bytes) of its config and layers.
+
+    Byte for byte what Docker 25 and newer put into an export (github.com/moby/moby, image/tarexport/save.go),
+    so that an image has the same digest however it is served.
+    """
+    (config_part, *layer_parts) = (
+        {"mediaType": OCI_CONFIG if digest == config[0] else OCI_LAYER_TAR, "digest": str(digest), "size": size}
+        for digest, size in (config, *layers))
+    document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config_part, "layers": layer_parts}
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+class LayerFiles:
+    """The files of one layer's folder, opened by the names that a tar has, without ever leaving the folder.
+
+    A layer is somebody else's: where it has a symbolic link on the way to a file, the link may lead anywhere.
+    So each step is taken on its own and follows none. Files mostly come folder by folder, so the last folder
+    is kept open.
+    """
+
+    STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    # Without waiting for the other end, if it turns out to be a pipe.
+    FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+    def __init__(self, folder: Path, newest: float):
+        """newest is the time, in seconds since the epoch, after which no file may have been changed."""
+        self._newest = newest
+        self._root = os.open(folder, self.STEP)
+        self._parent, self._parent_name = self._root, b""
+
+    def close(self) -> None:
+        """Close the folders."""
+        self._leave()
+        os.close(self._root)
+
+    def _leave(self) -> None:
+        if self._parent != self._root:
+            os.close(self._parent)
+        self._parent, self._parent_name = self._root, b""
+
+    def _enter(self, parent: bytes) -> None:
+        if parent == self._parent_name:
+            return
+        self._leave()
+        folder = os.dup(self._root)
+        try:
+            for step in parent.split(b"/"):
+                following = os.open(step, self.STEP, dir_fd=folder)
+                os.close(folder)
+                folder = following
+        except BaseException:
+            os.close(folder)
+            raise
+        self._parent, self._parent_name = folder, parent
+
+    def _locate(self, name: bytes) -> bytes:
+        """Enter the folder of a file; its name there."""
+        steps = [step for step in name.split(b"/") if step not in (b"", b".")]
+        if not steps or b".." in steps:
+            raise ValueError(f"{name!r} is not the name of a file")
+        self._enter(b"/".join(steps[:-1]))
+        return steps[-1]
+
+    def check(self, name: bytes, size: int) -> None:
+        """Raise OSError or ValueError unless a file is as it was when the layer was made: size is in bytes."""
+        self._check(name, size, os.stat(self._locate(name), dir_fd=self._parent, follow_symlinks=False))
+
+    def _check(self, name: bytes, size: int, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
+            raise ValueError(f"{name!r} has changed")
+
+    def open(self, name: bytes, size: int) -> BinaryIO:
+        """A file, checked like that, to be read without a buffer."""
+        file = os.open(self._locate(name), self.FILE, dir_fd=self._parent)
+        try:
+            self._check(name, size, os.fstat(file))
+            return open(file, "rb", buffering=0)
+        except BaseException:
+            os.close(file)
+            raise
+
+
+class Layer:
+    """A layer of the classic store, as the tar that it came as: no such file is there, but all it takes to make it.
+
+    Docker keeps of that tar what is not the content of files (github.com/vbatts/tar-split), in
+    `tar-split.json.gz`: lines of JSON, each a piece of the tar, in base64, or the name of a file whose content
+    comes here. The files themselves are in the folder that the layer is mounted from.
+    """
+
+    SENDFILE = 128 * KIB    # bytes of a file from which on it is worth a system call of its own
+    # In the headers of sparse files, of which the notes say less than it takes: Docker can't export them either,
+    # and does not take the older form of them at all.
+    SPARSE = b"GNU.sparse."
+    SLACK = 60              # seconds for which Docker may still be at work on a layer's files when it has noted all
+
+    def __init__(self, notes: Path, files: Path, fail: Callable[[str], RegistryError]):
+        """notes is the layer's folder of metadata. fail turns a problem into an error, and remembers the problem."""
+        self._split, self._files, self._fail = notes / "tar-split.json.gz", files, fail
+        with self._errors():
+            self._newest = self._split.stat().st_ctime + self.SLACK
+            self.size = self._measure()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, *NONSENSE, OSError) as e:
+            raise self._fail(f"{e or type(e).__name__}") from e
+
+    def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
+        """For each piece of the tar: the name of the file it is, or None; its size in bytes; or else its base64."""
+        with gzip.open(self._split) as lines:
+            for line in lines:
+                entry = json.loads(line)
+                if entry["type"] == 2:
+                    text = entry["payload"]
+                    yield None, len(text) // 4 * 3 - text[-2:].count("="), text
+                elif entry.get("size"):
+                    raw = entry.get("name_raw")
+                    yield base64.b64decode(raw) if raw else entry["name"].encode(), entry["size"], ""
+
+    def _measure(self) -> int:
+        """The size of the tar in bytes; ValueError or OSError when one of the files is not as it was."""
+        size = 0
+        with contextlib.closing(LayerFiles(self._files, self._newest)) as files:
+            for name, length, text in self._segments():
+                if name is not None:
+                    files.check(name, length)
+                elif self.SPARSE in base64.b64decode(text):
+                    raise ValueError("it has sparse files")
+                size += length
+        return size
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob."""
+        parts = self._parts(start, start + length)
+        return StreamBody(parts, length, parts.close)
+
+    def _parts(self, start: int, end: int) -> Generator[bytes | FileBody, None, None]:
+        """What lies between two positions. Small parts are gathered."""
+        position, pending = 0, bytearray()
+        with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
+            for name, size, text in self._segments():
+                first, last = max(start - position, 0), min(end - position, size)
+                if first < last:
+                    if name is None:
+                        pending += base64.b64decode(text)[first:last]
+                    else:
+                        with files.open(name, size) as file:
+                            if last - first < self.SENDFILE:
+                                pending += self._read(file, first, last)
+                            else:
+                                yield bytes(pending)
+                                pending.clear()
+                                yield FileBody(file, first, last - first)
+                    if len(pending) >= PIECE:
+                        yield bytes(pending)
+                        pending.clear()
+                position += size
+                if position >= end:
+                    break
+            yield bytes(pending)
+
+    @staticmethod
+    def _read(file: BinaryIO, first: int, last: int) -> bytes:
+        data = os.pread(file.fileno(), last - first, first)
+        if len(data) != last - first:
+            raise ValueError("a file has become shorter")
+        return data
+
+
+class LayerDirectory:
+    """Docker's classic image store, read from its own folder: configs, layers, and manifests made for them.
+
+    Layers are found by the digest of their uncompressed tar (`diff`). What could not be read exactly is not
+    here any more, so that it is exported.
+    """
+
+    def __init__(self, root: Path):
+        self.name = f"layer directory {root}"
+        self._configs = root / "image/overlay2/imagedb/content"
+        self._layers = root / "image/overlay2/layerdb/sha256"
+        self._overlay = root / "overlay2"
+        self._lock = threading.Lock()  # guards all that follows
+        self._index: tuple[float, dict[str, Path]] = (0, {})
+        self._measured: dict[tuple[Path, float], Layer] = {}
+        self._failed: dict[tuple[Path, float], str] = {}
+        self._manifests: dict[Digest, bytes] = {}
+
+    def manifest(self, image: EngineImage) -> Digest:
+        """Make the manifest of an image; its digest. ENGINE_FAILED when not all of it can be read here."""
+        config = self._config(image.id)
+        layers = [(Digest.parse(diff_id), self._layer(diff_id)) for diff_id in image.layers]
+        missing = [str(digest) for digest, layer in layers if layer is None]
+        if missing or config is None:
+            raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
+        data = make_manifest((image.id, config.size), *((digest, layer.size) for digest, layer in layers if layer))
+        with self._lock:
+            self._manifests[Digest.of(data)] = data
+        return Digest.of(data)
+
+    def find(self, digest: Digest) -> Blob | None:
+        """See Provider."""
+        with self._lock:
+            manifest = self._manifests.get(digest)
+        if manifest:
+            return BytesBlob(manifest)
+        try:
+            return self._config(digest) or self._layer(str(digest))
+        except RegistryError:  # it was logged when it turned up
+            return None
+
+    def _config(self, digest: Digest) -> FileBlob | None:
+        try:
+            return FileBlob(self._configs / digest.algorithm / digest.hex)
+        except OSError:
+            return None
+
+    def _layer(self, diff_id: str) -> Layer | None:
+        """The layer with a digest, measured once; ENGINE_FAILED when it can't be read exactly."""
+        folder = self._folders().get(diff_id)
+        if folder is None:
+            return None
+        try:
+            key = (folder, (folder / "tar-split.json.gz").stat().st_mtime)
+            cache = (folder / "cache-id").read_text().strip()
+        except OSError:
+            return None  # Docker has removed it
+        if not re.fullmatch(r"[\w-]+", cache):
+            return None
+        with self._lock:
+            failure, layer = self._failed.get(key), self._measured.get(key)
+        if failure:
+            raise RegistryError("ENGINE_FAILED", failure)
+        if layer is None:
+            layer = Layer(folder, self._overlay / cache / "diff", functools.partial(self._fail, key, diff_id))
+            with self._lock:
+                self._measured[key] = layer
+        return layer
+
+    def _fail(self, key: tuple[Path, float], diff_id: str, problem: str) -> RegistryError:
+        failure = f"the layer {diff_id} can't be read from {key[0]}: {printable(problem)}"
+        log.warning("%s; images with it are exported", failure)
+        with self._lock:
+            self._failed[key] = failure
+        return RegistryError("ENGINE_FAILED", failure)
+
+    def _folders(self) -> dict[str, Path]:
+        """The folders of layers by digest; read again whenever Docker has added or removed any."""
+        with self._lock:
+            made, folders = self._index
+        try:
+            changed = self._layers.stat().st_mtime
+            if changed != made:
+                folders = {path.read_text().strip(): path.parent for path in self._layers.glob("*/diff")}
+                with self._lock:
+                    self._index = (changed, folders)
+        except OSError:
+            return {}
+        return folders
+
+
 # ---- the export
 
 
@@ -2564,17 +2873,11 @@ class Unpacking:
             raise LookupError(f"the export holds the config {config}, not that of the image")
         if [str(layer) for layer in layers] != self._document(config)["rootfs"]["diff_ids"]:
             raise LookupError("the layers of the export are not those that the config names")
-        document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST,
-                    "config": self._descriptor(OCI_CONFIG, config),
-                    "layers": [self._descriptor(OCI_LAYER_TAR, layer) for layer in layers]}
         writer = BlobWriter(self._store)
-        writer.write(json.dumps(document, separators=(",", ":")).encode())
+        writer.write(make_manifest(*((digest, self._path(digest).stat().st_size) for digest in (config, *layers))))
         digest = writer.finish()
         self._add(digest, writer)
         return digest
-
-    def _descriptor(self, media_type: str, digest: Digest) -> dict[str, Any]:
-        return {"mediaType": media_type, "digest": str(digest), "size": self._path(digest).stat().st_size}
 
     def _has(self, digest: Digest) -> bool:
         return digest in self._new or digest in self._present
@@ -2752,13 +3055,15 @@ class ProgressLog:
 class Sources:
     """Where an engine's content is read from, in the order of asking. exports: or copied out of first.
 
-    problem says why it is exported by an engine from which it should be read.
+    layers are those of the classic store, where they can be read. problem is what a person should know if it is
+    not as it could be.
     """
 
     info: EngineInfo
     providers: tuple[Provider, ...]
     exports: bool = False
     problem: str | None = None
+    layers: LayerDirectory | None = None
 
     def __str__(self) -> str:
         return ", ".join([provider.name for provider in self.providers] + ["export"] * self.exports)
@@ -2767,8 +3072,9 @@ class Sources:
 class Content:
     """The question content(digest) -> bytes, asked of the providers that the engine of now has."""
 
-    def __init__(self, engine: Engine, store: Store):
-        self._engine = engine
+    def __init__(self, engine: Engine, store: Store, root: Path | None = None):
+        """root is where Docker's data folder is to be found here, if not at the place that Docker names."""
+        self._engine, self._root = engine, root
         self._service = ContentService(engine)
         self._stored = FolderProvider("store", store.docker.path)
         self._sources: Sources | None = None  # replaced whole: needs no lock
@@ -2787,23 +3093,52 @@ class Content:
         if not known or (info, str(sources), sources.problem) != (known.info, str(known), known.problem):
             log.info("%s; content from: %s", info, sources)
             if sources.problem:
-                log.warning("images are exported one by one: Docker's content can't be read: %s", sources.problem)
+                log.warning("%s", sources.problem)
         self._sources = sources
         return sources
 
     def _find_sources(self, info: EngineInfo) -> Sources:
+        root, providers = self._root or info.root, [self._stored]
         if info.store != "containerd":
-            return Sources(info, (self._stored,), exports=True)
-        providers: list[Provider] = [self._stored]
-        folder = content_folder(info.root)
-        if folder:
-            providers.append(FolderProvider(f"content directory {folder}", lambda d: folder / d.algorithm / d.hex))
-        problem = self._service.problem()
-        if problem is None:
-            providers.append(self._service)
-        if len(providers) == 1:
-            return Sources(info, tuple(providers), exports=True, problem=problem)
-        return Sources(info, tuple(providers))
+            layers = LayerDirectory(root) if os.access(root / "image/overlay2/layerdb/sha256", os.R_OK) else None
+            problem = self._folder_problem(layers, root, info)
+            if layers and not problem:
+                return Sources(info, (self._stored, layers), exports=True, layers=layers)
+            return Sources(info, (self._stored,), exports=True, problem=problem)
+        folder = content_folder(root)
+        files = self._content_directory(folder) if folder else None
+        problem = self._folder_problem(files, root, info)
+        if files and not problem:
+            providers.append(files)
+        unserved = self._service.problem()
+        if unserved is None:
+            return Sources(info, (*providers, self._service), problem=problem)
+        if len(providers) > 1:
+            return Sources(info, tuple(providers))
+        return Sources(info, tuple(providers), exports=True, problem=(
+            f"images are exported one by one: Docker's content can't be read: {unserved}"))
+
+    @staticmethod
+    def _content_directory(folder: Path) -> FolderProvider:
+        return FolderProvider(f"content directory {folder}", lambda digest: folder / digest.algorithm / digest.hex)
+
+    def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
+        """Why files that may be this engine's are not used, or None when they are (or are not there, as by default).
+
+        Another engine's folder would do no harm, for content is found by its digest; but a person wants to know.
+        """
+        if files is None:
+            return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
+        try:
+            identity = (root / "engine-id").read_text().strip()
+        except OSError:
+            identity = ""  # engines before 23 have none, nor has the folder of the system's containerd
+        images = self._engine.image_ids()
+        found = sum(files.find(image) is not None for image in images)
+        if identity and identity != info.identity:
+            return f"{root} is the data folder of another Docker: it is not used"
+        enough = (found > 0 or not images) if identity else (found == len(images) > 0)
+        return None if enough else f"{root} does not hold the images of this Docker: it is not used"
 
     def find(self, digest: Digest) -> Blob | None:
         """The content, from the first provider that has it. The store answers even without Docker."""
@@ -3157,9 +3492,10 @@ class ArrivingManifest:
 class Registry:
     """Answers the two questions: which content does a name mean, and who has these bytes?"""
 
-    def __init__(self, engine: Engine, store: Store, origins: Origins | None = None):
+    def __init__(self, engine: Engine, store: Store, origins: Origins | None = None, docker_root: Path | None = None):
+        """docker_root is where Docker's data folder is to be found here, if not at the place that Docker names."""
         self.engine, self.store, self._origins = engine, store, origins or Origins()
-        self._content = Content(engine, store)
+        self._content = Content(engine, store, docker_root)
         self._pulls = Pulls(engine, self._content, self._origins)
         self._fetcher = Fetcher(engine, store, self._origins)
         self._exports = Exports(engine, store, lambda: threading.Thread(target=self.tidy_up, daemon=True).start())
@@ -3284,12 +3620,22 @@ class Registry:
                 image = self._local_image(reference, own_name)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
-        digest = self._exported(reference, image) if self.sources().exports else image.id
+        digest = self._target(reference, image)
         manifest = self._content.manifest(digest)
         if manifest is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker lists {reference} as {digest}, but that content is "
                                                     "missing from its store: pull or build the image again")
         return manifest
+
+    def _target(self, reference: Reference, image: EngineImage) -> Digest:
+        """The digest of an image's manifest: its ID, or made for it from its files, or by an export."""
+        sources = self.sources()
+        if not sources.exports:
+            return image.id
+        if sources.layers:
+            with contextlib.suppress(RegistryError):  # it was logged when it turned up
+                return sources.layers.manifest(image)
+        return self._exported(reference, image)
 
     def _exported(self, reference: Reference, image: EngineImage) -> Digest:
         try:
@@ -3332,9 +3678,19 @@ class Registry:
         manifest = self._pulls.manifest(digest) or self._content.manifest(digest)
         if manifest:
             return manifest
-        if self.sources().info.store == "classic":  # it does not keep the manifests of registries
-            return self._fetch_manifest(reference, digest, credentials)
+        if self.sources().info.store == "classic":
+            return self._made_manifest(reference, digest) or self._fetch_manifest(reference, digest, credentials)
         return self._pulled_by_digest(reference, digest, credentials)
+
+    def _made_manifest(self, reference: Reference, digest: Digest) -> Manifest | None:
+        """A manifest that a process before this one made from the files of the classic store."""
+        layers = self.sources().layers
+        for image_id in self.engine.images_of(reference.docker_repository()) if layers else ():
+            image = self.engine.image(str(image_id))
+            with contextlib.suppress(RegistryError):
+                if layers and image and layers.manifest(image) == digest:
+                    return self._content.manifest(digest)
+        return None
 
     def _fetch_manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
         try:
@@ -4223,21 +4579,24 @@ class Handler(BaseHTTPRequestHandler):
             yield len(body)
             return
         self.connection.settimeout(STALL_TIMEOUT)
-        if isinstance(body, FileBody):
+        if body.waits:
             self.wfile.flush()
-            end = body.start + body.length
-            for start in range(body.start, end, WINDOW_STEP):
-                yield self.connection.sendfile(body.file, start, min(WINDOW_STEP, end - start))
-        else:
-            if body.waits:
-                self.wfile.flush()
-            for piece in body:
-                self.wfile.write(piece if body.length is not None else b"%x\r\n%s\r\n" % (len(piece), piece))
-                yield len(piece)
-            if body.length is None:
-                self.wfile.write(b"0\r\n\r\n")
+        for part in body.parts():
+            if isinstance(part, FileBody):
+                yield from self._send_file(part)
+            else:
+                self.wfile.write(part if body.length is not None else b"%x\r\n%s\r\n" % (len(part), part))
+                yield len(part)
+        if body.length is None:
+            self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
         self.connection.settimeout(self.timeout)
+
+    def _send_file(self, part: FileBody) -> Iterator[int]:
+        self.wfile.flush()
+        end = part.start + part.length
+        for start in range(part.start, end, WINDOW_STEP):
+            yield self.connection.sendfile(part.file, start, min(WINDOW_STEP, end - start))
 
     # ---- the log
 
@@ -4371,6 +4730,8 @@ def argument_parser() -> ArgumentParser:
     parser.add_argument("-store", "--store", metavar="DIR", help=(
         "keep pushed and exported images here (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or else a folder in "
         "the user's cache)"))
+    parser.add_argument("-docker-root", "--docker-root", metavar="DIR", help=(
+        "read images from Docker's data folder, which is here (default: where Docker says, if it can be read)"))
     parser.add_argument("-allow", "--allow", metavar="PATTERN", action="append", default=[], help=(
         "have Docker pull from registries of this name only, like docker.io or *.corp.example; can be given several "
         "times (default: from all)"))
@@ -4414,6 +4775,7 @@ class Settings:
     store_origin: str
     engine: EngineHost
     origins: Origins
+    docker_root: Path | None
     policy: Policy
     tls: ssl.SSLContext | None
     notes: tuple[str, ...]
@@ -4438,7 +4800,8 @@ class Settings:
                        arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
         config = DockerConfig(Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker"))
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
-                   Origins(cls._patterns(arguments.allow), arguments.pull, config), policy, tls,
+                   Origins(cls._patterns(arguments.allow), arguments.pull, config),
+                   Path(arguments.docker_root) if arguments.docker_root else None, policy, tls,
                    tuple(cls._proxy_notes(environ)))
 
     @staticmethod
@@ -4511,7 +4874,7 @@ def serve(settings: Settings) -> int:
     # handler a process with PID 1 does not get signals that are not blocked.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    registry = Registry(Engine(settings.engine), Store(settings.store), settings.origins)
+    registry = Registry(Engine(settings.engine), Store(settings.store), settings.origins, settings.docker_root)
     try:
         server = Server(settings.address, registry, settings.policy, settings.tls)
     except OSError as e:
