@@ -205,9 +205,10 @@ class Engine(Daemon):
         """Make a one-layer image out of {path: bytes}."""
         self.docker("import", *[f"--change={c}" for c in changes], "-", name, input=tar_of(files), text=False)
 
-    def build(self, name, files, base="base:1", *options):
-        """Build an image with one layer per file on top of base."""
-        dockerfile = f"FROM {base}\n" + "".join(f"COPY {path} /{path}\n" for path in files)
+    def build(self, name, files, base="base:1", *options, add=False):
+        """Build an image with one layer per file on top of base. add: files are tars, to be unpacked there."""
+        lines = (f"ADD {path} /" if add else f"COPY {path} /{path}" for path in files)
+        dockerfile = "\n".join([f"FROM {base}", *lines, ""])
         context = tar_of({"Dockerfile": dockerfile.encode(), **files})
         self.docker("build", "-q", "-t", name, *options, "-", input=context, text=False)
         return self.inspect(name)["Id"]
@@ -570,13 +571,20 @@ class Node(Daemon):
 
     def pull(self, reference, mirror, user=None, check=True):
         """`ctr images pull` through a mirror (HOST:PORT) for every registry; the CompletedProcess."""
+        credentials = ["--user", user] if user else []
+        return self.ctr("images", "pull", "--hosts-dir", self.hosts(mirror), *credentials, reference, check=check)
+
+    def fetch(self, reference, mirror):
+        """`ctr content fetch` through a mirror: a pull without unpacking."""
+        return self.ctr("content", "fetch", "--hosts-dir", self.hosts(mirror), reference)
+
+    def hosts(self, mirror):
+        """A folder, as seen from inside the root, by which containerd takes a mirror for every registry."""
         hosts = self.folder / "hosts" / mirror.replace(":", "_")
         (hosts / "_default").mkdir(parents=True, exist_ok=True)
         (hosts / "_default" / "hosts.toml").write_text(
             f'server = "http://{mirror}"\n[host."http://{mirror}"]\n  capabilities = ["pull", "resolve"]\n')
-        credentials = ["--user", user] if user else []
-        inside = "/lab/" + str(hosts.relative_to(SHARE))
-        return self.ctr("images", "pull", "--hosts-dir", inside, *credentials, reference, check=check)
+        return "/lab/" + str(hosts.relative_to(SHARE))
 
     def digest(self, reference):
         """The target digest of an image on the node."""
