@@ -81,6 +81,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.error
@@ -115,6 +116,8 @@ KIB, MIB = 1024, 1024 * 1024
 
 MANIFEST_LIMIT = 4 * MIB    # bytes of a manifest; the distribution spec asks for at least 4 MiB
 TAG_LIMIT = 100             # tags that one push of a manifest may set; the spec's development version asks for 10
+SIZE_LIMIT = 2**63          # bytes of content: more can't be
+BLOBS_LIMIT = 1000          # blobs of one manifest that are fetched; Docker's own images have at most 127 layers
 JSON_LIMIT = 64 * MIB       # bytes of one answer of the engine (a list of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
 BODY_LIMIT = 16 * MIB       # bytes of an unwanted request body that are read, so that the client sees the answer
@@ -130,6 +133,7 @@ IDLE_TIMEOUT = 120          # seconds an unused client connection is kept
 STALL_TIMEOUT = 300         # seconds a client may take no byte of a body; the kubelet has the same rule
 ORIGIN_TIMEOUT = 30         # seconds without a sign of life from a registry that we ask ourselves
 ENGINE_FRESH = 10           # seconds for which the engine's description is believed
+PRESENCE_FRESH = 5          # seconds for which content that was here is believed to be here
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that requests under way get to finish at the end
 EVICTION_AGE = 3600         # seconds that content nothing refers to stays after its last use
@@ -137,6 +141,10 @@ FETCHED_AGE = 7 * 24 * 3600  # seconds that content fetched for Docker, which ha
 UPLOAD_AGE = 24 * 3600      # seconds an upload stays after its last byte, and a blob until its manifest is pushed
 TIDY_INTERVAL = 3600        # seconds between two looks for what can be freed
 
+FETCHES = 10                # blobs of one manifest that begin to be fetched at once
+MEMORY_LIMIT = 10_000       # digests of which it is remembered that their content was here
+MANIFESTS_LIMIT = 200       # manifests that are remembered
+MANIFEST_REMEMBERED = 32 * KIB  # bytes of the largest of them
 LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at once
 IDLE_CALLS = 8              # connections to the content service that are kept for reuse
 
@@ -513,9 +521,10 @@ class Manifest:
         found = {}
         for descriptor in descriptors(self.document, *names):
             foreign = descriptor.get("urls") or NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))
-            if not foreign:
-                with contextlib.suppress(*NONSENSE):
-                    found[Digest.parse(descriptor["digest"])] = max(int(descriptor["size"]), 0)
+            size = descriptor.get("size")
+            if not foreign and type(size) is int and 0 <= size < SIZE_LIMIT:
+                with contextlib.suppress(ValueError):
+                    found[Digest.parse(descriptor["digest"])] = size
         return found
 
     def platforms(self) -> list[Digest]:
@@ -589,6 +598,31 @@ class Record:
         """The record as bytes that load() understands."""
         content = {str(digest): size for digest, size in self.content.items()}
         return json.dumps({"target": str(self.target), "content": content}).encode()
+
+
+def start_thread(job: Callable[..., None], *arguments: Any) -> None:
+    """Run a job in a thread that does not keep the process alive; UNAVAILABLE when there can't be another one."""
+    try:
+        threading.Thread(target=job, args=arguments, daemon=True).start()
+    except RuntimeError as e:
+        raise RegistryError("UNAVAILABLE", f"no thread can be started: {e}") from e
+
+
+@contextlib.contextmanager
+def undo(action: Callable[[], Any]) -> Iterator[None]:
+    """Call an action if what follows fails."""
+    try:
+        yield
+    except BaseException:
+        action()
+        raise
+
+
+def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
+    """Write to a file without a buffer, which may take less than all at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0:]
 
 
 def make_link(source: Path, target: Path) -> None:
@@ -856,6 +890,7 @@ class Store:
         self.hashes: dict[Path, tuple[int, Any]] = {}
         # Held while a manifest is pushed or deleted: it is several small files, and two such changes must not mix.
         self.changing = threading.Lock()
+        self._recording = threading.Lock()  # held while a record of what was fetched is read and written: a small file
         self._lock = threading.Lock()  # guards _unfinished and _reserved
         self._unfinished: set[Path] = set()
         self._reserved: set[Path] = set()
@@ -977,16 +1012,23 @@ class Store:
         return self.root / "fetched" / manifest.algorithm / manifest.hex
 
     def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
-        """Note that some content, with its size in bytes, is to stay here for a manifest, as long as that is used."""
-        path = self._fetched_path(manifest)
-        with contextlib.suppress(OSError, ValueError):
-            content = {**Record.load(path).content, **content}
-        self.write(path, Record(manifest, content).dump())
+        """Note that some content, with its size in bytes, is to stay here for a manifest, as long as that is used.
 
-    def touch_fetch(self, manifest: Digest) -> None:
-        """Count what was fetched for a manifest, if anything was, as used a moment ago."""
-        with contextlib.suppress(OSError):
-            os.utime(self._fetched_path(manifest))
+        That may be content that is elsewhere now: what is named here stays when it is here.
+        """
+        path, known = self._fetched_path(manifest), {}
+        with self._recording:
+            with contextlib.suppress(OSError, ValueError):
+                known = dict(Record.load(path).content)
+            if content.items() <= known.items():
+                os.utime(path)
+            else:
+                self.write(path, Record(manifest, {**known, **content}).dump())
+
+    def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
+        """If anything was fetched for a manifest, count it as used a moment ago, and all its content as needed."""
+        if self._fetched_path(manifest).exists():
+            self.record_fetch(manifest, content)
 
     # ---- tidying up
 
@@ -1070,13 +1112,11 @@ class BlobWriter:
     def __exit__(self, *error: object) -> None:
         self.discard()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append bytes, which who reads the file sees at once; STORE_FAILED when the disk won't take them."""
         self._hash.update(data)
-        rest = memoryview(data)
         with disk_errors(f"write to {self._folder}"):
-            while rest:
-                rest = rest[self._file.write(rest):]
+            write_all(self._file, data)
 
     def finish(self) -> Digest:
         """Close the file, and return the digest of all that was written."""
@@ -1390,8 +1430,11 @@ class DockerConfig:
             name = self.DOCKER_HUB if registry == "docker.io" else registry
             helper = (document.get("credHelpers") or {}).get(name) or document.get("credsStore")
             entries = {self._host(key): entry for key, entry in (document.get("auths") or {}).items()}
-            return (self._from_helper(helper, name) if helper else None) or self._from_entry(
+            found = (self._from_helper(helper, name) if helper else None) or self._from_entry(
                 entries.get(self._host(name)) or {})
+            if found:
+                found.for_http()  # or who uses them would be the first to notice that they can't be sent
+            return found
         except FileNotFoundError:
             return None
         except (OSError, subprocess.SubprocessError, *NONSENSE) as e:
@@ -1540,14 +1583,14 @@ class Engine:
         configured = dict(info.indexes).get(registry)
         if configured is not None:
             return not configured
-        networks = [ipaddress.ip_network(network) for network in info.insecure_networks]
-        host = urllib.parse.urlsplit(f"//{registry}").hostname or ""
         try:
+            networks = [ipaddress.ip_network(network) for network in info.insecure_networks]
+            host = urllib.parse.urlsplit(f"//{registry}").hostname or ""
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except OSError:
+            addresses = [ipaddress.ip_address(str(address[4][0]).partition("%")[0]) for address in found]
+            return any(address in network for address in addresses for network in networks)
+        except (OSError, ValueError):  # a name that nobody knows, or that can be none
             return False
-        addresses = [ipaddress.ip_address(str(address[4][0]).partition("%")[0]) for address in found]
-        return any(address in network for address in addresses for network in networks)
 
     def _path(self, path: str) -> str:
         """A path under the API version that both sides know."""
@@ -1758,10 +1801,9 @@ class FileBody:
         yield self
 
     def __iter__(self) -> Iterator[bytes]:
-        self.file.seek(self.start)
-        left = self.length
-        while left and (data := self.file.read(min(left, PIECE))):
-            left -= len(data)
+        position, end = self.start, self.start + self.length
+        while position < end and (data := os.pread(self.file.fileno(), min(end - position, PIECE), position)):
+            position += len(data)
             yield data
 
     def close(self) -> None:
@@ -1878,6 +1920,174 @@ def content_folder(root: Path) -> Path | None:
     return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
 
 
+# ---- what many read at once
+
+
+class Relay:
+    """Content on its way from a slow source: written once, to a file, and read by many while that grows.
+
+    Each reader goes at his own pace. The last byte is held back until the digest was verified, so nobody
+    takes bad content for good. The file may lose its name meanwhile: it is held open until nobody needs it.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.count = 0  # bytes that have arrived
+        self._change = threading.Condition()  # guards count, and all that follows
+        self._file: BinaryIO | None = None
+        self._ended = False
+        # Not the error itself: its traceback would hold this relay, and with it the file, until the next collection.
+        self._error: tuple[str, str, Mapping[str, str]] | None = None
+
+    # ---- for who brings the content
+
+    def begin(self, file: BinaryIO) -> None:
+        """The source gives the content, and it will grow in this file, which is closed when nobody needs it."""
+        weakref.finalize(self, file.close)
+        with self._change:
+            self._file = file
+            self._change.notify_all()
+
+    def advance(self, count: int) -> None:
+        """The file has grown by some bytes."""
+        with self._change:
+            self.count += count
+            self._change.notify_all()
+
+    def end(self, error: RegistryError | None = None) -> None:
+        """All of it is there and verified, or there will be no more of it."""
+        with self._change:
+            self._ended, self._error = True, (error.code, error.detail, error.headers) if error else None
+            self._change.notify_all()
+
+    # ---- for who wants it
+
+    def begun(self, timeout: float) -> None:
+        """Wait until the source gives the content; its error, or STILL_PULLING after some seconds."""
+        with self._change:
+            if not self._change.wait_for(lambda: self._file is not None or self._ended, timeout):
+                raise RegistryError("STILL_PULLING", "the image's registry does not answer yet: ask again")
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error:
+            raise RegistryError(*self._error)
+
+    def open(self, start: int, length: int) -> Body:
+        """See Blob."""
+        self.begun(LAST_ANSWER)
+        parts = self._parts(start, length)
+        return StreamBody(parts, length, parts.close, waits=True)
+
+    def _parts(self, start: int, length: int) -> Generator[bytes | FileBody, None, None]:
+        position, end = start, start + length
+        while position < end:
+            file, there = self._await(position)
+            count = min(there, end) - position
+            yield FileBody(file, position, count)
+            position += count
+
+    def _await(self, position: int) -> tuple[BinaryIO, int]:
+        """The file as soon as it has the byte at a position, and the number of bytes that may be read of it."""
+        with self._change:
+            self._change.wait_for(lambda: self._readable() > position or self._ended)
+            self._raise()
+            assert self._file is not None
+            return self._file, self._readable()
+
+    def _readable(self) -> int:
+        return self.count if self._ended else min(self.count, self.size - 1)
+
+
+class Sharing:
+    """Has those who read the same content at the same time share what it costs to get it from its source.
+
+    The first reader gets it directly. When others come while he reads, they follow a file that is written once
+    for them, each at his own pace: so the source is read twice at most, and a slow reader holds up nobody. The
+    file never has a name, and is gone with the last of them.
+    """
+
+    WORTHWHILE = MIB  # bytes of content from which on it is shared
+
+    def __init__(self, folder: Path):
+        """folder is where the files are; it is made when it is needed."""
+        self._folder = folder
+        self._lock = threading.Lock()  # guards _readers and _relays
+        self._readers: dict[Digest, int] = {}
+        self._relays: dict[Digest, Relay] = {}
+
+    def open(self, digest: Digest, size: int, read: Callable[[], Body]) -> Body:
+        """All of some content, whose size is in bytes and which read() would get from its source."""
+        if size < self.WORTHWHILE:
+            return read()
+        relay = self._join(digest, size, read)
+        try:
+            body = self._follow(relay, size) or read()
+        except BaseException:
+            self._leave(digest)
+            raise
+
+        def close() -> None:
+            body.close()
+            self._leave(digest)
+
+        return StreamBody(body.parts(), size, close, waits=body.waits)
+
+    def _join(self, digest: Digest, size: int, read: Callable[[], Body]) -> Relay | None:
+        """Count a reader, and give him what to follow, if he is not the first."""
+        with self._lock:
+            alone = digest not in self._readers
+            self._readers[digest] = self._readers.get(digest, 0) + 1
+            relay = self._relays.get(digest)
+            if relay is None and not alone:
+                relay = self._relays[digest] = Relay(size)
+                try:
+                    start_thread(self._copy, digest, relay, read)
+                except RegistryError:  # then each for himself
+                    relay = None
+                    del self._relays[digest]
+        return relay
+
+    @staticmethod
+    def _follow(relay: Relay | None, size: int) -> Body | None:
+        try:
+            return relay.open(0, size) if relay else None
+        except RegistryError as e:
+            log.warning("content is not shared by those who read it: %s", e.detail)
+            return None
+
+    def _leave(self, digest: Digest) -> None:
+        with self._lock:
+            self._readers[digest] -= 1
+            if not self._readers[digest]:
+                del self._readers[digest]
+                self._relays.pop(digest, None)
+
+    def _copy(self, digest: Digest, relay: Relay, read: Callable[[], Body]) -> None:
+        try:
+            with disk_errors(f"write to {self._folder}"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the relay closes it
+            relay.begin(file)
+            with contextlib.closing(read()) as body:
+                for piece in body:
+                    if self._relays.get(digest) is not relay:
+                        return  # nobody wants it any more
+                    self._append(file, relay, piece)
+            relay.end()
+        except Exception as e:  # a boundary: the readers raise it
+            relay.end(e if isinstance(e, RegistryError) else RegistryError("UNKNOWN", type(e).__name__))
+
+    def _append(self, file: BinaryIO, relay: Relay, piece: bytes) -> None:
+        """Write where the file ends: its own position is moved about by those who send it."""
+        rest = memoryview(piece)
+        while rest:
+            with disk_errors(f"write to {self._folder}"):
+                count = os.pwrite(file.fileno(), rest, relay.count)
+            relay.advance(count)
+            rest = rest[count:]
+
+
 # ---- HTTP/2, as much of it as one gRPC call at a time takes (RFC 9113)
 
 FRAME_DATA, FRAME_HEADERS, FRAME_RESET, FRAME_SETTINGS = 0x0, 0x1, 0x3, 0x4
@@ -1935,7 +2145,7 @@ class Http2Connection:
         self._reader.close()
         self._sock.close()
 
-    def call(self, path: str, message: bytes) -> Iterator[bytes]:
+    def call(self, path: str, message: bytes) -> Iterator[memoryview]:
         """Send one message to a gRPC method and yield the messages of its answer.
 
         Raises GrpcError when the call ends with a status that is not OK. The connection can carry
@@ -1957,8 +2167,9 @@ class Http2Connection:
                     raise Http2Error(f"a gRPC message of {length} bytes, compressed={compressed}")
                 if len(pending) < 5 + length:
                     break
-                yield bytes(pending[5:5 + length])
-                del pending[:5 + length]
+                # A view, and a new buffer for what comes next: a message is a megabyte, and mostly all there is.
+                message_view, pending = memoryview(pending)[5:5 + length], pending[5 + length:]
+                yield message_view
         if pending:
             raise Http2Error("the stream ended in the middle of a message")
 
@@ -2047,7 +2258,7 @@ def encode_varint(number: int) -> bytes:
     return bytes((*out, number))
 
 
-def decode_varint(data: bytes, at: int) -> tuple[int, int]:
+def decode_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     """The number at a position, and the position behind it."""
     number = shift = 0
     while True:
@@ -2070,8 +2281,8 @@ def encode_fields(*fields: tuple[int, int | str]) -> bytes:
     return out
 
 
-def decode_fields(data: bytes) -> dict[int, Any]:
-    """The fields of a message by number: integers, and bytes; the last one of a number counts."""
+def decode_fields(data: bytes | memoryview) -> dict[int, Any]:
+    """The fields of a message by number: integers, and slices of the data; the last one of a number counts."""
     fields: dict[int, Any] = {}
     at = 0
     try:
@@ -2105,8 +2316,9 @@ class ContentService:
     name = "content service"
     PREFIX = "/containerd.services.content.v1.Content/"
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, folder: Path):
+        """folder is where content may be for a moment when many read it at once."""
+        self._engine, self._sharing = engine, Sharing(folder)
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[Http2Connection] = []
 
@@ -2131,6 +2343,10 @@ class ContentService:
         with self._errors(f"reading {digest}"):
             info = decode_fields(decode_fields(message).get(1, b""))
         return ServiceBlob(self, digest, int(info.get(2, 0)))
+
+    def share(self, digest: Digest, size: int) -> Body:
+        """All of some content, for one of maybe many readers."""
+        return self._sharing.open(digest, size, lambda: self.read(digest, 0, size))
 
     def read(self, digest: Digest, start: int, length: int) -> StreamBody:
         """length bytes from start on. Raises BLOB_UNKNOWN or UNAVAILABLE here, rather than in the stream."""
@@ -2161,7 +2377,7 @@ class ContentService:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service ended {left} bytes before the end "
                                                  f"of {digest}")
 
-    def _call(self, method: str, message: bytes) -> Generator[bytes, None, None]:
+    def _call(self, method: str, message: bytes) -> Generator[memoryview, None, None]:
         """One call, on an idle connection if there is one. A generator: closing it gives up the call."""
         connection, fresh = self._take()
         try:
@@ -2235,7 +2451,9 @@ class ServiceBlob:
         self._service, self._digest, self.size = service, digest, size
 
     def open(self, start: int, length: int) -> Body:
-        """See Blob."""
+        """See Blob. Parts are not shared."""
+        if length == self.size:
+            return self._service.share(self._digest, length)
         return self._service.read(self._digest, start, length)
 
 
@@ -2259,94 +2477,28 @@ class ArrivingBlob:
             yield from body
 
 
-class Relay:
-    """Content on its way from a slow source: written once, to a file, and read by many while that grows.
-
-    Each reader goes at his own pace. The last byte is held back until the digest was verified, so nobody
-    takes bad content for good. The file may lose its name meanwhile: it is held open until nobody needs it.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.count = 0  # bytes that have arrived
-        self._change = threading.Condition()  # guards count, and all that follows
-        self._file: int | None = None
-        self._ended = False
-        self._error: RegistryError | None = None
-
-    # ---- for who brings the content
-
-    def begin(self, path: Path) -> None:
-        """The source gives the content, and it will grow in this file."""
-        file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, file)
-        with self._change:
-            self._file = file
-            self._change.notify_all()
-
-    def advance(self, count: int) -> None:
-        """The file has grown by some bytes."""
-        with self._change:
-            self.count += count
-            self._change.notify_all()
-
-    def end(self, error: RegistryError | None = None) -> None:
-        """All of it is there and verified, or there will be no more of it."""
-        with self._change:
-            self._ended, self._error = True, error
-            self._change.notify_all()
-
-    # ---- for who wants it
-
-    def begun(self, timeout: float) -> None:
-        """Wait until the source gives the content; its error, or STILL_PULLING after some seconds."""
-        with self._change:
-            if not self._change.wait_for(lambda: self._file is not None or self._ended, timeout):
-                raise RegistryError("STILL_PULLING", "the image's registry does not answer yet: ask again")
-            if self._error:
-                raise self._error.with_traceback(None)
-
-    def open(self, start: int, length: int) -> Body:
-        """See Blob."""
-        self.begun(LAST_ANSWER)
-        pieces = self._pieces(start, length)
-        return StreamBody(pieces, length, pieces.close, waits=True)
-
-    def _pieces(self, start: int, length: int) -> Generator[bytes, None, None]:
-        position, end = start, start + length
-        while position < end:
-            file, there = self._await(position)
-            data = os.pread(file, min(PIECE, there - position, end - position), position)
-            yield data
-            position += len(data)
-
-    def _await(self, position: int) -> tuple[int, int]:
-        """The file as soon as it has the byte at a position, and the number of bytes that may be read of it."""
-        with self._change:
-            self._change.wait_for(lambda: self._readable() > position or self._ended)
-            if self._error:
-                raise self._error.with_traceback(None)
-            assert self._file is not None
-            return self._file, self._readable()
-
-    def _readable(self) -> int:
-        return self.count if self._ended else min(self.count, self.size - 1)
-
-
 # ---- an image's own registry
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows 308 like 307, which Python 3.10 does not, and takes credentials along to the same server only."""
+    """Follows redirects with credentials for the same server only, and 308 like 307, which Python 3.10 does not."""
 
-    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        """See urllib.request, which would read all of the body, however long it is."""
+        fp.read = lambda *_: b""
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any,
                          newurl: str) -> urllib.request.Request | None:
         """See urllib.request; the names of the arguments are those of the library."""
         following = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
+        if following is None:
+            return None
+        following.remove_header("Proxy-authorization")  # it is added again for where a proxy is used
         authorization = req.unredirected_hdrs.get("Authorization")
-        if following and authorization and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
+        if authorization and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
             following.add_unredirected_header("Authorization", authorization)
         return following
 
@@ -2404,7 +2556,8 @@ class Origin:
         try:
             return self._try(path)
         except urllib.error.HTTPError as e:
-            self._authorization = self._answer(e.headers) if e.code == 401 else None
+            ours = urllib.parse.urlsplit(e.url)[:2] == (self._schemes[0], self._host)  # not where a redirect led to
+            self._authorization = self._answer(e.headers) if ours and e.code == 401 else None
             if self._authorization is None:
                 raise
             e.close()
@@ -2462,7 +2615,7 @@ class Origin:
         except NONSENSE as e:
             if isinstance(e, OSError):
                 raise
-            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} gives no token: {e!r}") from None
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} gives no token: {type(e).__name__}") from None
 
     def _token_request(self, realm: str, question: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
         """The request for a token: with an identity token it is OAuth 2.0's, which has a body."""
@@ -2750,22 +2903,49 @@ class LayerDirectory:
 
 
 class ExportStream:
-    """The tar of an export as a file to read: counts the bytes, and remembers the last ones."""
+    """The tar of an export as a file that goes forward only: counts the bytes, and remembers the last ones.
+
+    To tarfile it is an ordinary file. Its own mode for streams copies all content three times, so content is read
+    here, past tarfile, which then only has to be told where the next header is.
+    """
 
     TAIL = 64 * KIB
 
     def __init__(self, source: http.client.HTTPResponse, progress: Callable[[int], None]):
         self._source, self._progress = source, progress
+        self._buffer = memoryview(bytearray(MIB))
         self._tail = b""
         self.count = 0
 
     def read(self, size: int) -> bytes:
         """Up to size bytes, as files do."""
-        data = self._source.read(size)
-        self.count += len(data)
-        self._tail = (self._tail + data)[-self.TAIL:]
+        return bytes(self._read(size))
+
+    def _read(self, size: int) -> memoryview:
+        """As much as the buffer takes, valid until the next call."""
+        piece = self._buffer[:self._source.readinto(self._buffer[:size])]
+        self.count += len(piece)
+        self._tail = (self._tail + piece[-self.TAIL:])[-self.TAIL:]
         self._progress(self.count)
-        return data
+        return piece
+
+    def content(self, size: int) -> Iterator[memoryview]:
+        """The next bytes, in pieces that are valid until the next one; tarfile.ReadError if they end before."""
+        while size:
+            piece = self._read(size)
+            if not piece:
+                raise tarfile.ReadError("unexpected end of data")
+            size -= len(piece)
+            yield piece
+
+    def tell(self) -> int:
+        """The position, in bytes from the beginning."""
+        return self.count
+
+    def seek(self, position: int) -> None:
+        """Go forward."""
+        while self.count < position and self._read(position - self.count):
+            pass
 
     def complaint(self) -> str | None:
         """What Docker says at the end of a broken export, or None.
@@ -2803,34 +2983,33 @@ class Unpacking:
 
     def unpack(self, stream: ExportStream) -> None:
         """Take in a whole export. tarfile.TarError when it is cut off in the middle of a file."""
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=MIB) as archive:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
             for member in archive:
-                self._take(archive, member)
+                self._take(stream, member)
                 archive.members.clear()  # tarfile would remember every member
 
-    def _take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def _take(self, stream: ExportStream, member: tarfile.TarInfo) -> None:
         name = member.name
         if member.issym():
             self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
-        file = archive.extractfile(member) if member.isreg() else None
-        if file is None:
+        if not member.isreg():
             return
         blob = self.OCI_BLOB.fullmatch(name)
         if name in ("index.json", "manifest.json"):
-            self._documents[name] = file.read(MANIFEST_LIMIT)
+            self._documents[name] = b"".join(map(bytes, stream.content(min(member.size, MANIFEST_LIMIT))))
         elif blob:
-            self._take_blob(file, Digest.parse(":".join(blob.groups())), member.size)
+            self._take_blob(stream, Digest.parse(":".join(blob.groups())), member.size)
         elif name.endswith((".json", ".tar")):
-            self._names[name] = self._take_blob(file, None, member.size)
+            self._names[name] = self._take_blob(stream, None, member.size)
 
-    def _take_blob(self, file: Any, expected: Digest | None, size: int) -> Digest:
+    def _take_blob(self, stream: ExportStream, expected: Digest | None, size: int) -> Digest:
         if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
             self._present.add(expected)
             return expected
         writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
         try:
-            while data := file.read(MIB):
-                writer.write(data)
+            for piece in stream.content(size):
+                writer.write(piece)
             digest = writer.finish()
             if expected not in (None, digest):
                 raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
@@ -3009,7 +3188,8 @@ class Flights:
             flight = self._flights.get(key)
             if flight is None:
                 flight = self._flights[key] = Flight()
-                threading.Thread(target=self._run, args=(key, flight, job), daemon=True).start()
+                with undo(lambda: self._flights.pop(key)):
+                    start_thread(self._run, key, flight, job)
         return flight
 
     def _run(self, key: Hashable, flight: Flight, job: Callable[[], Any]) -> None:
@@ -3075,9 +3255,12 @@ class Content:
     def __init__(self, engine: Engine, store: Store, root: Path | None = None):
         """root is where Docker's data folder is to be found here, if not at the place that Docker names."""
         self._engine, self._root = engine, root
-        self._service = ContentService(engine)
+        self._service = ContentService(engine, store.root)
         self._stored = FolderProvider("store", store.docker.path)
         self._sources: Sources | None = None  # replaced whole: needs no lock
+        self._lock = threading.Lock()  # guards what follows
+        self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that is believed, its size
+        self._manifests: dict[Digest, Manifest] = {}
 
     def close(self) -> None:
         """Give up what is held open."""
@@ -3148,8 +3331,40 @@ class Content:
                 blob = blob or provider.find(digest)
         return blob
 
+    def has(self, digest: Digest, size: int) -> bool:
+        """Whether the content is here, with its size in bytes: a file may have been cut short by a crash.
+
+        A good answer is believed for a few seconds: for one pull the same is asked again and again.
+        """
+        now = time.monotonic()
+        with self._lock:
+            until, known = self._seen.get(digest, (0.0, 0))
+        if now < until and known == size:
+            return True
+        blob = self.find(digest)
+        if blob is None or blob.size != size:
+            return False
+        with self._lock:
+            if len(self._seen) >= MEMORY_LIMIT:
+                self._seen.clear()
+            self._seen[digest] = (now + PRESENCE_FRESH, size)
+        return True
+
     def manifest(self, digest: Digest) -> Manifest | None:
         """The manifest or index with a digest; None when there is none, or when it is something else."""
+        with self._lock:
+            known = self._manifests.get(digest)
+        if known and self.has(digest, len(known.data)):
+            return known
+        manifest = self._read_manifest(digest)
+        if manifest and len(manifest.data) <= MANIFEST_REMEMBERED:
+            with self._lock:
+                if len(self._manifests) >= MANIFESTS_LIMIT:
+                    self._manifests.clear()
+                self._manifests[digest] = manifest
+        return manifest
+
+    def _read_manifest(self, digest: Digest) -> Manifest | None:
         blob = self.find(digest)
         if blob is None or blob.size > MANIFEST_LIMIT:
             return None
@@ -3224,20 +3439,23 @@ class Pulls:
         self._lock = threading.Lock()  # guards _expected
         self._expected: dict[Digest, tuple[int, Flight]] = {}  # what a pull will bring: its size, and the pull
 
-    def pull(self, reference: Reference, credentials: Credentials | None,
-             old: EngineImage | None = None) -> Manifest | None:
+    def pull(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None = None,
+             lasting: Callable[[], None] = lambda: None) -> Manifest | None:
         """Have Docker pull an image; requests for the same image with the same credentials share one pull.
 
         When it takes long, and content can be read while it arrives, the answer is the manifest: the rest is
         on its way. Otherwise it is None, at the end of the pull. old is what Docker has by that name already,
-        which is to be replaced. Raises what Origins.check() and pull_error() give.
+        which is to be replaced. lasting is called when the pull did not fail early. Raises what Origins.check()
+        and pull_error() give.
         """
         self._origins.check(reference)
         used = self._origins.credentials(reference, credentials)
         pull = self._flights.start(("pull", reference, used), lambda: self._run(reference, used, old))
         try:
-            if not pull.done.wait(EARLY_ANSWER) and not self._content.sources().exports:
-                return self._early_manifest(pull, reference, used)
+            if not pull.done.wait(EARLY_ANSWER):
+                lasting()
+                if not self._content.sources().exports:
+                    return self._early_manifest(pull, reference, used)
             pull.outcome()
         except PullFailed as e:
             raise pull_error(e, reference, credentials) from None
@@ -3360,8 +3578,8 @@ class Fetcher:
         self._engine, self._store, self._origins = engine, store, origins
         self._lock = threading.Lock()  # guards _relays and _wanted
         self._relays: dict[Hashable, Relay] = {}
-        # The size of blobs that a manifest was promised with and that are not in the store yet, by repository.
-        self._wanted: dict[tuple[str, Digest], int] = {}
+        # The size of blobs that were promised with a manifest and are not in the store yet, by repository, and to whom.
+        self._wanted: dict[tuple[str, Digest, Credentials | None], int] = {}
 
     def _origin(self, reference: Reference, credentials: Credentials | None) -> Origin:
         self._origins.check(reference)
@@ -3387,12 +3605,18 @@ class Fetcher:
 
     def begin(self, reference: Reference, blobs: Mapping[Digest, int], credentials: Credentials | None) -> None:
         """Begin to fetch blobs, given with their sizes in bytes; each is on its way or there when this returns."""
+        self._origins.check(reference)
+        if len(blobs) > BLOBS_LIMIT:
+            raise RegistryError("MANIFEST_INVALID", f"{reference} has {len(blobs)} blobs: more than are fetched")
         with self._lock:
-            self._wanted.update(((reference.docker_repository(), digest), size) for digest, size in blobs.items())
-        for digest in blobs:
-            blob = self.blob(reference, digest, credentials)
-            if blob:
-                blob.begun(LAST_ANSWER)
+            self._wanted.update(((reference.docker_repository(), digest, credentials), size)
+                                for digest, size in blobs.items())
+        digests = list(blobs)
+        for start in range(0, len(digests), FETCHES):
+            relays = [self._relay(reference, digest, credentials) for digest in digests[start:start + FETCHES]]
+            for relay in relays:
+                if relay:
+                    relay.begun(LAST_ANSWER)
 
     def is_fetching(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> bool:
         """Whether a blob is on its way for somebody with these credentials."""
@@ -3400,40 +3624,49 @@ class Fetcher:
             return (reference.docker_repository(), digest, credentials) in self._relays
 
     def blob(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
-        """A blob that is to be fetched, while it arrives: begun again, if need be. None when it is no such blob."""
+        """A blob that is to be fetched, once it has begun to arrive; None when it is no such blob.
+
+        Begun again, if need be. Raises what Origins.check() and pull_error() give.
+        """
+        relay = self._relay(reference, digest, credentials)
+        if relay:
+            relay.begun(LAST_ANSWER)
+        return relay
+
+    def _relay(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
         key = (reference.docker_repository(), digest, credentials)
         with self._lock:
-            size = self._wanted.get(key[:2])
+            size = self._wanted.get(key)
             relay = self._relays.get(key)
             if relay is None and size is not None:
                 relay = self._relays[key] = Relay(size)
-                threading.Thread(target=self._run, args=(key, relay, reference, digest, credentials),
-                                 daemon=True).start()
+                with undo(lambda: self._relays.pop(key)):
+                    start_thread(self._run, relay, reference, digest, credentials)
         return relay
 
-    def _run(self, key: Hashable, relay: Relay, reference: Reference, digest: Digest,
-             credentials: Credentials | None) -> None:
+    def _run(self, relay: Relay, reference: Reference, digest: Digest, credentials: Credentials | None) -> None:
         lines = ProgressLog(f"fetch {digest} of {reference}, {human_bytes(relay.size)}")
+        error: RegistryError | None = None
         try:
             self._transfer(relay, reference, digest, self._origins.credentials(reference, credentials), lines)
+            lines.done("verified")
         except Exception as e:  # a boundary: the readers raise it
             lines.failed(e)
-            error = pull_error(e, reference, credentials) if isinstance(e, PullFailed) else e
-            relay.end(error if isinstance(error, RegistryError) else RegistryError("UNKNOWN", repr(e)))
-        else:
-            relay.end()
-            lines.done("verified")
-            with self._lock:
-                self._wanted = {wanted: size for wanted, size in self._wanted.items() if wanted[1] != digest}
-        finally:
-            with self._lock:
-                del self._relays[key]
+            error = pull_error(e, reference, credentials) if isinstance(e, PullFailed) else (
+                e if isinstance(e, RegistryError) else RegistryError("UNKNOWN", type(e).__name__))
+        key = (reference.docker_repository(), digest, credentials)
+        with self._lock:
+            del self._relays[key]
+            # What broke off may be begun again. What came, or could not be begun, is not wanted any more.
+            if not error or not relay.count:
+                self._wanted.pop(key, None)
+        relay.end(error)  # last: who hears of it finds it ended
 
     def _transfer(self, relay: Relay, reference: Reference, digest: Digest, credentials: Credentials | None,
                   lines: ProgressLog) -> None:
         with BlobWriter(self._store, digest.algorithm) as writer, \
                 self._origin(reference, credentials).open("blobs", digest) as response:
-            relay.begin(writer.path)
+            relay.begin(open(writer.path, "rb"))  # noqa: SIM115 - the relay closes it
             while relay.count <= relay.size and (data := response.read1(PIECE)):
                 writer.write(data)
                 relay.advance(len(data))
@@ -3498,7 +3731,7 @@ class Registry:
         self._content = Content(engine, store, docker_root)
         self._pulls = Pulls(engine, self._content, self._origins)
         self._fetcher = Fetcher(engine, store, self._origins)
-        self._exports = Exports(engine, store, lambda: threading.Thread(target=self.tidy_up, daemon=True).start())
+        self._exports = Exports(engine, store, lambda: start_thread(self.tidy_up))
         self._flights = Flights()
 
     def close(self) -> None:
@@ -3532,7 +3765,7 @@ class Registry:
             arriving = self._pulls.blob(digest) or self._fetcher.blob(reference, digest, credentials)
         # Nodes say where the image is from. For somebody who pushes, no image need be exported.
         if blob is None and arriving is None and reference.namespace and self.sources().exports:
-            self._export_image_with(reference, digest)
+            self._export_image_with(reference, [digest])
         blob = blob or arriving or self._content.find(digest)  # it may have arrived since
         if blob is None:
             raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
@@ -3546,14 +3779,14 @@ class Registry:
         return (blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
                 and manifest_type(read_blob(blob, MANIFEST_LIMIT)) is not None)
 
-    def _export_image_with(self, reference: Reference, digest: Digest) -> None:
-        """Export the image of this repository that a blob belongs to, if there is one.
+    def _export_image_with(self, reference: Reference, blobs: Iterable[Digest]) -> None:
+        """Export the image of this repository that all these blobs belong to, if there is one.
 
         A node may have the manifest from long ago, and our store may be new.
         """
         for image_id in self.engine.images_of(reference.docker_repository()):
             image = self.engine.image(str(image_id))
-            if image and (image.id == digest or str(digest) in image.layers):
+            if image and all(digest == image.id or str(digest) in image.layers for digest in blobs):
                 if not self._exports.start(image).done.wait(LAST_ANSWER):
                     raise RegistryError("STILL_PULLING", f"Docker is still exporting {image.id}: ask again")
                 return
@@ -3579,37 +3812,37 @@ class Registry:
             reference = reference.under(None)
         # A job of its own, so that no sum of delays keeps the client from its answer. What can be shared with other
         # requests is shared further down.
-        work = self._flights.start(object(), lambda: self._docker_manifest(reference, own_name, credentials))
+        sure = threading.Event()
+        work = self._flights.start(object(), lambda: self._docker_manifest(reference, own_name, credentials, sure))
         if work.done.wait(LAST_ANSWER):
             manifest: Manifest = work.outcome()
             return manifest
-        return self._late_manifest(reference, work)
+        if sure.is_set():
+            log.info("%s: answered while Docker is still getting it", reference)
+            return ArrivingManifest(OCI_MANIFEST, work.outcome)
+        raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
 
-    def _late_manifest(self, reference: Reference, work: Flight) -> ArrivingManifest:
-        """What is known of a manifest that takes too long to wait for it, or STILL_PULLING.
+    def _docker_manifest(self, reference: Reference, own_name: str | None, credentials: Credentials | None,
+                         sure: threading.Event) -> Manifest:
+        """The manifest of an image that Docker has, or gets now; takes as long as it takes where it exports.
 
-        With the classic store nobody knows its digest before the image is pulled and exported. But its type is
-        known, and that is enough for a node: told 200 without a digest it asks for the manifest, and waits for that.
+        sure is set when there will be a manifest, as far as can be known, of which only the digest is not known.
+        With the classic store nobody knows that before the image is pulled and exported. But its type is known, and
+        that is enough for a node: told 200 without a digest it asks for the manifest, and waits for that.
         """
-        if self.sources().info.store != "classic" or isinstance(reference.target, Digest):
-            raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
-        log.info("%s: answered while Docker is still getting it", reference)
-        return ArrivingManifest(OCI_MANIFEST, work.outcome)
-
-    def _docker_manifest(self, reference: Reference, own_name: str | None,
-                         credentials: Credentials | None) -> Manifest:
-        """The manifest of an image that Docker has, or gets now; takes as long as it takes where it exports."""
         if isinstance(reference.target, Digest):
             manifest = self._manifest_by_digest(reference, reference.target, credentials)
         else:
-            manifest = self._manifest_by_tag(reference, own_name, credentials)
+            manifest = self._manifest_by_tag(reference, own_name, credentials, sure)
         return self._promise(reference, manifest, credentials)
 
-    def _manifest_by_tag(self, reference: Reference, own_name: str | None, credentials: Credentials | None) -> Manifest:
+    def _manifest_by_tag(self, reference: Reference, own_name: str | None, credentials: Credentials | None,
+                         sure: threading.Event) -> Manifest:
+        made = sure.set if self.sources().info.store == "classic" else lambda: None
         image = self._local_image(reference, own_name)
         if image is None or self._is_to_be_replaced(reference, image, credentials):
             try:
-                arriving = self._pulls.pull(reference, credentials, image)
+                arriving = self._pulls.pull(reference, credentials, image, made)
             except RegistryError as e:
                 if image is None:
                     raise
@@ -3620,6 +3853,7 @@ class Registry:
                 image = self._local_image(reference, own_name)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
+        made()
         digest = self._target(reference, image)
         manifest = self._content.manifest(digest)
         if manifest is None:
@@ -3643,7 +3877,11 @@ class Registry:
         except RegistryError as e:
             if e.code != "ENGINE_FAILED" or self.sources().info.store == "classic":
                 raise
-            self._rebuild(reference)  # content that Docker has lost is silently left out of exports
+            try:
+                self._rebuild(reference)  # content that Docker has lost is silently left out of exports
+            except RegistryError as other:
+                log.warning("%s cannot be repaired: %s", reference, other.detail)
+                raise e from None
             return self._exports.manifest(image)
 
     def _is_to_be_replaced(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
@@ -3738,23 +3976,23 @@ class Registry:
         if self._missing(reference, manifest, credentials):
             self._flights.join(("repair", reference, manifest.digest, credentials),
                                lambda: self._repair(reference, manifest, credentials))
-        self.store.touch_fetch(manifest.digest)
+        self.store.touch_fetch(manifest.digest, manifest.sizes("config", "layers", "blobs"))
         return manifest
 
-    def _missing(self, reference: Reference, manifest: Manifest,
-                 credentials: Credentials | None) -> dict[Digest, int]:
+    def _missing(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> dict[Digest, int]:
         """The blobs of a manifest that are neither here nor on their way, with their sizes in bytes.
 
         Of an index one whole platform will do: what it needs of others is seen when they are asked for.
         """
+        # In this order: what is not on its way any more when it is asked for, has arrived by then.
         missing = {digest: size for digest, size in manifest.sizes("config", "layers", "blobs").items()
-                   if not (self._content.find(digest) or self._pulls.blob(digest)
-                           or self._fetcher.is_fetching(reference, digest, credentials))}
-        for digest in manifest.platforms():
+                   if not (self._pulls.blob(digest) or self._fetcher.is_fetching(reference, digest, credentials)
+                           or self._content.has(digest, size))}
+        for digest in dict.fromkeys(manifest.platforms()):
             if self._pulls.blob(digest):
                 return {}
             child = self._content.manifest(digest)
-            if child:
+            if child and not child.platforms():  # an index in an index is seen to when it is asked for
                 lacking = self._missing(reference, child, credentials)
                 if not lacking:
                     return {}
@@ -3776,14 +4014,15 @@ class Registry:
                 missing = self._missing(reference, manifest, credentials)
         if missing:
             raise RegistryError("MANIFEST_UNKNOWN", (
-                f"Docker lists {reference}, but lacks {', '.join(map(str, missing))} of it "
-                f"({'; '.join(dict.fromkeys(problems)) or 'a build from it brought nothing'}). "
-                "Remove the image from Docker, and pull or build it again"))
+                f"Docker lists {reference}, but lacks {len(missing)} of its blobs, "
+                f"{', '.join(map(str, [*missing][:3]))}. "
+                "Remove the image from Docker, and pull or build it again. What was tried: "
+                f"{'; '.join(dict.fromkeys(problems)) or 'a build from it brought nothing'}"))
 
     def _repair_docker(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
                        credentials: Credentials | None) -> None:
         if self.sources().exports:
-            self._export_image_with(reference, next(iter(missing)))
+            self._export_image_with(reference, missing)
         else:
             self._rebuild(reference)
 
@@ -3802,8 +4041,11 @@ class Registry:
 
     def _repair_store(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
                       credentials: Credentials | None) -> None:
+        for digest, size in missing.items():
+            if self.store.docker.size(digest) not in (None, size):
+                self.store.docker.drop(digest)  # a crash cut it short
         self._fetcher.begin(reference, missing, credentials)
-        self.store.record_fetch(manifest.digest, missing)
+        self.store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers", "blobs")})
 
     # ---- what is pushed
 

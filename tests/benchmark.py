@@ -8,10 +8,9 @@ Everything runs in turn, in one run, on the engines of the test lab, and is give
 to the static registry (a docker-registry that holds the very same manifest and layers) and to `docker save`. Progress
 goes to stderr; the tables, in Markdown, to stdout.
 
-The image has layers of random data and of text. A pull is `ctr content fetch` by a containerd
-node that has nothing of it: all that a kubelet's pull does, hashing included, but for the unpacking, which is the node's
-own and the same however the content came. "Ten nodes" are processes that each read all blobs of the image at once and
-throw them away.
+The image has layers of random data and of text. A pull is `ctr content fetch` by a containerd node that has nothing of
+it: all that a kubelet does, hashing included, but for the unpacking, which is the node's own and the same however
+the content came. "Ten nodes" are processes that each read all blobs of the image at once and throw them away.
 """
 
 import argparse
@@ -136,8 +135,8 @@ def save_and_import(image):
     """What `k3d image import` does, in seconds: a tar on disk, and its import by the node."""
     lab.NODE.forget()
     return seconds(lab.chroot, "sh", "-c", f"docker -H {image.engine.host} save {image.name} > /lab/image.tar && "
-                                           "ctr -a /lab/node/containerd.sock -n k8s.io images import --no-unpack /lab/image.tar "
-                                           "> /dev/null && rm /lab/image.tar")
+                                           "ctr -a /lab/node/containerd.sock -n k8s.io images import --no-unpack "
+                                           "/lab/image.tar > /dev/null && rm /lab/image.tar")
 
 
 def cost(program):

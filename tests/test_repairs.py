@@ -74,7 +74,7 @@ class TestRepairByBuild(LostBlobs):
     engine = lab.ENGINES["containerd"]
 
     def untagged(self):
-        return self.engine.docker("images", "-aq", "--filter", "dangling=true").split()
+        return set(self.engine.docker("images", "-aq", "--filter", "dangling=true").split())
 
     def test_docker_is_repaired(self):
         for what, reference in (("tag", self.on(lab.ORIGINS["open"].host)),
@@ -121,6 +121,9 @@ class TestRepairByBuild(LostBlobs):
             self.assertIn(text, answer.detail)
             self.assertTrue(program.lines(text), text)
         self.assertEqual(404, program.head(self.manifest_path("1")).status)
+        for ns in ("", "?ns=docker.io"):
+            blob = program.head(f"/v2/library/{self.name}/blobs/{layer}{ns}")
+            self.assertEqual(404, blob.status, "or who pushes would not push it")
 
     def built_layer(self):
         """The last layer of what was built here."""
@@ -200,7 +203,8 @@ class TestRepairByFetch(LostBlobs):
         self.assertEqual(401, program.get(path).status)
         wrong = program.get(path, Authorization=basic(lab.USER, "wrong"))
         self.assertEqual((401, None), (wrong.status, wrong.headers["WWW-Authenticate"]))
-        self.assertEqual(200, program.get(path, Authorization=basic(lab.USER, lab.PASSWORD)).status)
+        answer = program.get(path, Authorization=basic(lab.USER, lab.PASSWORD))
+        self.assertEqual(200, answer.status, answer.body)
         program = self.program(env={"DOCKER_CONFIG": self.login(host)})
         self.assertEqual(200, program.get(path).status)
         self.assertEqual(self.large, sha256(program.get(self.path("blobs", self.large, host)).body))
@@ -271,6 +275,18 @@ class DigestsOnClassic:
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
         self.assertIn("refused", answer.detail)
 
+    def test_what_a_crash_has_cut_short(self):
+        store = tempfile.TemporaryDirectory()
+        self.addCleanup(store.cleanup)
+        for _ in range(2):
+            program = self.program(store=store.name)
+            path = self.path("manifests", self.child, lab.ORIGINS["open"].host)
+            self.assertEqual(200, program.get(path).status)
+            blob = program.get(self.path("blobs", self.large, lab.ORIGINS["open"].host))
+            self.assertEqual(self.large, sha256(blob.body))
+            program.stop()
+            os.truncate(Path(store.name, "blobs", self.large.replace(":", "/")), 10)
+
     def test_an_unknown_digest(self):
         answer = self.program().get(self.path("manifests", sha256(b"nothing"), lab.ORIGINS["open"].host))
         self.assertEqual(401, answer.status, "registries do not tell strangers what exists")
@@ -320,8 +336,8 @@ class DigestsOnClassic:
                     self.assertEqual(expected, answer.result().status)
             blob = self.path("blobs", self.large, gate.host)
             arriving = program.begin_get(blob, Authorization=good)
-            self.assertEqual(401, program.get(blob, Authorization=wrong).status)
-            self.assertEqual(401, program.get(blob).status)
+            self.assertEqual(404, program.get(blob, Authorization=wrong).status, "it was not promised to them")
+            self.assertEqual(404, program.get(blob).status)
             gate.open()
             self.assertEqual(self.large, sha256(arriving.read()))
 

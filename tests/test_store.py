@@ -21,6 +21,7 @@ from k3d_registry_dockerd import (
     Digest,
     Links,
     Manifest,
+    Record,
     RegistryError,
     Store,
 )
@@ -181,8 +182,8 @@ class TestFetched(StoreCase):
         kept, gone = self.fetch(IMAGE, b"manifest", b"layer"), self.fetch(OTHER, b"another")
         now = time.time()
         self.age(FETCHED_AGE + 60 + NOW - now)
-        self.store.touch_fetch(IMAGE)
-        self.store.touch_fetch(Digest.of(b"never fetched"))
+        self.store.touch_fetch(IMAGE, dict.fromkeys(list(kept)[:1], len(b"manifest")))
+        self.store.touch_fetch(Digest.of(b"never fetched"), {})
         self.assertEqual(len(b"another"), self.store.evict(lambda _: False, now))
         self.assertTrue(all(self.store.docker.size(digest) for digest in kept))
         self.assertIsNone(self.store.docker.size(next(iter(gone))))
@@ -192,6 +193,26 @@ class TestFetched(StoreCase):
         self.age(10 * EVICTION_AGE)
         self.assertEqual(0, self.store.evict(lambda _: False, NOW))
         self.assertEqual(5, self.store.docker.size(digest))
+
+    def test_many_at_once(self):
+        digests = [Digest.of(b"%d" % i) for i in range(50)]
+        threads = [threading.Thread(target=self.store.record_fetch, args=(IMAGE, {digest: 1})) for digest in digests]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (path,) = self.root.glob("fetched/*/*")
+        self.assertEqual(set(digests), set(Record.load(path).content))
+
+    def test_what_two_manifests_have_in_common(self):
+        """It stays as long as one of them is used, whichever it was fetched for."""
+        shared = self.fetch(IMAGE, b"shared")
+        self.fetch(OTHER, b"the other's manifest")
+        now = time.time()
+        self.age(FETCHED_AGE + 60 + NOW - now)
+        self.store.touch_fetch(OTHER, shared)
+        self.store.evict(lambda _: False, now)
+        self.assertEqual(6, self.store.docker.size(next(iter(shared))))
 
     def test_one_after_the_other(self):
         both = {**self.fetch(IMAGE, b"manifest"), **self.fetch(IMAGE, b"layer")}
