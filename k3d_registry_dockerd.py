@@ -600,24 +600,6 @@ class Record:
         return json.dumps({"target": str(self.target), "content": content}).encode()
 
 
-def start_thread(job: Callable[..., None], *arguments: Any) -> None:
-    """Run a job in a thread that does not keep the process alive; UNAVAILABLE when there can't be another one."""
-    try:
-        threading.Thread(target=job, args=arguments, daemon=True).start()
-    except RuntimeError as e:
-        raise RegistryError("UNAVAILABLE", f"no thread can be started: {e}") from e
-
-
-@contextlib.contextmanager
-def undo(action: Callable[[], Any]) -> Iterator[None]:
-    """Call an action if what follows fails."""
-    try:
-        yield
-    except BaseException:
-        action()
-        raise
-
-
 def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
     """Write to a file without a buffer, which may take less than all at a time."""
     rest = memoryview(data)
@@ -1814,8 +1796,8 @@ class FileBody:
 class StreamBody:
     """length bytes as an iterator of pieces, some of which may be slices of files.
 
-    It holds a resource until it is closed. length is None when nobody knows it yet. waits says that the first
-    piece may take long, so that what was said before should not wait for it.
+    Each is valid until the next one. It holds a resource until it is closed. length is None when nobody knows it
+    yet. waits says that the first piece may take long, so that what was said before should not wait for it.
     """
 
     def __init__(self, parts: Iterator[bytes | FileBody], length: int | None, close: Callable[[], None],
@@ -1859,7 +1841,7 @@ def read_blob(blob: Blob, limit: int) -> bytes:
     """The first bytes of a blob, at most limit of them."""
     body = blob.open(0, min(blob.size, limit))
     with contextlib.closing(body):
-        return b"".join(body)
+        return b"".join(map(bytes, body))  # a piece is valid until the next one
 
 
 # ---- files
@@ -1921,6 +1903,24 @@ def content_folder(root: Path) -> Path | None:
 
 
 # ---- what many read at once
+
+
+def start_thread(job: Callable[..., None], *arguments: Any) -> None:
+    """Run a job in a thread that does not keep the process alive; UNAVAILABLE when there can't be another one."""
+    try:
+        threading.Thread(target=job, args=arguments, daemon=True).start()
+    except RuntimeError as e:
+        raise RegistryError("UNAVAILABLE", f"no thread can be started: {e}") from e
+
+
+@contextlib.contextmanager
+def undo(action: Callable[[], Any]) -> Iterator[None]:
+    """Call an action if what follows fails."""
+    try:
+        yield
+    except BaseException:
+        action()
+        raise
 
 
 class Relay:
@@ -2096,7 +2096,7 @@ END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
 SETTING_HEADER_TABLE_SIZE, SETTING_ENABLE_PUSH, SETTING_INITIAL_WINDOW, SETTING_MAX_FRAME = 0x1, 0x2, 0x4, 0x5
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-FRAME_LIMIT = MIB               # bytes of a frame that we accept
+FRAME_LIMIT = 64 * KIB          # bytes of a frame that we accept: larger ones cost memory, and no time
 WINDOW = 2**31 - 1              # bytes: the largest there is; the socket itself holds back a fast sender
 WINDOW_STEP = 16 * MIB          # bytes consumed until the window is filled up again
 MESSAGE_LIMIT = 16 * MIB        # bytes of a gRPC message; containerd sends 1 MiB at a time
@@ -2128,7 +2128,8 @@ class Http2Connection:
     """
 
     def __init__(self, sock: socket.socket):
-        self._sock, self._reader = sock, sock.makefile("rb", PIECE)
+        self._sock, self._reader = sock, sock.makefile("rb", FRAME_LIMIT)
+        self._buffer = bytearray(4 * KIB)
         self._stream = -1
         self._unacknowledged = 0  # bytes consumed since the connection's window was filled up
         settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
@@ -2148,8 +2149,9 @@ class Http2Connection:
     def call(self, path: str, message: bytes) -> Iterator[memoryview]:
         """Send one message to a gRPC method and yield the messages of its answer.
 
-        Raises GrpcError when the call ends with a status that is not OK. The connection can carry
-        another call only when this one has come to its end, by either way.
+        A message is valid until the next one: they are a megabyte each, and share a buffer. Raises GrpcError when
+        the call ends with a status that is not OK. The connection can carry another call only when this one has
+        come to its end, by either way.
         """
         self._stream += 2
         headers = b"".join(self._literal(name, value) for name, value in (
@@ -2158,20 +2160,30 @@ class Http2Connection:
         self._sock.sendall(self._frame(FRAME_HEADERS, END_HEADERS, self._stream, headers)
                            + self._frame(FRAME_DATA, END_STREAM, self._stream,
                                          struct.pack(">BI", 0, len(message)) + message))
-        pending = bytearray()
+        count = 0  # bytes in the buffer
         for data in self._data():
-            pending += data
-            while len(pending) >= 5:
-                compressed, length = struct.unpack(">BI", pending[:5])
+            self._make_room(count + len(data), count)
+            self._buffer[count:count + len(data)] = data
+            count += len(data)
+            while count >= 5:
+                compressed, length = struct.unpack_from(">BI", self._buffer)
                 if compressed or length > MESSAGE_LIMIT:
                     raise Http2Error(f"a gRPC message of {length} bytes, compressed={compressed}")
-                if len(pending) < 5 + length:
+                if count < 5 + length:
+                    self._make_room(5 + length + FRAME_LIMIT, count)
                     break
-                # A view, and a new buffer for what comes next: a message is a megabyte, and mostly all there is.
-                message_view, pending = memoryview(pending)[5:5 + length], pending[5 + length:]
-                yield message_view
-        if pending:
+                yield memoryview(self._buffer)[5:5 + length]
+                count -= 5 + length
+                self._buffer[:count] = bytes(self._buffer[5 + length:5 + length + count])
+        if count:
             raise Http2Error("the stream ended in the middle of a message")
+
+    def _make_room(self, size: int, used: int) -> None:
+        """Have a buffer of at least some bytes. A new one: somebody may still look at the old one."""
+        if size > len(self._buffer):
+            buffer = bytearray(size)
+            buffer[:used] = self._buffer[:used]
+            self._buffer = buffer
 
     @staticmethod
     def _literal(name: bytes, value: bytes) -> bytes:
@@ -2335,7 +2347,7 @@ class ContentService:
         """See Provider."""
         call = self._call("Info", encode_fields((1, str(digest))))
         try:
-            message = b"".join(call)
+            message = b"".join(map(bytes, call))
         except GrpcError as e:
             if e.status == GRPC_NOT_FOUND:
                 return None
@@ -2677,12 +2689,14 @@ class LayerFiles:
         self._parent, self._parent_name = self._root, b""
 
     def _enter(self, parent: bytes) -> None:
-        if parent == self._parent_name:
-            return
         self._leave()
         folder = os.dup(self._root)
         try:
             for step in parent.split(b"/"):
+                if step in (b"", b"."):
+                    continue
+                if step == b"..":
+                    raise ValueError(f"{parent!r} is no folder")
                 following = os.open(step, self.STEP, dir_fd=folder)
                 os.close(folder)
                 folder = following
@@ -2693,11 +2707,12 @@ class LayerFiles:
 
     def _locate(self, name: bytes) -> bytes:
         """Enter the folder of a file; its name there."""
-        steps = [step for step in name.split(b"/") if step not in (b"", b".")]
-        if not steps or b".." in steps:
+        parent, _, last = name.rpartition(b"/")
+        if last in (b"", b".", b".."):
             raise ValueError(f"{name!r} is not the name of a file")
-        self._enter(b"/".join(steps[:-1]))
-        return steps[-1]
+        if parent != self._parent_name:
+            self._enter(parent)
+        return last
 
     def check(self, name: bytes, size: int) -> None:
         """Raise OSError or ValueError unless a file is as it was when the layer was made: size is in bytes."""
@@ -2707,15 +2722,29 @@ class LayerFiles:
         if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
             raise ValueError(f"{name!r} has changed")
 
-    def open(self, name: bytes, size: int) -> BinaryIO:
-        """A file, checked like that, to be read without a buffer."""
+    def _open(self, name: bytes, size: int) -> int:
         file = os.open(self._locate(name), self.FILE, dir_fd=self._parent)
         try:
             self._check(name, size, os.fstat(file))
-            return open(file, "rb", buffering=0)
+            return file
         except BaseException:
             os.close(file)
             raise
+
+    def open(self, name: bytes, size: int) -> BinaryIO:
+        """A file, checked like that, to be read without a buffer."""
+        return open(self._open(name, size), "rb", buffering=0)
+
+    def read(self, name: bytes, size: int, first: int, last: int) -> bytes:
+        """The bytes of a file from first up to last, checked like that."""
+        file = self._open(name, size)
+        try:
+            data = os.pread(file, last - first, first)
+        finally:
+            os.close(file)
+        if len(data) != last - first:
+            raise ValueError(f"{name!r} has become shorter")
+        return data
 
 
 class Layer:
@@ -2784,14 +2813,13 @@ class Layer:
                 if first < last:
                     if name is None:
                         pending += base64.b64decode(text)[first:last]
+                    elif last - first < self.SENDFILE:
+                        pending += files.read(name, size, first, last)
                     else:
                         with files.open(name, size) as file:
-                            if last - first < self.SENDFILE:
-                                pending += self._read(file, first, last)
-                            else:
-                                yield bytes(pending)
-                                pending.clear()
-                                yield FileBody(file, first, last - first)
+                            yield bytes(pending)
+                            pending.clear()
+                            yield FileBody(file, first, last - first)
                     if len(pending) >= PIECE:
                         yield bytes(pending)
                         pending.clear()
@@ -2799,13 +2827,6 @@ class Layer:
                 if position >= end:
                     break
             yield bytes(pending)
-
-    @staticmethod
-    def _read(file: BinaryIO, first: int, last: int) -> bytes:
-        data = os.pread(file.fileno(), last - first, first)
-        if len(data) != last - first:
-            raise ValueError("a file has become shorter")
-        return data
 
 
 class LayerDirectory:

@@ -289,6 +289,22 @@ class EveryEngine:
         answers = together(30, lambda i: program.get(path.format(layers[i % 3])))
         self.assertEqual([layers[i % 3] for i in range(30)], [sha256(answer.body) for answer in answers])
 
+    def test_memory_with_ten_nodes_at_once(self):
+        self.build("1", {f"file{i}": os.urandom(MIB) * 24 for i in range(3)})
+        program = self.program()
+        layers = [layer["digest"] for layer in self.image_manifest(program)["layers"]][-3:]
+        path = f"/v2/library/{self.name}/blobs/{{}}?ns=docker.io"
+
+        def read(i):
+            response = program.begin_get(path.format(layers[i % 3]))
+            found = hashlib.sha256()
+            while data := response.read(MIB):
+                found.update(data)
+            return "sha256:" + found.hexdigest()
+
+        self.assertEqual([layers[i % 3] for i in range(30)], together(30, read))
+        self.assertLess(program.peak_memory(), 64 * MIB)
+
     def test_memory_does_not_grow_with_the_layer(self):
         self.build("1", {"data": os.urandom(MIB) * 96})
         program = self.program()

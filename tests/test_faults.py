@@ -346,8 +346,9 @@ class TestContentService(FaultCase):
             sock.sendall(frame(HEADERS, END_HEADERS, stream, RESPONSE_HEADERS))
             for start in range(0, len(data), 2**20):
                 part = data[start:start + 2**20]
-                sock.sendall(frame(DATA, 0, stream, (whole := message(b"\x12" + varint(len(part)) + part))[:2**19])
-                             + frame(DATA, 0, stream, whole[2**19:]))
+                whole = message(b"\x12" + varint(len(part)) + part)
+                for at in range(0, len(whole), 2**16):
+                    sock.sendall(frame(DATA, 0, stream, whole[at:at + 2**16]))
             sock.sendall(frame(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_OK))
             received = sock.recv(65536)
             while received:
