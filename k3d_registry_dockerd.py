@@ -600,11 +600,13 @@ class Record:
         return json.dumps({"target": str(self.target), "content": content}).encode()
 
 
-def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
-    """Write to a file without a buffer, which may take less than all at a time."""
+def write_all(write: Callable[[memoryview], int | None], data: bytes | memoryview) -> Iterator[memoryview]:
+    """Write with a call that may take less than all at a time; yields each part when it is written."""
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) or 0:]
+        count = write(rest) or 0
+        yield rest[:count]
+        rest = rest[count:]
 
 
 def make_link(source: Path, target: Path) -> None:
@@ -1096,9 +1098,9 @@ class BlobWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes, which who reads the file sees at once; STORE_FAILED when the disk won't take them."""
-        self._hash.update(data)
         with disk_errors(f"write to {self._folder}"):
-            write_all(self._file, data)
+            for part in write_all(self._file.write, data):
+                self._hash.update(part)
 
     def finish(self) -> Digest:
         """Close the file, and return the digest of all that was written."""
@@ -1145,13 +1147,10 @@ class Upload:
 
     def write(self, data: bytes) -> None:
         """Append bytes; STORE_FAILED when the disk won't take them."""
-        rest = memoryview(data)
         with disk_errors(f"write {self._path}"):
-            while rest:
-                count = self._file.write(rest)
-                self._hash.update(rest[:count])
-                self.size += count
-                rest = rest[count:]
+            for part in write_all(self._file.write, data):
+                self._hash.update(part)
+                self.size += len(part)
 
     def keep(self, expected: Digest, owner: Links) -> None:
         """End the upload: its content belongs to an owner now. DIGEST_INVALID, and nothing is kept of it."""
@@ -1651,13 +1650,18 @@ class Engine:
         query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
         headers = {"Content-Length": "0", **self._authorization(reference, credentials)}
         with self._request("POST", self._path(f"/images/create?{query}"), headers, timeout=PULL_TIMEOUT) as response:
-            for message in self._messages(response):
-                error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
-                if error:
-                    raise PullFailed(pull_failure(str(error), response.status, repository), str(error))
+            for message in self._good_messages(response, repository):
                 tell(message)
-            if response.status >= 300:
-                raise PullFailed(pull_failure("", response.status, repository), f"status {response.status}")
+
+    def _good_messages(self, response: http.client.HTTPResponse, repository: str) -> Iterator[dict[str, Any]]:
+        """The messages of a pull or a build of a repository's image; PullFailed when one says that it failed."""
+        for message in self._messages(response):
+            error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
+            if error:
+                raise PullFailed(pull_failure(str(error), response.status, repository), str(error))
+            yield message
+        if response.status >= 300:
+            raise PullFailed(pull_failure("", response.status, repository), f"status {response.status}")
 
     @staticmethod
     def _error(message: Mapping[str, Any]) -> Any:
@@ -1710,10 +1714,7 @@ class Engine:
     def _built(self, response: http.client.HTTPResponse, reference: Reference) -> Digest | None:
         """The ID of the image that a build makes."""
         built = None
-        for message in self._messages(response):
-            error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
-            if error:
-                raise PullFailed(pull_failure(str(error), response.status, reference.docker_repository()), str(error))
+        for message in self._good_messages(response, reference.docker_repository()):
             if message.get("id") == "moby.image.id":
                 with self._sense("/build"):
                     built = Digest.parse(message["aux"]["ID"])
@@ -1954,10 +1955,12 @@ class Relay:
             self.count += count
             self._change.notify_all()
 
-    def end(self, error: RegistryError | None = None) -> None:
-        """All of it is there and verified, or there will be no more of it."""
+    def end(self, error: Exception | None = None) -> None:
+        """All of it is there and verified, or there will be no more of it. Other errors than ours are UNKNOWN."""
+        known = error if error is None or isinstance(error, RegistryError) else (
+            RegistryError("UNKNOWN", type(error).__name__))
         with self._change:
-            self._ended, self._error = True, (error.code, error.detail, error.headers) if error else None
+            self._ended, self._error = True, (known.code, known.detail, known.headers) if known else None
             self._change.notify_all()
 
     # ---- for who wants it
@@ -2076,16 +2079,13 @@ class Sharing:
                     self._append(file, relay, piece)
             relay.end()
         except Exception as e:  # a boundary: the readers raise it
-            relay.end(e if isinstance(e, RegistryError) else RegistryError("UNKNOWN", type(e).__name__))
+            relay.end(e)
 
     def _append(self, file: BinaryIO, relay: Relay, piece: bytes) -> None:
         """Write where the file ends: its own position is moved about by those who send it."""
-        rest = memoryview(piece)
-        while rest:
-            with disk_errors(f"write to {self._folder}"):
-                count = os.pwrite(file.fileno(), rest, relay.count)
-            relay.advance(count)
-            rest = rest[count:]
+        with disk_errors(f"write to {self._folder}"):
+            for part in write_all(lambda rest: os.pwrite(file.fileno(), rest, relay.count), piece):
+                relay.advance(len(part))
 
 
 # ---- HTTP/2, as much of it as one gRPC call at a time takes (RFC 9113)
@@ -2526,19 +2526,17 @@ class Origin:
 
     DOCKER_HUB = "registry-1.docker.io"
 
-    def __init__(self, reference: Reference, credentials: Credentials | None, insecure: bool):
+    def __init__(self, reference: Reference, credentials: Credentials | None, trusted: ssl.SSLContext | None):
+        """trusted has the authorities for the registry's certificate; with None it may be an insecure one."""
         assert reference.namespace
         self._host = self.DOCKER_HUB if reference.namespace == "docker.io" else reference.namespace
         self._repository, self._credentials = reference.repository, credentials
-        self._schemes = ["https", "http"] if insecure else ["https"]
+        self._schemes = ["https"] if trusted else ["https", "http"]
         self._authorization: str | None = None
-        self._opener = self._make_opener(insecure)
+        self._opener = self._make_opener(trusted or ssl._create_unverified_context())  # noqa: S323
 
-    def _make_opener(self, insecure: bool) -> urllib.request.OpenerDirector:
+    def _make_opener(self, context: ssl.SSLContext) -> urllib.request.OpenerDirector:
         """As urllib.request has it, but for its handlers of files and FTP, to which a redirect might lead."""
-        context = ssl.create_default_context()
-        if insecure:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         near = self._host.rpartition(":")[0] in LOOPBACK or self._host in LOOPBACK  # proxies are for what is far
         opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler({} if near else None), urllib.request.HTTPHandler(),
@@ -2625,8 +2623,6 @@ class Origin:
                 return str(token)
             raise ValueError("it is not one")
         except NONSENSE as e:
-            if isinstance(e, OSError):
-                raise
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} gives no token: {type(e).__name__}") from None
 
     def _token_request(self, realm: str, question: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
@@ -2855,9 +2851,10 @@ class LayerDirectory:
         if missing or config is None:
             raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
         data = make_manifest((image.id, config.size), *((digest, layer.size) for digest, layer in layers if layer))
+        digest = Digest.of(data)
         with self._lock:
-            self._manifests[Digest.of(data)] = data
-        return Digest.of(data)
+            self._manifests[digest] = data
+        return digest
 
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
@@ -3232,6 +3229,13 @@ class ProgressLog:
         self.started = time.monotonic()
         log.info("%s: started", what)
 
+    def __enter__(self) -> ProgressLog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error:
+            self.failed(error)
+
     def tell(self, line: Callable[[float], str]) -> None:
         """line(seconds of the monotonic clock) gives the text, if it is time for one."""
         now = time.monotonic()
@@ -3247,8 +3251,8 @@ class ProgressLog:
         """Write the last line of work that succeeded."""
         log.info("%s: done in %s, %s", self._what, human_seconds(time.monotonic() - self.started), how)
 
-    def failed(self, error: Exception) -> None:
-        """Write the last line of work that failed."""
+    def failed(self, error: BaseException) -> None:
+        """Write the last line of work that failed; done by leaving a `with` by an exception."""
         log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started), error)
 
 
@@ -3337,10 +3341,10 @@ class Content:
             identity = (root / "engine-id").read_text().strip()
         except OSError:
             identity = ""  # engines before 23 have none, nor has the folder of the system's containerd
-        images = self._engine.image_ids()
-        found = sum(files.find(image) is not None for image in images)
         if identity and identity != info.identity:
             return f"{root} is the data folder of another Docker: it is not used"
+        images = self._engine.image_ids()
+        found = sum(files.find(image) is not None for image in images)
         enough = (found > 0 or not images) if identity else (found == len(images) > 0)
         return None if enough else f"{root} does not hold the images of this Docker: it is not used"
 
@@ -3486,19 +3490,15 @@ class Pulls:
         image = self._engine.image(str(reference))
         if image and (old is None or image.id != old.id):
             return  # pulled by a flight that landed after the caller had looked
-        lines = ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else ""))
-        progress = PullProgress(lines.started)
+        with ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else "")) as lines:
+            progress = PullProgress(lines.started)
 
-        def tell(message: Mapping[str, Any]) -> None:
-            progress.update(message)
-            lines.tell(progress.line)
+            def tell(message: Mapping[str, Any]) -> None:
+                progress.update(message)
+                lines.tell(progress.line)
 
-        try:
             self._engine.pull(reference, credentials, tell)
-        except Exception as e:
-            lines.failed(e)
-            raise
-        lines.done(progress.line(time.monotonic()))
+            lines.done(progress.line(time.monotonic()))
 
     def _look_up(self, reference: Reference, credentials: Credentials | None) -> Flight:
         """The question to an image's registry which digest a tag has there now."""
@@ -3550,7 +3550,7 @@ class Pulls:
 
         What it refers to is expected from then on.
         """
-        pull = self._pull_of(digest)
+        _, pull = self._coming(digest)
         manifest = self._await_manifest(pull, digest) if pull else None
         if pull and manifest:
             self._expect(pull, manifest)
@@ -3564,20 +3564,16 @@ class Pulls:
             sizes = manifest.sizes("config", "layers", "blobs", "manifests")
             self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
 
-    def _pull_of(self, digest: Digest) -> Flight | None:
-        """The pull under way that will bring some content, if there is one."""
+    def _coming(self, digest: Digest) -> tuple[int, Flight | None]:
+        """The size of some content in bytes, and the pull under way that will bring it, if there is one."""
         with self._lock:
-            _, pull = self._expected.get(digest, (0, None))
-        return pull if pull and not pull.done.is_set() else None
+            size, pull = self._expected.get(digest, (0, None))
+        return size, pull if pull and not pull.done.is_set() else None
 
     def blob(self, digest: Digest) -> Blob | None:
         """Content that a pull under way will bring, as good as here."""
-        pull = self._pull_of(digest)
-        if pull is None:
-            return None
-        with self._lock:
-            size, _ = self._expected.get(digest, (0, None))
-        return ArrivingBlob(size, lambda: self._await_blob(digest, pull))
+        size, pull = self._coming(digest)
+        return ArrivingBlob(size, functools.partial(self._await_blob, digest, pull)) if pull else None
 
     def _await_blob(self, digest: Digest, pull: Flight) -> Blob:
         while True:
@@ -3599,13 +3595,24 @@ class Fetcher:
         self._engine, self._store, self._origins = engine, store, origins
         self._lock = threading.Lock()  # guards _relays and _wanted
         self._relays: dict[Hashable, Relay] = {}
-        # The size of blobs that were promised with a manifest and are not in the store yet, by repository, and to whom.
-        self._wanted: dict[tuple[str, Digest, Credentials | None], int] = {}
+        # The size of blobs that were promised with a manifest and are not in the store yet.
+        self._wanted: dict[Hashable, int] = {}
+
+    @staticmethod
+    def _key(reference: Reference, digest: Digest, credentials: Credentials | None) -> Hashable:
+        """A blob of a repository, for somebody."""
+        return reference.docker_repository(), digest, credentials
+
+    @functools.cached_property
+    def _trusted(self) -> ssl.SSLContext:
+        """The authorities that this machine trusts. To read them takes longer than a small blob."""
+        return ssl.create_default_context()
 
     def _origin(self, reference: Reference, credentials: Credentials | None) -> Origin:
         self._origins.check(reference)
         assert reference.namespace
-        return Origin(reference, credentials, self._engine.is_insecure(reference.namespace))
+        insecure = self._engine.is_insecure(reference.namespace)
+        return Origin(reference, credentials, None if insecure else self._trusted)
 
     def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
         """Fetch a manifest, verify and keep it. Raises what Origins.check() and pull_error() give."""
@@ -3630,8 +3637,7 @@ class Fetcher:
         if len(blobs) > BLOBS_LIMIT:
             raise RegistryError("MANIFEST_INVALID", f"{reference} has {len(blobs)} blobs: more than are fetched")
         with self._lock:
-            self._wanted.update(((reference.docker_repository(), digest, credentials), size)
-                                for digest, size in blobs.items())
+            self._wanted.update((self._key(reference, digest, credentials), size) for digest, size in blobs.items())
         digests = list(blobs)
         for start in range(0, len(digests), FETCHES):
             relays = [self._relay(reference, digest, credentials) for digest in digests[start:start + FETCHES]]
@@ -3642,7 +3648,7 @@ class Fetcher:
     def is_fetching(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> bool:
         """Whether a blob is on its way for somebody with these credentials."""
         with self._lock:
-            return (reference.docker_repository(), digest, credentials) in self._relays
+            return self._key(reference, digest, credentials) in self._relays
 
     def blob(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
         """A blob that is to be fetched, once it has begun to arrive; None when it is no such blob.
@@ -3655,7 +3661,7 @@ class Fetcher:
         return relay
 
     def _relay(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
-        key = (reference.docker_repository(), digest, credentials)
+        key = self._key(reference, digest, credentials)
         with self._lock:
             size = self._wanted.get(key)
             relay = self._relays.get(key)
@@ -3666,16 +3672,14 @@ class Fetcher:
         return relay
 
     def _run(self, relay: Relay, reference: Reference, digest: Digest, credentials: Credentials | None) -> None:
-        lines = ProgressLog(f"fetch {digest} of {reference}, {human_bytes(relay.size)}")
-        error: RegistryError | None = None
+        error: Exception | None = None
         try:
-            self._transfer(relay, reference, digest, self._origins.credentials(reference, credentials), lines)
-            lines.done("verified")
+            with ProgressLog(f"fetch {digest} of {reference}, {human_bytes(relay.size)}") as lines:
+                self._transfer(relay, reference, digest, self._origins.credentials(reference, credentials), lines)
+                lines.done("verified")
         except Exception as e:  # a boundary: the readers raise it
-            lines.failed(e)
-            error = pull_error(e, reference, credentials) if isinstance(e, PullFailed) else (
-                e if isinstance(e, RegistryError) else RegistryError("UNKNOWN", type(e).__name__))
-        key = (reference.docker_repository(), digest, credentials)
+            error = pull_error(e, reference, credentials) if isinstance(e, PullFailed) else e
+        key = self._key(reference, digest, credentials)
         with self._lock:
             del self._relays[key]
             # What broke off may be begun again. What came, or could not be begun, is not wanted any more.
@@ -3719,13 +3723,9 @@ class Exports:
         done = self._store.exported(image.id)
         if done:  # by a flight that landed after the caller had looked
             return done
-        lines = ProgressLog(f"export {image.id}, about {human_bytes(image.size)}")
-        try:
+        with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
             target = self._exporter.export(image.id, lines.tell_rate)
-        except Exception as e:
-            lines.failed(e)
-            raise
-        lines.done(f"manifest {target}")
+            lines.done(f"manifest {target}")
         self._done()
         return target
 
@@ -4050,15 +4050,12 @@ class Registry:
     def _rebuild(self, reference: Reference) -> None:
         """Have Docker get what it has lost of an image; ENGINE_FAILED, or what Origins.check() raises."""
         self._origins.check(reference)
-        lines = ProgressLog(f"repair {reference}, of which Docker has lost content")
         try:
-            self.engine.repair(reference)
-        except Exception as e:
-            lines.failed(e)
-            if isinstance(e, PullFailed):
-                raise RegistryError("ENGINE_FAILED", f"a build from it fails: {e}") from None
-            raise
-        lines.done("with a build")
+            with ProgressLog(f"repair {reference}, of which Docker has lost content") as lines:
+                self.engine.repair(reference)
+                lines.done("with a build")
+        except PullFailed as e:
+            raise RegistryError("ENGINE_FAILED", f"a build from it fails: {e}") from None
 
     def _repair_store(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
                       credentials: Credentials | None) -> None:
@@ -5143,8 +5140,8 @@ def serve(settings: Settings) -> int:
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.address_origin, e.strerror or e)
         return 1
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    threading.Thread(target=registry.keep_tidy, daemon=True).start()
+    start_thread(server.serve_forever)
+    start_thread(registry.keep_tidy)
     introduce(settings, registry, server)
     log.info("ending on %s", signal.Signals(signal.sigwait(endings)).name)
     server.shutdown()

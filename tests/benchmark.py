@@ -34,6 +34,7 @@ from program import Program
 MIB = 1024 * 1024
 NODES = 10
 LATENCY_REQUESTS = 2000
+WAYS = (("socket only", False), ("data folder mounted", True))  # and whether it is mounted
 
 
 def say(text):
@@ -240,7 +241,7 @@ def cold_pulls(series, case, image, runs):
         series.add(case, "docker save", save(image))
         series.add(case, "save + import", save_and_import(image))
         series.add(case, "static registry", pull(image, static))
-        for way, mounted in (("socket only", False), ("data folder mounted", True)):
+        for way, mounted in WAYS:
             with registry(image, mounted) as program:
                 series.add(case, way, pull(image, program.address), cost(program))
 
@@ -248,7 +249,7 @@ def cold_pulls(series, case, image, runs):
 def rebuilt(series, image, runs):
     """The developer's loop: a small layer changed, all else is on the node."""
     case = "one small layer changed"
-    for way, mounted in (("socket only", False), ("data folder mounted", True)):
+    for way, mounted in WAYS:
         with registry(image, mounted) as program:
             pull(image, program.address)
             for _ in range(runs):
@@ -266,7 +267,7 @@ def ten_nodes(series, image, runs):
     case = "ten nodes at once"
     for _ in range(runs):
         series.add(case, "static registry", many_nodes(image, lab.ORIGINS["open"].host))
-        for way, mounted in (("socket only", False), ("data folder mounted", True)):
+        for way, mounted in WAYS:
             with registry(image, mounted) as program:
                 image.get(program, "manifests", "1")  # on the classic store, with the export
                 series.add(case, way, many_nodes(image, program.address), cost(program))

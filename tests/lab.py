@@ -191,15 +191,14 @@ class Engine(Daemon):
         for name in names:
             chroot("docker", "-H", self.host, "rmi", "-f", name, check=False)
 
-    def containerd(self, *arguments):
-        """`ctr …` against this engine's own containerd, in Docker's namespace."""
+    def containerd(self, *arguments, **options):
+        """`ctr …` against this engine's own containerd, in Docker's namespace; its output."""
         address = f"/lab/{self.name}/exec/containerd/containerd.sock"
-        return chroot("ctr", "-a", address, "-n", "moby", *arguments, root=self.root).stdout
+        return chroot("ctr", "-a", address, "-n", "moby", *arguments, root=self.root, **options).stdout
 
     def content(self, digest):
         """Bytes of a blob in Docker's content store."""
-        address = f"/lab/{self.name}/exec/containerd/containerd.sock"
-        return chroot("ctr", "-a", address, "-n", "moby", "content", "get", digest, root=self.root, text=False).stdout
+        return self.containerd("content", "get", digest, text=False)
 
     def import_image(self, name, files, changes=()):
         """Make a one-layer image out of {path: bytes}."""
@@ -343,27 +342,35 @@ class QuietServer(http.server.ThreadingHTTPServer):
         """Clients that try TLS first break off."""
 
 
+class OriginHandler(http.server.BaseHTTPRequestHandler):
+    """What registries made for one test have in common. A subclass has do_GET, which answers HEAD as well."""
+
+    default_request_version = "HTTP/1.1"  # or dockerd would not understand the answer to its TLS handshake
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def answer(self, status, body, headers=()):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **dict(headers)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
 @contextlib.contextmanager
 def refusing_origin(status, code):
     """A registry that answers every manifest request with one error; gives its HOST:PORT."""
 
-    class Refuse(http.server.BaseHTTPRequestHandler):
-        default_request_version = "HTTP/1.1"  # or dockerd would not understand the answer to its TLS handshake
-
+    class Refuse(OriginHandler):
         def do_GET(self):
             good = self.path == "/v2/"
             body = b"{}" if good else json.dumps({"errors": [{"code": code, "message": code.lower()}]}).encode()
-            self.send_response(200 if good else status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
+            self.answer(200 if good else status, body, {"Content-Type": "application/json"})
 
     with QuietServer(("127.0.0.1", 0), Refuse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -382,16 +389,20 @@ class TokenOrigin:
         self.requests, self.answers, self._tokens = [], {}, set()
         token_origin = self
 
-        class Front(http.server.BaseHTTPRequestHandler):
-            default_request_version = "HTTP/1.1"  # or dockerd would not understand the answer to its TLS handshake
+        class Front(OriginHandler):
+            def faulty(self, path):
+                """Note what is asked, and answer it if that is a fault; whether it is."""
+                token_origin.requests.append((path, self.headers["Authorization"]))
+                fault = next((answer for text, answer in token_origin.answers.items() if text in path), None)
+                if fault:
+                    self.answer(*fault)
+                return bool(fault)
 
             def do_GET(self):
                 authorization = self.headers["Authorization"]
-                token_origin.requests.append((self.path, authorization))
-                fault = next((answer for text, answer in token_origin.answers.items() if text in self.path), None)
-                if fault:
-                    self.answer(*fault)
-                elif self.path.startswith("/token"):
+                if self.faulty(self.path):
+                    return
+                if self.path.startswith("/token"):
                     self.token(authorization)
                 elif (authorization or "").removeprefix("Bearer ") not in token_origin._tokens:
                     self.answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="http://{token_origin.host}/token",'
@@ -419,27 +430,9 @@ class TokenOrigin:
                 names = ("Content-Type", "Docker-Content-Digest", "Content-Length")
                 self.answer(status, body, {name: headers[name] for name in names if headers[name]})
 
-            def answer(self, status, body, headers=()):
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **dict(headers)}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *arguments):
-                pass
-
         class Storage(Front):
             def do_GET(self):
-                token_origin.requests.append((f"storage{self.path}", self.headers["Authorization"]))
-                fault = next((answer for text, answer in token_origin.answers.items() if text in f"storage{self.path}"),
-                             None)
-                if fault:
-                    self.answer(*fault)
-                else:
+                if not self.faulty(f"storage{self.path}"):
                     self.forward()
 
         self._servers = [QuietServer(("127.0.0.1", 0), handler) for handler in (Front, Storage)]

@@ -90,7 +90,8 @@ class OriginCase(unittest.TestCase):
     PATH = f"/v2/team/app/blobs/{DIGEST}"
 
     def fetch(self, credentials=None, host=None, insecure=True):
-        origin = Origin(Reference("team/app", DIGEST, host or self.host), credentials, insecure)
+        trusted = None if insecure else ssl.create_default_context()
+        origin = Origin(Reference("team/app", DIGEST, host or self.host), credentials, trusted)
         with origin.open("blobs", DIGEST) as response:
             return response.read()
 
@@ -243,7 +244,7 @@ class TestOrigin(OriginCase):
             self.assertEqual("ORIGIN_UNAVAILABLE", self.failure(host="registry.example").code)
 
     def test_docker_hub(self):
-        origin = Origin(Reference("library/app", DIGEST, "docker.io"), None, False)
+        origin = Origin(Reference("library/app", DIGEST, "docker.io"), None, ssl.create_default_context())
         with mock.patch.object(origin, "_send", side_effect=OSError("no")) as send, self.assertRaises(PullFailed), \
                 origin.open("manifests", DIGEST):
             pass
