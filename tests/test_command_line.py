@@ -110,8 +110,8 @@ class TestRunning(CommandCase):
         program = self.program("unix:///nowhere", env={
             "REGISTRY_PROXY_REMOTEURL": "https://registry.example", "REGISTRY_PROXY_USERNAME": "joe",
             "REGISTRY_PROXY_PASSWORD": "hunter2", "REGISTRY_STORAGE_DELETE_ENABLED": "true"})
-        self.assertTrue(program.lines("REGISTRY_PROXY_REMOTEURL names one registry"))
-        self.assertTrue(program.lines("REGISTRY_PROXY_USERNAME and _PASSWORD are not used"))
+        program.wait_for_line("REGISTRY_PROXY_REMOTEURL names one registry")
+        program.wait_for_line("REGISTRY_PROXY_USERNAME and _PASSWORD are not used")
         self.assertEqual([], program.lines("hunter2"))
         program = self.program("unix:///nowhere", env={"REGISTRY_PROXY_REMOTEURL": "*"})
         self.assertEqual([], program.lines("REMOTEURL"))
@@ -121,7 +121,7 @@ class TestRunning(CommandCase):
             with self.subTest(how.name):
                 program = self.program("unix:///nowhere")
                 self.assertEqual(0, program.stop(how))
-                self.assertTrue(program.lines(f"ending on {how.name}"))
+                program.wait_for_line(f"ending on {how.name}")
 
     def test_addresses(self):
         for address, client in (("127.0.0.1:0", "127.0.0.1"), (":0", "127.0.0.1"), ("localhost:0", "127.0.0.1"),

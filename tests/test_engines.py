@@ -248,7 +248,7 @@ class EveryEngine:
                 answer = program.get(path, **({"Authorization": authorization} if authorization else {}))
                 self.assertEqual(status, answer.status, answer.body)
         self.assertIn("connection refused", program.get(f"/v2/lab/{self.name}/manifests/1?ns=127.0.0.1:1").detail)
-        self.assertTrue(program.lines(f"pull {nobody}: failed"))
+        program.wait_for_line(f"pull {nobody}: failed")
 
     def test_origins_that_refuse(self):
         program = self.program()
@@ -450,8 +450,8 @@ class ContainerdStore(EveryEngine):
         with lab.filtered(self.engine, refuse=b"/grpc") as socket_path:
             program = Program(f"unix://{socket_path}")
             self.addCleanup(program.__exit__)
-            self.assertTrue(program.lines("content from: store, export"))
-            self.assertTrue(program.lines("images are exported one by one"))
+            program.wait_for_line("content from: store, export")
+            program.wait_for_line("images are exported one by one")
             reference = f"docker.io/library/{self.name}:1"
             self.pull(program, reference)
             self.assertEqual(image_id, lab.NODE.digest(reference))
@@ -466,7 +466,7 @@ class ContainerdStore(EveryEngine):
         program = Program(self.engine.host, command=["chroot", str(lab.CLIENT_ROOT), "python3", f"/lab/{copy.name}"],
                           store="/tmp/unused")
         self.addCleanup(program.__exit__)
-        self.assertTrue(program.lines("content from: store, content directory /lab/"))
+        program.wait_for_line("content from: store, content directory /lab/")
         reference = f"docker.io/library/{self.name}:1"
         self.pull(program, reference)
         self.assertEqual(image_id, lab.NODE.digest(reference))

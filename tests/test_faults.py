@@ -324,14 +324,14 @@ class TestContentService(FaultCase):
     def test_prior_knowledge(self):
         """An engine whose /grpc is gone, but whose socket speaks HTTP/2 right away."""
         self.start(grpc="prior")
-        self.assertTrue(self.program.lines("content from: store, content service"))
+        self.program.wait_for_line("content from: store, content service")
         self.assert_serves()
         self.assertEqual([], self.program.jobs("export"))
 
     def test_without_the_content_service(self):
         """Neither way leads to it: the export takes over, and the log says so."""
         self.start(grpc=None)
-        self.assertTrue(self.program.lines("images are exported one by one"))
+        self.program.wait_for_line("images are exported one by one")
         self.assert_serves()
         self.assertEqual(1, len(self.program.jobs("export")))
 

@@ -327,7 +327,7 @@ class ClassicFolder(Folder):
         program = self.mounted()
         answer = program.get(f"/v2/lab/{self.name}/manifests/1?ns={origin.host}")
         self.assertEqual((502, "ENGINE_FAILED"), (answer.status, answer.code))
-        self.assertTrue(program.lines("it has sparse files; images with it are exported"))
+        program.wait_for_line("it has sparse files; images with it are exported")
 
     def test_twenty_thousand_files(self):
         layer = lab.tar_of({f"d{i % 100}/file{i}": b"%d" % i for i in range(20_000)})
@@ -398,7 +398,7 @@ class ContainerdFolder(Folder):
     def test_from_its_files(self):
         self.build("1", {"one": os.urandom(500_000), "two": b"2"})
         program = self.mounted()
-        self.assertTrue(program.lines("content directory"))
+        program.wait_for_line("content directory")
         reference = f"docker.io/library/{self.name}:1"
         self.pull(program, reference)
         self.assertEqual(self.engine.inspect(f"{self.name}:1")["Id"], lab.NODE.digest(reference))

@@ -70,7 +70,7 @@ class DockerPush:
         self.assertIn(self.digest(), out)
         self.engine.remove(image)
         self.pull_everywhere()
-        self.assertTrue(self.program.lines("PUT /v2/"))
+        self.program.wait_for_line("PUT /v2/")
         self.assertEqual([], self.program.lines(" ERROR "))
 
     def test_push_again_and_a_second_tag(self):
@@ -249,7 +249,7 @@ class TestOras(PushCase):
         self.assertEqual(201, last.status)
         target = f"{self.program.address}/{self.name}"
         self.in_folder(f"oras push --plain-http {target}:1 data.bin")
-        self.assertTrue(self.program.lines(f"HEAD /v2/{self.name}/blobs/{sha256(self.data)} 200"))
+        self.program.wait_for_line(f"HEAD /v2/{self.name}/blobs/{sha256(self.data)} 200")
 
 
 

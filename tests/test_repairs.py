@@ -119,7 +119,7 @@ class TestRepairByBuild(LostBlobs):
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
         for text in (layer, "registry-1.docker.io", "pull or build it again"):
             self.assertIn(text, answer.detail)
-            self.assertTrue(program.lines(text), text)
+            program.wait_for_line(text)
         self.assertEqual(404, program.head(self.manifest_path("1")).status)
         for ns in ("", "?ns=docker.io"):
             blob = program.head(f"/v2/library/{self.name}/blobs/{layer}{ns}")
@@ -139,7 +139,7 @@ class TestRepairByBuild(LostBlobs):
         self.lose(reference)
         with lab.filtered(self.engine, b"/grpc HTTP/1.1") as socket, Program(f"unix://{socket}") as program:
             self.pull(program, reference)
-            self.assertTrue(program.lines("repair "))
+            program.wait_for_line("repair ")
 
     def test_never(self):
         reference = self.on(lab.ORIGINS["open"].host)
@@ -390,13 +390,13 @@ class PullPolicy:
                     self.assertEqual(pulls, len(program.jobs("pull")))
         with self.subTest("the registry is not reachable"):
             self.assertEqual(new, self.config_of(self.current(program, gate.host), program, gate.host))
-            self.assertTrue(program.lines("Docker's own image is served"))
+            program.wait_for_line("Docker's own image is served")
 
     def test_what_no_registry_has(self):
         self.build("1")
         program = self.program("-pull", "always")
         self.assertEqual(200, program.get(self.manifest_path("1")).status)
-        self.assertTrue(program.lines("Docker's own image is served"))
+        program.wait_for_line("Docker's own image is served")
 
     def test_our_own_images_are_not_asked_for_elsewhere(self):
         program = self.program("-pull", "always")
