@@ -66,6 +66,7 @@ import hashlib
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -1779,7 +1780,7 @@ class FileBody:
     def __init__(self, file: BinaryIO, start: int, length: int):
         self.file, self.start, self.length = file, start, length
 
-    def parts(self) -> Iterator[bytes | FileBody]:
+    def parts(self) -> Iterator[FileBody]:
         """Itself: there is only one part."""
         yield self
 
@@ -1794,22 +1795,26 @@ class FileBody:
         self.file.close()
 
 
+Data = bytes | memoryview
+Part = Data | FileBody
+
+
 class StreamBody:
     """length bytes as an iterator of pieces, some of which may be slices of files.
 
-    Each is valid until the next one. It holds a resource until it is closed. length is None when nobody knows it
-    yet. waits says that the first piece may take long, so that what was said before should not wait for it.
+    Such a slice is valid until the next piece. It holds a resource until it is closed. length is None when nobody
+    knows it yet. waits says that the first piece may take long, so that what was said before should not wait for it.
     """
 
-    def __init__(self, parts: Iterator[bytes | FileBody], length: int | None, close: Callable[[], None],
+    def __init__(self, parts: Iterator[Part], length: int | None, close: Callable[[], None],
                  waits: bool = False):
         self._parts, self.length, self.close, self.waits = parts, length, close, waits
 
-    def parts(self) -> Iterator[bytes | FileBody]:
+    def parts(self) -> Iterator[Part]:
         """The pieces; a slice of a file is valid until the next one is taken."""
         return self._parts
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[Data]:
         for part in self._parts:
             if isinstance(part, FileBody):
                 yield from part
@@ -1842,7 +1847,7 @@ def read_blob(blob: Blob, limit: int) -> bytes:
     """The first bytes of a blob, at most limit of them."""
     body = blob.open(0, min(blob.size, limit))
     with contextlib.closing(body):
-        return b"".join(map(bytes, body))  # a piece is valid until the next one
+        return b"".join(body)
 
 
 # ---- files
@@ -1977,12 +1982,12 @@ class Relay:
             raise RegistryError(*self._error)
 
     def open(self, start: int, length: int) -> Body:
-        """See Blob."""
-        self.begun(LAST_ANSWER)
-        parts = self._parts(start, length)
+        """See Blob; but errors come while the body is read."""
+        parts = self.follow(start, length)
         return StreamBody(parts, length, parts.close, waits=True)
 
-    def _parts(self, start: int, length: int) -> Generator[bytes | FileBody, None, None]:
+    def follow(self, start: int, length: int) -> Generator[FileBody, None, None]:
+        """length bytes from start on, as they come."""
         position, end = start, start + length
         while position < end:
             file, there = self._await(position)
@@ -2002,90 +2007,200 @@ class Relay:
         return self.count if self._ended else min(self.count, self.size - 1)
 
 
-class Sharing:
-    """Has those who read the same content at the same time share what it costs to get it from its source.
+class SharedRead:
+    """Some content while it is read: by one reader straight from its source, by several through files.
 
-    The first reader gets it directly. When others come while he reads, they follow a file that is written once
-    for them, each at his own pace: so the source is read twice at most, and a slow reader holds up nobody. The
-    file never has a name, and is gone with the last of them.
+    When a second reader comes, the source goes on into a file that all of them follow, each at his own pace. What
+    the first one has got until then is read once more, into a file for the others. So the source gives everything
+    once but for that beginning, and a slow reader holds up nobody. The files never have a name, and are gone with
+    their last reader. Where they fail, each reader goes on for himself.
     """
+
+    STEP = MIB  # bytes after which readers are told that a file has grown: each time wakes up all of them
+
+    def __init__(self, size: int, read: Callable[[int, int], StreamBody], folder: Path, lock: threading.Lock):
+        """read gives the content from a position on, as many bytes as wanted. The lock guards all but what is here."""
+        self._size, self._read, self._folder, self._lock = size, read, folder, lock
+        self.readers = 0
+        self._given = 0     # bytes that the first reader got from the source himself
+        self._busy = True   # the first reader is about to ask the source for more, and nobody else may
+        self._source: StreamBody | None = None
+        self._beginning: Relay | None = None
+        self._rest: Relay | None = None
+
+    # ---- the first reader
+
+    def begin(self) -> Generator[Part, None, None]:
+        """Open the source; the parts of the content for who does."""
+        with self._failing():
+            self._source = self._read(0, self._size)
+        self._release(b"")
+        return self._direct(self._source.parts())
+
+    def _direct(self, parts: Iterator[Part]) -> Generator[Part, None, None]:
+        while self._claim():
+            with self._failing():
+                piece = next(parts, b"")
+            if self._release(piece):
+                if not piece:
+                    return
+                yield piece
+        yield from self._follow(self._given)
+
+    def _claim(self) -> bool:
+        """Whether the source is still the first reader's own."""
+        with self._lock:
+            self._busy = self._rest is None
+            return self._busy
+
+    def _release(self, piece: Any) -> bool:
+        """Be done with the source for now; whether the piece that it gave is the first reader's, and not for a file."""
+        with self._lock:
+            self._busy, rest = False, self._rest
+            if rest is None:
+                self._given += len(piece)
+        if rest:
+            self._fill_rest(rest, piece)
+        return rest is None
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Tell those who wait for the first reader's next piece if there won't be any."""
+        try:
+            yield
+        except BaseException as e:
+            with self._lock:
+                self._busy, rest = False, self._rest
+            if rest:  # then the source is nobody's: otherwise it is for the next reader, or for close()
+                rest.end(e if isinstance(e, Exception) else RegistryError("UNKNOWN", "the first reader was cut off"))
+                if self._source:
+                    self._source.close()
+            raise
+
+    # ---- the others
+
+    def join(self) -> Generator[Part, None, None]:
+        """The parts of the content for one more reader."""
+        with self._lock:
+            new = self._rest is None
+            if new:
+                self._beginning, self._rest = Relay(self._given), Relay(self._size - self._given)
+            idle, beginning, rest = not self._busy, self._beginning, self._rest
+        assert beginning is not None
+        assert rest is not None
+        if new:
+            self._start_filling(beginning, lambda: self._read(0, beginning.size))
+            if idle:
+                self._fill_rest(rest, b"")
+        return self._follow(0)
+
+    def _follow(self, position: int) -> Generator[Part, None, None]:
+        """The content from a position on, out of the files; or from the source again if that does not work."""
+        try:
+            for part in self._filed(position):
+                yield part
+                position += part.length
+        except RegistryError as e:
+            log.warning("content is not shared by those who read it: %s", e.detail)
+            with contextlib.closing(self._read(position, self._size - position)) as body:
+                yield from body.parts()
+
+    def _filed(self, position: int) -> Iterator[FileBody]:
+        assert self._beginning is not None
+        assert self._rest is not None
+        split = self._beginning.size
+        if position < split:
+            yield from self._beginning.follow(position, split - position)
+        yield from self._rest.follow(max(position - split, 0), self._size - max(position, split))
+
+    # ---- the files
+
+    def _fill_rest(self, relay: Relay, piece: Any) -> None:
+        """Have the source go on into a file, which begins with a piece that it has given already."""
+        source = self._source
+        assert source is not None
+        parts = itertools.chain([piece] if piece else [], source.parts())
+        self._start_filling(relay, lambda: StreamBody(parts, relay.size, source.close))
+
+    def _start_filling(self, relay: Relay, read: Callable[[], StreamBody]) -> None:
+        try:
+            start_thread(self._fill, relay, read)
+        except RegistryError as e:
+            relay.end(e)
+
+    def _fill(self, relay: Relay, read: Callable[[], StreamBody]) -> None:
+        try:
+            with contextlib.closing(read()) as source, disk_errors(f"write to {self._folder}"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the relay closes it
+                relay.begin(file)
+                self._copy(source, file.fileno(), relay)
+            relay.end()
+        except Exception as e:  # a boundary: the readers are told
+            relay.end(e)
+
+    def _copy(self, source: StreamBody, file: int, relay: Relay) -> None:
+        """Write all of a source to where the file ends: its own position is moved about by those who send it."""
+        position = 0
+        for piece in source:
+            position = self._append(file, position, piece)
+            if position - relay.count >= self.STEP or position == relay.size:
+                relay.advance(position - relay.count)
+            if not self.readers:
+                break  # nobody wants it any more
+        if position < relay.size:
+            raise RegistryError("ENGINE_FAILED", f"the content ended {relay.size - position} bytes early")
+
+    @staticmethod
+    def _append(file: int, position: int, data: Data) -> int:
+        end = position + len(data)
+        for _ in write_all(lambda rest: os.pwrite(file, rest, end - len(rest)), data):
+            pass
+        return end
+
+    def close(self) -> None:
+        """To be called when the last reader has left."""
+        if self._source and self._rest is None:
+            self._source.close()
+
+
+class Sharing:
+    """Has those who read the same content at the same time share what it costs to get it from its source."""
 
     WORTHWHILE = MIB  # bytes of content from which on it is shared
 
     def __init__(self, folder: Path):
         """folder is where the files are; it is made when it is needed."""
         self._folder = folder
-        self._lock = threading.Lock()  # guards _readers and _relays
-        self._readers: dict[Digest, int] = {}
-        self._relays: dict[Digest, Relay] = {}
+        self._lock = threading.Lock()  # guards _reads, and all that is there
+        self._reads: dict[Digest, SharedRead] = {}
 
-    def open(self, digest: Digest, size: int, read: Callable[[], Body]) -> Body:
-        """All of some content, whose size is in bytes and which read() would get from its source."""
+    def open(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody]) -> Body:
+        """All of some content, whose size is in bytes; read(start, length) would get it from its source."""
         if size < self.WORTHWHILE:
-            return read()
-        relay = self._join(digest, size, read)
-        try:
-            body = self._follow(relay, size) or read()
-        except BaseException:
-            self._leave(digest)
-            raise
+            return read(0, size)
+        with self._lock:
+            first = digest not in self._reads
+            shared = self._reads.setdefault(digest, SharedRead(size, read, self._folder, self._lock))
+            shared.readers += 1
+        leave = functools.partial(self._leave, digest, shared)
+        with undo(leave):
+            parts = shared.begin() if first else shared.join()
 
         def close() -> None:
-            body.close()
-            self._leave(digest)
+            parts.close()
+            leave()
 
-        return StreamBody(body.parts(), size, close, waits=body.waits)
+        return StreamBody(parts, size, close, waits=not first)
 
-    def _join(self, digest: Digest, size: int, read: Callable[[], Body]) -> Relay | None:
-        """Count a reader, and give him what to follow, if he is not the first."""
+    def _leave(self, digest: Digest, shared: SharedRead) -> None:
         with self._lock:
-            alone = digest not in self._readers
-            self._readers[digest] = self._readers.get(digest, 0) + 1
-            relay = self._relays.get(digest)
-            if relay is None and not alone:
-                relay = self._relays[digest] = Relay(size)
-                try:
-                    start_thread(self._copy, digest, relay, read)
-                except RegistryError:  # then each for himself
-                    relay = None
-                    del self._relays[digest]
-        return relay
-
-    @staticmethod
-    def _follow(relay: Relay | None, size: int) -> Body | None:
-        try:
-            return relay.open(0, size) if relay else None
-        except RegistryError as e:
-            log.warning("content is not shared by those who read it: %s", e.detail)
-            return None
-
-    def _leave(self, digest: Digest) -> None:
-        with self._lock:
-            self._readers[digest] -= 1
-            if not self._readers[digest]:
-                del self._readers[digest]
-                self._relays.pop(digest, None)
-
-    def _copy(self, digest: Digest, relay: Relay, read: Callable[[], Body]) -> None:
-        try:
-            with disk_errors(f"write to {self._folder}"):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the relay closes it
-            relay.begin(file)
-            with contextlib.closing(read()) as body:
-                for piece in body:
-                    if self._relays.get(digest) is not relay:
-                        return  # nobody wants it any more
-                    self._append(file, relay, piece)
-            relay.end()
-        except Exception as e:  # a boundary: the readers raise it
-            relay.end(e)
-
-    def _append(self, file: BinaryIO, relay: Relay, piece: bytes) -> None:
-        """Write where the file ends: its own position is moved about by those who send it."""
-        with disk_errors(f"write to {self._folder}"):
-            for part in write_all(lambda rest: os.pwrite(file.fileno(), rest, relay.count), piece):
-                relay.advance(len(part))
+            shared.readers -= 1
+            last = not shared.readers
+            if last:
+                del self._reads[digest]
+        if last:
+            shared.close()
 
 
 # ---- HTTP/2, as much of it as one gRPC call at a time takes (RFC 9113)
@@ -2119,6 +2234,49 @@ class GrpcError(Exception):
         self.status = status
 
 
+class Payload:
+    """Bytes that come in pieces of any size, and are taken as they are wanted, without a copy of the long ones.
+
+    Http2Error when they end before what is wanted.
+    """
+
+    def __init__(self, pieces: Iterator[Data], what: str):
+        self._pieces, self._what = pieces, what
+        self._rest = memoryview(b"")
+
+    def at_end(self) -> bool:
+        """Whether nothing more comes; waits for that to be known."""
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return True
+            self._rest = memoryview(piece)
+        return False
+
+    def pieces(self, count: int) -> Iterator[memoryview]:
+        """The next bytes as they come."""
+        while count:
+            if self.at_end():
+                raise Http2Error(f"{self._what} ends too early")
+            piece, self._rest = self._rest[:count], self._rest[count:]
+            count -= len(piece)
+            yield piece
+
+    def take(self, count: int) -> bytes:
+        """The next bytes at once: a few."""
+        return b"".join(self.pieces(count))
+
+    def varint(self) -> int:
+        """A number as protobuf writes it: seven bits a byte, the low ones first."""
+        number = shift = 0
+        while True:
+            byte = self.take(1)[0]
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return number
+
+
 class Http2Connection:
     """A connection to a gRPC server that carries one call at a time. Raises Http2Error and OSError.
 
@@ -2129,7 +2287,6 @@ class Http2Connection:
 
     def __init__(self, sock: socket.socket):
         self._sock, self._reader = sock, sock.makefile("rb", FRAME_LIMIT)
-        self._buffer = bytearray(4 * KIB)
         self._stream = -1
         self._unacknowledged = 0  # bytes consumed since the connection's window was filled up
         settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
@@ -2146,12 +2303,12 @@ class Http2Connection:
         self._reader.close()
         self._sock.close()
 
-    def call(self, path: str, message: bytes) -> Iterator[memoryview]:
-        """Send one message to a gRPC method and yield the messages of its answer.
+    def call(self, path: str, message: bytes) -> Iterator[Payload]:
+        """Send one message to a gRPC method and yield the messages of its answer as they begin to arrive.
 
-        A message is valid until the next one: they are a megabyte each, and share a buffer. Raises GrpcError when
-        the call ends with a status that is not OK. The connection can carry another call only when this one has
-        come to its end, by either way.
+        What is not taken of a message is skipped when the next one is wanted. Raises GrpcError when the call ends
+        with a status that is not OK. The connection can carry another call only when this one has come to its end,
+        by either way.
         """
         self._stream += 2
         headers = b"".join(self._literal(name, value) for name, value in (
@@ -2160,30 +2317,15 @@ class Http2Connection:
         self._sock.sendall(self._frame(FRAME_HEADERS, END_HEADERS, self._stream, headers)
                            + self._frame(FRAME_DATA, END_STREAM, self._stream,
                                          struct.pack(">BI", 0, len(message)) + message))
-        count = 0  # bytes in the buffer
-        for data in self._data():
-            self._make_room(count + len(data), count)
-            self._buffer[count:count + len(data)] = data
-            count += len(data)
-            while count >= 5:
-                compressed, length = struct.unpack_from(">BI", self._buffer)
-                if compressed or length > MESSAGE_LIMIT:
-                    raise Http2Error(f"a gRPC message of {length} bytes, compressed={compressed}")
-                if count < 5 + length:
-                    self._make_room(5 + length + FRAME_LIMIT, count)
-                    break
-                yield memoryview(self._buffer)[5:5 + length]
-                count -= 5 + length
-                self._buffer[:count] = bytes(self._buffer[5 + length:5 + length + count])
-        if count:
-            raise Http2Error("the stream ended in the middle of a message")
-
-    def _make_room(self, size: int, used: int) -> None:
-        """Have a buffer of at least some bytes. A new one: somebody may still look at the old one."""
-        if size > len(self._buffer):
-            buffer = bytearray(size)
-            buffer[:used] = self._buffer[:used]
-            self._buffer = buffer
+        answer = Payload(self._data(), "the answer of a call")
+        while not answer.at_end():
+            compressed, length = struct.unpack(">BI", answer.take(5))
+            if compressed or length > MESSAGE_LIMIT:
+                raise Http2Error(f"a gRPC message of {length} bytes, compressed={compressed}")
+            pieces = answer.pieces(length)
+            yield Payload(pieces, "a protobuf message")
+            for _ in pieces:
+                pass
 
     @staticmethod
     def _literal(name: bytes, value: bytes) -> bytes:
@@ -2270,17 +2412,6 @@ def encode_varint(number: int) -> bytes:
     return bytes((*out, number))
 
 
-def decode_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """The number at a position, and the position behind it."""
-    number = shift = 0
-    while True:
-        byte = data[at]
-        number |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return number, at
-
-
 def encode_fields(*fields: tuple[int, int | str]) -> bytes:
     """A message out of numbered fields, each an integer or a string."""
     out = b""
@@ -2293,24 +2424,24 @@ def encode_fields(*fields: tuple[int, int | str]) -> bytes:
     return out
 
 
-def decode_fields(data: bytes | memoryview) -> dict[int, Any]:
-    """The fields of a message by number: integers, and slices of the data; the last one of a number counts."""
-    fields: dict[int, Any] = {}
-    at = 0
-    try:
-        while at < len(data):
-            key, at = decode_varint(data, at)
-            if key & 7 == 0:
-                fields[key >> 3], at = decode_varint(data, at)
-            elif key & 7 == 2:
-                length, at = decode_varint(data, at)
-                fields[key >> 3] = data[at:at + length]
-                at += length
-            else:
-                raise Http2Error(f"a field of type {key & 7} in a protobuf message")
-    except IndexError:
-        raise Http2Error("a protobuf message that ends too early") from None
-    return fields
+def read_fields(message: Payload) -> Iterator[tuple[int, int | Iterator[memoryview]]]:
+    """The numbered fields of a message as they arrive: integers, and bytes in pieces, to be taken before the next."""
+    while not message.at_end():
+        key = message.varint()
+        if key & 7 == 0:
+            yield key >> 3, message.varint()
+        elif key & 7 == 2:
+            pieces = message.pieces(message.varint())
+            yield key >> 3, pieces
+            for _ in pieces:
+                pass
+        else:
+            raise Http2Error(f"a field of type {key & 7} in a protobuf message")
+
+
+def decode_fields(message: Payload) -> dict[int, Any]:
+    """The fields of a small message by number: integers and bytes; the last one of a number counts."""
+    return {number: value if isinstance(value, int) else b"".join(value) for number, value in read_fields(message)}
 
 
 # ---- the content service
@@ -2346,19 +2477,21 @@ class ContentService:
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
         call = self._call("Info", encode_fields((1, str(digest))))
+        info: dict[int, Any] = {}
         try:
-            message = b"".join(map(bytes, call))
+            with contextlib.closing(call), self._errors(f"reading {digest}"):
+                for message in call:
+                    found = decode_fields(message).get(1, b"")
+                    info = decode_fields(Payload(iter([found]), "a protobuf message"))
         except GrpcError as e:
             if e.status == GRPC_NOT_FOUND:
                 return None
             raise RegistryError("ENGINE_FAILED", f"Docker's content service on {digest}: {e}") from e
-        with self._errors(f"reading {digest}"):
-            info = decode_fields(decode_fields(message).get(1, b""))
         return ServiceBlob(self, digest, int(info.get(2, 0)))
 
     def share(self, digest: Digest, size: int) -> Body:
         """All of some content, for one of maybe many readers."""
-        return self._sharing.open(digest, size, lambda: self.read(digest, 0, size))
+        return self._sharing.open(digest, size, functools.partial(self.read, digest))
 
     def read(self, digest: Digest, start: int, length: int) -> StreamBody:
         """length bytes from start on. Raises BLOB_UNKNOWN or UNAVAILABLE here, rather than in the stream."""
@@ -2366,30 +2499,31 @@ class ContentService:
             return StreamBody(iter(()), 0, lambda: None)
         pieces = self._read(digest, start, length)
         first = next(pieces, b"")
+        return StreamBody(itertools.chain([first], pieces), length, pieces.close)
 
-        def all_pieces() -> Iterator[bytes]:
-            yield first
-            yield from pieces
-
-        return StreamBody(all_pieces(), length, pieces.close)
-
-    def _read(self, digest: Digest, start: int, length: int) -> Generator[bytes, None, None]:
+    def _read(self, digest: Digest, start: int, length: int) -> Generator[Data, None, None]:
         call = self._call("Read", encode_fields((1, str(digest)), (2, start), (3, length)))
         left = length
         try:
-            with contextlib.closing(call):
-                for message in call:
-                    with self._errors(f"reading {digest}"):
-                        data = decode_fields(message).get(2, b"")[:left]
-                    left -= len(data)
-                    yield data
+            with contextlib.closing(call), self._errors(f"reading {digest}"):
+                for piece in (piece for message in call for piece in self._data(message)):
+                    piece = piece[:left]
+                    left -= len(piece)
+                    yield piece
         except GrpcError as e:
             raise RegistryError("BLOB_UNKNOWN", f"Docker's content service on {digest}: {e}") from e
         if left:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service ended {left} bytes before the end "
                                                  f"of {digest}")
 
-    def _call(self, method: str, message: bytes) -> Generator[memoryview, None, None]:
+    @staticmethod
+    def _data(message: Payload) -> Iterator[memoryview]:
+        """The content in a ReadContentResponse."""
+        for number, value in read_fields(message):
+            if number == 2 and not isinstance(value, int):
+                yield from value
+
+    def _call(self, method: str, message: bytes) -> Generator[Payload, None, None]:
         """One call, on an idle connection if there is one. A generator: closing it gives up the call."""
         connection, fresh = self._take()
         try:
@@ -2484,7 +2618,7 @@ class ArrivingBlob:
         pieces = self._pieces(start, length)
         return StreamBody(pieces, length, pieces.close, waits=True)
 
-    def _pieces(self, start: int, length: int) -> Generator[bytes, None, None]:
+    def _pieces(self, start: int, length: int) -> Generator[Data, None, None]:
         with contextlib.closing(self._wait().open(start, length)) as body:
             yield from body
 
@@ -2800,7 +2934,7 @@ class Layer:
         parts = self._parts(start, start + length)
         return StreamBody(parts, length, parts.close)
 
-    def _parts(self, start: int, end: int) -> Generator[bytes | FileBody, None, None]:
+    def _parts(self, start: int, end: int) -> Generator[Part, None, None]:
         """What lies between two positions. Small parts are gathered."""
         position, pending = 0, bytearray()
         with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
@@ -4844,9 +4978,14 @@ class Handler(BaseHTTPRequestHandler):
         for part in body.parts():
             if isinstance(part, FileBody):
                 yield from self._send_file(part)
-            else:
-                self.wfile.write(part if body.length is not None else b"%x\r\n%s\r\n" % (len(part), part))
-                yield len(part)
+                continue
+            data = part if body.length is not None else b"%x\r\n%s\r\n" % (len(part), part)
+            if len(data) < self.wbufsize // 4:
+                self.wfile.write(data)
+            else:  # past the buffer, which would copy it
+                self.wfile.flush()
+                self.connection.sendall(data)
+            yield len(part)
         if body.length is None:
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()

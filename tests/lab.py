@@ -504,8 +504,11 @@ class Gate:
 
 
 @contextlib.contextmanager
-def filtered(engine, refuse):
-    """A socket that passes everything on to an engine, but answers requests that hold `refuse` with 404."""
+def filtered(engine, refuse=b"(nothing)", tell=lambda count: None):
+    """A socket that passes everything on to an engine, but answers requests that hold `refuse` with 404.
+
+    tell is called with the number of bytes, each time that the engine sends any.
+    """
 
     class Pass(socketserver.BaseRequestHandler):
         def handle(self):
@@ -517,12 +520,13 @@ def filtered(engine, refuse):
                 upstream.connect(str(engine.socket))
                 upstream.sendall(first)
                 threading.Thread(target=self.copy, args=(self.request, upstream), daemon=True).start()
-                self.copy(upstream, self.request)
+                self.copy(upstream, self.request, tell)
 
         @staticmethod
-        def copy(source, target):
+        def copy(source, target, tell=lambda count: None):
             with contextlib.suppress(OSError):
                 while data := source.recv(65536):
+                    tell(len(data))
                     target.sendall(data)
                 target.shutdown(socket.SHUT_WR)
 

@@ -414,6 +414,23 @@ class ContainerdStore(EveryEngine):
         self.pull(program, f"docker.io/library/{self.name}:1")
         self.assertFalse(program.store.exists())
 
+    def test_ten_nodes_cost_docker_one_read(self):
+        """All have their headers before anybody takes more than fits into a socket."""
+        size = 48 * MIB
+        self.build("1", {"data": os.urandom(MIB) * 48})
+        sent = []
+        with lab.filtered(self.engine, tell=sent.append) as socket_path:
+            program = Program(f"unix://{socket_path}")
+            self.addCleanup(program.__exit__)
+            layer = self.image_manifest(program)["layers"][-1]
+            sent.clear()
+            responses = [program.begin_get(f"/v2/library/{self.name}/blobs/{layer['digest']}?ns=docker.io")
+                         for _ in range(10)]
+            answers = together(10, lambda i: sha256(responses[i].read()))
+        self.assertEqual({layer["digest"]}, set(answers))
+        self.assertLess(sum(sent), 1.5 * min(size, layer["size"]))
+        self.assertEqual([], list(program.store.iterdir()), "and nothing stays on the disk")
+
     def test_index_with_attestation(self):
         image_id = self.build("1", None, "--provenance=mode=max")
         program = self.program()

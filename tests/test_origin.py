@@ -337,8 +337,9 @@ class TestRelay(unittest.TestCase):
 
     def test_an_end_before_the_beginning(self):
         self.relay.end(RegistryError("ORIGIN_UNAVAILABLE", "no"))
-        with self.assertRaisesRegex(RegistryError, "no"):
-            self.relay.open(0, 1)
+        for wait in (lambda: self.relay.begun(1), lambda: list(self.relay.open(0, 1))):
+            with self.assertRaisesRegex(RegistryError, "no"):
+                wait()
 
     def test_no_beginning(self):
         with self.assertRaises(RegistryError) as caught:
@@ -371,6 +372,8 @@ class TestRelay(unittest.TestCase):
 class TestSharing(unittest.TestCase):
     """Ten nodes that want the same layer at the same time."""
 
+    PIECE = 300_000
+
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -380,22 +383,25 @@ class TestSharing(unittest.TestCase):
         self.digest = Digest.of(self.data)
         self.go_on = threading.Event()
         self.go_on.set()
-        self.reads = []
+        self.reads, self.closed, self.failing = [], [], None
 
-    def read(self):
-        """The source: says how often it was read, and how often that was given up."""
-        self.reads.append("begun")
+    def read(self, start, length):
+        """The source: notes what is read of it, and which of these reads are closed. Waits in the middle for go_on."""
+        number = len(self.reads)
+        self.reads.append((start, length))
 
         def pieces():
-            for start in range(0, len(self.data), 300_000):
-                if start == 1_500_000:
+            for position in range(start, start + length, self.PIECE):
+                if position >= 1_500_000:
                     self.go_on.wait(30)
-                yield self.data[start:start + 300_000]
+                    if self.failing:
+                        raise self.failing
+                yield memoryview(self.data)[position:min(position + self.PIECE, start + length)]
 
-        return StreamBody(pieces(), len(self.data), lambda: self.reads.append("closed"))
+        return StreamBody(pieces(), length, lambda: self.closed.append(number))
 
-    def open(self, read=None):
-        return self.sharing.open(self.digest, len(self.data), read or self.read)
+    def open(self):
+        return self.sharing.open(self.digest, len(self.data), self.read)
 
     def send(self, body):
         """What a client gets, by sendfile where the server would use that."""
@@ -414,45 +420,119 @@ class TestSharing(unittest.TestCase):
         body.close()
         return got[0]
 
-    def test_the_source_is_read_twice_at_most(self):
-        self.go_on.clear()
-        bodies = [self.open() for _ in range(10)]
-        with concurrent.futures.ThreadPoolExecutor(10) as pool:
-            sent = [pool.submit(self.send, body) for body in bodies]
-            self.go_on.set()
-            self.assertEqual({self.digest}, {Digest.of(future.result(30)) for future in sent})
-        self.assertEqual(2, self.reads.count("begun"))
-        self.assertEqual(({}, {}), (self.sharing._readers, self.sharing._relays))
-        self.assertEqual([], list(self.folder.iterdir()))
+    def assert_sent(self, *bodies):
+        with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+            self.assertEqual({self.digest}, set(pool.map(lambda body: Digest.of(self.send(body)), bodies)))
+
+    def assert_nothing_left(self):
+        """All that was opened is closed, and nothing is remembered or left in the folder."""
+        deadline = time.monotonic() + 30
+        while len(self.closed) < len(self.reads) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(list(range(len(self.reads))), sorted(self.closed))
+        self.assertEqual({}, self.sharing._reads)
+        self.assertEqual([], list(self.folder.iterdir()) if self.folder.is_dir() else [])
+
+    def test_the_source_is_read_once(self):
+        self.assert_sent(*[self.open() for _ in range(10)])
+        self.assertEqual([(0, 3_000_000)], [read for read in self.reads if read[1]])
+        self.assert_nothing_left()
+
+    def test_who_comes_later_costs_what_he_missed(self):
+        first = self.open()
+        parts = first.parts()
+        got = bytes(next(parts)) + bytes(next(parts))
+        self.assert_sent(self.open(), self.open())
+        got += b"".join(os.pread(part.file.fileno(), part.length, part.start) for part in parts)
+        first.close()
+        self.assertEqual(self.digest, Digest.of(got))
+        self.assertEqual([(0, 3_000_000), (0, 2 * self.PIECE)], self.reads)
+        self.assert_nothing_left()
 
     def test_one_after_the_other(self):
         for _ in range(3):
-            self.assertEqual(self.digest, Digest.of(self.send(self.open())))
-        self.assertEqual(3, self.reads.count("begun"))
+            self.assert_sent(self.open())
+        self.assertEqual([(0, 3_000_000)] * 3, self.reads)
         self.assertFalse(self.folder.exists(), "nothing is written for one reader")
+        self.assert_nothing_left()
+
+    def test_while_the_first_waits_for_the_source(self):
+        """The piece that he waits for is for all of them."""
+        self.go_on.clear()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            first = pool.submit(self.send, self.open())
+            while self.sharing._reads[self.digest]._given != 1_500_000:
+                time.sleep(0.01)
+            others = [self.open() for _ in range(3)]
+            self.go_on.set()
+            self.assert_sent(*others)
+            self.assertEqual(self.digest, Digest.of(first.result(30)))
+        self.assertEqual([(0, 3_000_000), (0, 1_500_000)], self.reads)
+        self.assert_nothing_left()
 
     def test_a_slow_reader_holds_up_nobody(self):
         slow, second, third = self.open(), self.open(), self.open()
         next(slow.parts()), next(second.parts())
-        self.assertEqual(self.digest, Digest.of(self.send(third)))
-        self.assertEqual(self.digest, Digest.of(self.send(self.open())), "who comes later follows the same file")
-        self.assertEqual(2, self.reads.count("begun"))
+        self.assert_sent(third)
+        self.assert_sent(self.open())  # who comes later follows the same files
+        self.assertEqual([(0, 3_000_000)], [read for read in self.reads if read[1]])
         slow.close(), second.close()
-        self.assertEqual({}, self.sharing._readers)
+        self.assert_nothing_left()
+
+    def test_the_first_one_leaves(self):
+        first, second, third = self.open(), self.open(), self.open()
+        next(first.parts())
+        first.close()
+        self.assert_sent(second, third)
+        self.assert_nothing_left()
 
     def test_a_source_that_fails(self):
-        def fail():
-            def pieces():
-                yield self.data[:300_000]
-                raise RegistryError("ENGINE_FAILED", "broken")
-            return StreamBody(pieces(), len(self.data), lambda: None)
+        """Each tries for himself then, and hears the reason; the next reader starts afresh."""
+        self.failing = RegistryError("ENGINE_FAILED", "broken")
+        bodies = [self.open() for _ in range(3)]
+        with self.assertLogs("k3d-registry-dockerd"):
+            for body in bodies:
+                with self.assertRaisesRegex(RegistryError, "broken"):
+                    list(body)
+                body.close()
+        self.assert_nothing_left()
+        self.failing = None
+        self.assert_sent(self.open())
 
-        bodies = [self.open(fail) for _ in range(3)]
+    def test_a_source_that_fails_while_the_first_waits_for_it(self):
+        self.go_on.clear()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, self.assertLogs("k3d-registry-dockerd"):
+            body = self.open()
+            first = pool.submit(list, body)
+            while self.sharing._reads[self.digest]._given != 1_500_000:
+                time.sleep(0.01)
+            second = self.open()
+            self.failing = RegistryError("ENGINE_FAILED", "broken")
+            self.go_on.set()
+            for wait in (lambda: first.result(30), lambda: list(second)):
+                with self.assertRaisesRegex(RegistryError, "broken"):
+                    wait()
+        body.close(), second.close()
+        self.assert_nothing_left()
+
+    def test_a_source_that_ends_early(self):
+        """Nobody waits for what does not come."""
+        short = self.data[:2_000_000]
+        bodies = [self.sharing.open(self.digest, len(self.data), lambda start, length: StreamBody(
+            iter([short[start:start + length]]), length, lambda: None)) for _ in range(2)]
+        with self.assertLogs("k3d-registry-dockerd"):
+            self.assertEqual([short, short], [b"".join(body) for body in bodies])
         for body in bodies:
-            with self.assertRaisesRegex(RegistryError, "broken"):
-                list(body)
             body.close()
-        self.assertEqual(self.digest, Digest.of(self.send(self.open())), "the next reader starts afresh")
+        self.assert_nothing_left()
+
+    def test_a_source_that_cannot_be_opened(self):
+        def refuse(start, length):
+            raise RegistryError("BLOB_UNKNOWN", "gone")
+
+        with self.assertRaisesRegex(RegistryError, "gone"):
+            self.sharing.open(self.digest, len(self.data), refuse)
+        self.assert_nothing_left()
 
     def test_when_all_have_left(self):
         """What is copied for them is given up."""
@@ -461,17 +541,14 @@ class TestSharing(unittest.TestCase):
             next(iter(body))
             body.close()
         self.go_on.set()
-        deadline = time.monotonic() + 30
-        while self.reads.count("closed") < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.assertEqual(2, self.reads.count("closed"))
+        self.assert_nothing_left()
 
     def test_a_folder_that_cannot_be_written_to(self):
+        """Each goes on for himself."""
         self.folder.write_bytes(b"a file")
         with self.assertLogs("k3d-registry-dockerd"):
-            bodies = [self.open(), self.open()]
-        for body in bodies:
-            self.assertEqual(self.digest, Digest.of(self.send(body)))
+            self.assert_sent(self.open(), self.open())
+        self.assert_nothing_left()
 
 
 if __name__ == "__main__":

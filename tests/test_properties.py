@@ -22,6 +22,11 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                          "config", "manifests"]), inner, max_size=5), max_leaves=12)
 
 
+def payload(data):
+    """Bytes as they may arrive: in small pieces, empty ones among them."""
+    return module.Payload((piece for start in range(0, len(data), 3) for piece in (data[start:start + 3], b"")), "it")
+
+
 class TestProperties(unittest.TestCase):
     @given(NAMES, NAMES, st.none() | NAMES)
     def test_references(self, repository, target, namespace):
@@ -65,12 +70,12 @@ class TestProperties(unittest.TestCase):
     @given(st.binary(max_size=60))
     def test_protobuf_of_strangers(self, data):
         with contextlib.suppress(module.Http2Error):
-            module.decode_fields(data)
+            module.decode_fields(payload(data))
 
     @given(st.dictionaries(st.integers(1, 500), st.integers(0, 2**63) | st.text(max_size=300), max_size=6))
     def test_protobuf_there_and_back(self, fields):
         encoded = module.encode_fields(*fields.items())
-        decoded = module.decode_fields(encoded)
+        decoded = module.decode_fields(payload(encoded))
         self.assertEqual({key: value.encode() if isinstance(value, str) else value for key, value in fields.items()},
                          decoded)
 
