@@ -121,6 +121,7 @@ SIZE_LIMIT = 2**63          # bytes of content: more can't be
 BLOBS_LIMIT = 1000          # blobs of one manifest that are fetched; Docker's own images have at most 127 layers
 JSON_LIMIT = 64 * MIB       # bytes of one answer of the engine (a list of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
+EARLY_EXPORT = 16 * MIB     # bytes of an export still to come for which it pays to serve what is there already
 BODY_LIMIT = 16 * MIB       # bytes of an unwanted request body that are read, so that the client sees the answer
 CHUNK_LINE = 4 * KIB        # bytes of a line of the chunked coding: a chunk's size with its extensions, a trailer
 TRAILER_LIMIT = 100         # lines of trailers behind a chunked body
@@ -1961,12 +1962,16 @@ class Relay:
             self._change.notify_all()
 
     def end(self, error: Exception | None = None) -> None:
-        """All of it is there and verified, or there will be no more of it. Other errors than ours are UNKNOWN."""
+        """All of it is there and verified, or there will be no more of it. Other errors than ours are UNKNOWN.
+
+        The first end counts.
+        """
         known = error if error is None or isinstance(error, RegistryError) else (
             RegistryError("UNKNOWN", type(error).__name__))
         with self._change:
-            self._ended, self._error = True, (known.code, known.detail, known.headers) if known else None
-            self._change.notify_all()
+            if not self._ended:
+                self._ended, self._error = True, (known.code, known.detail, known.headers) if known else None
+                self._change.notify_all()
 
     # ---- for who wants it
 
@@ -3121,13 +3126,19 @@ class Unpacking:
 
     Knows the two forms: an OCI layout, and the docker-archive that Podman and Docker before 25 send,
     for which a manifest has to be made.
+
+    An OCI layout of the classic store has its blobs in the order of their digests, the image's manifest somewhere
+    among them. As soon as that is there, all that it lists can be read as it comes: see find().
     """
 
     OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, image_id: Digest, announce: Callable[[Digest], None]):
+        """announce is called with the digest of the image's manifest, when it is known and much is still to come."""
+        self._store, self._image_id, self._announce = store, image_id, announce
         self._new: dict[Digest, BlobWriter] = {}
+        self._relays: dict[Digest, Relay] = {}  # what arrives, for its readers
+        self._offered: dict[Digest, Blob] = {}  # what can be read by others; replaced whole: needs no lock
         self._present: set[Digest] = set()      # in the store already
         self._names: dict[str, Digest] = {}     # members of a docker-archive
         self._links: dict[str, str] = {}
@@ -3158,17 +3169,26 @@ class Unpacking:
         if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
             self._present.add(expected)
             return expected
+        relay = self._relays.setdefault(expected, Relay(size)) if expected else Relay(size)
         writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
         try:
+            relay.begin(open(writer.path, "rb"))  # noqa: SIM115 - the relay closes it
             for piece in stream.content(size):
                 writer.write(piece)
+                relay.advance(len(piece))
             digest = writer.finish()
             if expected not in (None, digest):
                 raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
+            if relay.size != size:
+                raise RegistryError("ENGINE_FAILED", f"Docker exported {size} bytes of {digest}, not {relay.size} as "
+                                                     "its manifest says")
         except BaseException:
             writer.discard()
             raise
+        relay.end()
         self._add(digest, writer)
+        if size <= MANIFEST_LIMIT and not self._offered:
+            self._recognize(digest)
         return digest
 
     def _add(self, digest: Digest, writer: BlobWriter) -> None:
@@ -3177,30 +3197,52 @@ class Unpacking:
         else:
             self._new[digest] = writer
 
+    # ---- what can be read before the end
+
+    def find(self, digest: Digest) -> Blob | None:
+        """Content of the image that is arriving: there already, or as good as there."""
+        return self._offered.get(digest)
+
+    def _recognize(self, digest: Digest) -> None:
+        """If this blob is the image's manifest, offer what it lists, unless nearly all of that is there."""
+        data = self._path(digest).read_bytes()
+        manifest = Manifest(digest, manifest_type(data) or "", data)
+        if not manifest.media_type or not self._is_of_config(manifest.document):
+            return
+        sizes = {blob: size for blob, size in manifest.sizes("config", "layers").items()
+                 if self._store.docker.size(blob) != size}
+        if sum(size for blob, size in sizes.items() if blob not in self._new) >= EARLY_EXPORT:
+            relays = {blob: self._relays.setdefault(blob, Relay(size)) for blob, size in sizes.items()}
+            self._offered = {digest: BytesBlob(data), **relays}
+            self._announce(digest)
+
+    def _is_of_config(self, document: Mapping[str, Any]) -> bool:
+        """Whether this is a manifest with the image's ID as its config, as it is on the classic store."""
+        config = document.get("config")
+        return isinstance(config, dict) and config.get("digest") == str(self._image_id)
+
     # ---- which manifest is the image's
 
-    def target(self, image_id: Digest) -> Digest:
+    def target(self) -> Digest:
         """The digest of the manifest or index of the image; LookupError when the export has none."""
         if "index.json" in self._documents:
-            index = json.loads(self._documents["index.json"])
-            return self._find_target(index, str(image_id))
+            return self._find_target(json.loads(self._documents["index.json"]))
         if "manifest.json" in self._documents:
-            return self._make_manifest(json.loads(self._documents["manifest.json"])[0], image_id)
+            return self._make_manifest(json.loads(self._documents["manifest.json"])[0])
         raise LookupError("the export ended before its index")
 
-    def _find_target(self, index: Mapping[str, Any], image_id: str) -> Digest:
+    def _find_target(self, index: Mapping[str, Any]) -> Digest:
         """Its own digest is the image's ID on the containerd store, its config's on the classic one."""
         listed = [Digest.parse(descriptor["digest"]) for descriptor in descriptors(index, "manifests")]
         for digest in listed:
-            config = self._document(digest).get("config") if self._has(digest) else None
-            if str(digest) == image_id or (isinstance(config, dict) and config.get("digest") == image_id):
+            if digest == self._image_id or (self._has(digest) and self._is_of_config(self._document(digest))):
                 return digest
         raise LookupError("the export has no manifest for this image" if listed else "the export lists nothing")
 
-    def _make_manifest(self, entry: Mapping[str, Any], image_id: Digest) -> Digest:
+    def _make_manifest(self, entry: Mapping[str, Any]) -> Digest:
         """A manifest for a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
         config, *layers = (self._names[self._links.get(name, name)] for name in (entry["Config"], *entry["Layers"]))
-        if config != image_id:
+        if config != self._image_id:
             raise LookupError(f"the export holds the config {config}, not that of the image")
         if [str(layer) for layer in layers] != self._document(config)["rootfs"]["diff_ids"]:
             raise LookupError("the layers of the export are not those that the config names")
@@ -3260,32 +3302,61 @@ class Unpacking:
             if digest in self._new:
                 self._new.pop(digest).keep(self._store.docker)
 
-    def discard(self) -> None:
-        """Remove all that was not kept."""
+    def discard(self, reason: BaseException | None) -> None:
+        """Remove all that was not kept, and tell those who read what did not come whole."""
+        error = reason if isinstance(reason, RegistryError) else RegistryError("ENGINE_FAILED", "the export broke off")
+        for relay in self._relays.values():
+            relay.end(error)
         for writer in self._new.values():
             writer.discard()
 
 
 class Exporter:
-    """Copies an image out of Docker into the store: the way that always works, and the slow one."""
+    """Copies an image out of Docker into the store: the way that always works, and the slow one.
+
+    As a provider it has the content of images that are being exported.
+    """
+
+    name = "export"
 
     def __init__(self, engine: Engine, store: Store):
         self._engine, self._store = engine, store
+        self._lock = threading.Lock()  # guards _under_way
+        self._under_way: list[Unpacking] = []
 
-    def export(self, image_id: Digest, progress: Callable[[int], None]) -> Digest:
+    def find(self, digest: Digest) -> Blob | None:
+        """See Provider."""
+        with self._lock:
+            found = (unpacking.find(digest) for unpacking in self._under_way)
+            return next((blob for blob in found if blob), None)
+
+    @contextlib.contextmanager
+    def _unpacking(self, image_id: Digest, announce: Callable[[Digest], None]) -> Iterator[Unpacking]:
+        """An unpacking whose content can be found until it ends."""
+        unpacking = Unpacking(self._store, image_id, announce)
+        with self._lock:
+            self._under_way.append(unpacking)
+        try:
+            yield unpacking
+        finally:
+            with self._lock:
+                self._under_way.remove(unpacking)
+            unpacking.discard(sys.exc_info()[1])
+
+    def export(self, image_id: Digest, progress: Callable[[int], None], announce: Callable[[Digest], None]) -> Digest:
         """Export an image and return the digest of its manifest, whose blobs are then in the store.
 
-        progress is called with the number of bytes read so far. Success means that every blob of the
-        manifest arrived with the right digest: that Docker's answer ended well means nothing. On any
-        failure nothing is left in the store, and RegistryError has the reason.
+        progress is called with the number of bytes read so far; announce with the digest that will be returned, if it
+        is known long before the end: from then on the blobs are found here. Success means that every blob of the
+        manifest arrived with the right digest: that Docker's answer ended well means nothing. On any failure
+        nothing is left in the store, and RegistryError has the reason.
         """
-        unpacking = Unpacking(self._store)
-        try:
+        with self._unpacking(image_id, announce) as unpacking:
             with self._engine.export(image_id) as response:
                 stream = ExportStream(response, progress)
                 try:
                     unpacking.unpack(stream)
-                    target = unpacking.target(image_id)
+                    target = unpacking.target()
                     content = unpacking.closure(target)
                 except (tarfile.TarError, *NONSENSE) as e:
                     reason = stream.complaint() or str(e)
@@ -3294,8 +3365,6 @@ class Exporter:
             unpacking.keep(content)
             self._store.record_export(image_id, target, content)
             return target
-        finally:
-            unpacking.discard()
 
 
 # =====================================================================================================
@@ -3307,16 +3376,27 @@ class Flight:
     """One job that is under way, and its outcome for everybody who waits for it."""
 
     def __init__(self) -> None:
+        self.known = threading.Event()  # the result may be, though the job has not ended
         self.done = threading.Event()
         self.result: Any = None
         self.error: Exception | None = None
 
-    def outcome(self) -> Any:
-        """Wait for the end: the job's result or its error."""
-        self.done.wait()
+    def announce(self, result: Any) -> None:
+        """For the job itself: tell what its result will be, if all goes well."""
+        self.result = result
+        self.known.set()
+
+    def prospect(self) -> Any:
+        """Wait until the result is known, which may be before the end: the job's result or its error."""
+        self.known.wait()
         if self.error:
             raise self.error.with_traceback(None)
         return self.result
+
+    def outcome(self) -> Any:
+        """Wait for the end: the job's result or its error."""
+        self.done.wait()
+        return self.prospect()
 
 
 class Flights:
@@ -3330,12 +3410,12 @@ class Flights:
         self._lock = threading.Lock()  # guards _flights
         self._flights: dict[Hashable, Flight] = {}
 
-    def join(self, key: Hashable, job: Callable[[], Any]) -> Any:
+    def join(self, key: Hashable, job: Callable[[Flight], Any]) -> Any:
         """The outcome of the job under way for key, or of this one if there is none: its result or its error."""
         return self.start(key, job).outcome()
 
-    def start(self, key: Hashable, job: Callable[[], Any]) -> Flight:
-        """The job under way for key, or this one, started, if there is none."""
+    def start(self, key: Hashable, job: Callable[[Flight], Any]) -> Flight:
+        """The job under way for key, or this one, started, if there is none. It is called with its flight."""
         with self._lock:
             flight = self._flights.get(key)
             if flight is None:
@@ -3344,15 +3424,16 @@ class Flights:
                     start_thread(self._run, key, flight, job)
         return flight
 
-    def _run(self, key: Hashable, flight: Flight, job: Callable[[], Any]) -> None:
+    def _run(self, key: Hashable, flight: Flight, job: Callable[[Flight], Any]) -> None:
         try:
-            flight.result = job()
+            flight.result = job(flight)
         except Exception as e:  # a boundary: the waiting threads raise it
             flight.error = e
         finally:
             with self._lock:
                 del self._flights[key]
             flight.done.set()
+            flight.known.set()
 
 
 class ProgressLog:
@@ -3392,7 +3473,7 @@ class ProgressLog:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where an engine's content is read from, in the order of asking. exports: or copied out of first.
+    """Where an engine's content is read from, in the order of asking. exports: it is copied out first.
 
     layers are those of the classic store, where they can be read. problem is what a person should know if it is
     not as it could be.
@@ -3405,7 +3486,7 @@ class Sources:
     layers: LayerDirectory | None = None
 
     def __str__(self) -> str:
-        return ", ".join([provider.name for provider in self.providers] + ["export"] * self.exports)
+        return ", ".join(provider.name for provider in self.providers)
 
 
 class Content:
@@ -3415,7 +3496,7 @@ class Content:
         """root is where Docker's data folder is to be found here, if not at the place that Docker names."""
         self._engine, self._root = engine, root
         self._service = ContentService(engine, store.root)
-        self._stored = FolderProvider("store", store.docker.path)
+        self._stored, self.exporter = FolderProvider("store", store.docker.path), Exporter(engine, store)
         self._sources: Sources | None = None  # replaced whole: needs no lock
         self._lock = threading.Lock()  # guards what follows
         self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that is believed, its size
@@ -3440,13 +3521,14 @@ class Content:
         return sources
 
     def _find_sources(self, info: EngineInfo) -> Sources:
-        root, providers = self._root or info.root, [self._stored]
+        root = self._root or info.root
+        providers: list[Provider] = [self._stored]
         if info.store != "containerd":
             layers = LayerDirectory(root) if os.access(root / "image/overlay2/layerdb/sha256", os.R_OK) else None
             problem = self._folder_problem(layers, root, info)
             if layers and not problem:
-                return Sources(info, (self._stored, layers), exports=True, layers=layers)
-            return Sources(info, (self._stored,), exports=True, problem=problem)
+                return Sources(info, (self._stored, layers, self.exporter), exports=True, layers=layers)
+            return Sources(info, (self._stored, self.exporter), exports=True, problem=problem)
         folder = content_folder(root)
         files = self._content_directory(folder) if folder else None
         problem = self._folder_problem(files, root, info)
@@ -3457,7 +3539,7 @@ class Content:
             return Sources(info, (*providers, self._service), problem=problem)
         if len(providers) > 1:
             return Sources(info, tuple(providers))
-        return Sources(info, tuple(providers), exports=True, problem=(
+        return Sources(info, (self._stored, self.exporter), exports=True, problem=(
             f"images are exported one by one: Docker's content can't be read: {unserved}"))
 
     @staticmethod
@@ -3503,6 +3585,8 @@ class Content:
         blob = self.find(digest)
         if blob is None or blob.size != size:
             return False
+        if isinstance(blob, Relay):  # it is arriving, and may yet fail
+            return True
         with self._lock:
             if len(self._seen) >= MEMORY_LIMIT:
                 self._seen.clear()
@@ -3609,7 +3693,7 @@ class Pulls:
         """
         self._origins.check(reference)
         used = self._origins.credentials(reference, credentials)
-        pull = self._flights.start(("pull", reference, used), lambda: self._run(reference, used, old))
+        pull = self._flights.start(("pull", reference, used), lambda _: self._run(reference, used, old))
         try:
             if not pull.done.wait(EARLY_ANSWER):
                 lasting()
@@ -3637,7 +3721,7 @@ class Pulls:
     def _look_up(self, reference: Reference, credentials: Credentials | None) -> Flight:
         """The question to an image's registry which digest a tag has there now."""
         return self._flights.start(("digest", reference, credentials),
-                                   lambda: self._engine.origin_digest(reference, credentials))
+                                   lambda _: self._engine.origin_digest(reference, credentials))
 
     def is_outdated(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
         """Whether a tag means another image at its registry than at Docker, as far as that can be found out."""
@@ -3839,26 +3923,37 @@ class Fetcher:
 class Exports:
     """Copies images out of Docker into the store, each once for all who want it."""
 
-    def __init__(self, engine: Engine, store: Store, done: Callable[[], None]):
+    def __init__(self, exporter: Exporter, store: Store, done: Callable[[], None]):
         """done is called after each export."""
-        self._store, self._exporter, self._done = store, Exporter(engine, store), done
+        self._exporter, self._store, self._done = exporter, store, done
         self._flights = Flights()
+        self._broken: set[Digest] = set()  # images whose last export failed; one operation each: needs no lock
 
     def manifest(self, image: EngineImage) -> Digest:
-        """The digest of the manifest of an image that is in the store, exported just now if need be."""
-        target: Digest = self._store.exported(image.id) or self.start(image).outcome()
+        """The digest of the manifest of an image that is in the store, or on its way there, exported if need be."""
+        target: Digest = self._store.exported(image.id) or self.start(image).prospect()
         return target
 
     def start(self, image: EngineImage) -> Flight:
         """The export of an image, begun if it is not under way; its outcome is the digest of the manifest."""
-        return self._flights.start(("export", image.id), lambda: self._run(image))
+        return self._flights.start(("export", image.id), lambda flight: self._run(image, flight))
 
-    def _run(self, image: EngineImage) -> Digest:
+    def _run(self, image: EngineImage, flight: Flight) -> Digest:
         done = self._store.exported(image.id)
         if done:  # by a flight that landed after the caller had looked
             return done
+
+        promising = image.id not in self._broken  # after a failure the next request gets a proper status
+
+        def announce(target: Digest) -> None:
+            if promising:
+                log.info("export %s: manifest %s, served while the rest arrives", image.id, target)
+                flight.announce(target)
+
         with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
-            target = self._exporter.export(image.id, lines.tell_rate)
+            self._broken.add(image.id)  # until it is done
+            target = self._exporter.export(image.id, lines.tell_rate, announce)
+            self._broken.discard(image.id)
             lines.done(f"manifest {target}")
         self._done()
         return target
@@ -3886,7 +3981,7 @@ class Registry:
         self._content = Content(engine, store, docker_root)
         self._pulls = Pulls(engine, self._content, self._origins)
         self._fetcher = Fetcher(engine, store, self._origins)
-        self._exports = Exports(engine, store, lambda: start_thread(self.tidy_up))
+        self._exports = Exports(self._content.exporter, store, lambda: start_thread(self.tidy_up))
         self._flights = Flights()
 
     def close(self) -> None:
@@ -3930,8 +4025,11 @@ class Registry:
 
     @staticmethod
     def _is_manifest(blob: Blob) -> bool:
-        """Whether a blob is a manifest. The first byte rules it out for all that is not JSON."""
-        return (blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
+        """Whether a blob is a manifest. The first byte rules it out for all that is not JSON.
+
+        What is arriving is what a manifest lists.
+        """
+        return (not isinstance(blob, Relay) and blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
                 and manifest_type(read_blob(blob, MANIFEST_LIMIT)) is not None)
 
     def _export_image_with(self, reference: Reference, blobs: Iterable[Digest]) -> None:
@@ -3942,7 +4040,7 @@ class Registry:
         for image_id in self.engine.images_of(reference.docker_repository()):
             image = self.engine.image(str(image_id))
             if image and all(digest == image.id or str(digest) in image.layers for digest in blobs):
-                if not self._exports.start(image).done.wait(LAST_ANSWER):
+                if not self._exports.start(image).known.wait(LAST_ANSWER):
                     raise RegistryError("STILL_PULLING", f"Docker is still exporting {image.id}: ask again")
                 return
 
@@ -3968,7 +4066,7 @@ class Registry:
         # A job of its own, so that no sum of delays keeps the client from its answer. What can be shared with other
         # requests is shared further down.
         sure = threading.Event()
-        work = self._flights.start(object(), lambda: self._docker_manifest(reference, own_name, credentials, sure))
+        work = self._flights.start(object(), lambda _: self._docker_manifest(reference, own_name, credentials, sure))
         if work.done.wait(LAST_ANSWER):
             manifest: Manifest = work.outcome()
             return manifest
@@ -4130,7 +4228,7 @@ class Registry:
         """A manifest whose blobs are all here or on their way; MANIFEST_UNKNOWN says which ones cannot be got."""
         if self._missing(reference, manifest, credentials):
             self._flights.join(("repair", reference, manifest.digest, credentials),
-                               lambda: self._repair(reference, manifest, credentials))
+                               lambda _: self._repair(reference, manifest, credentials))
         self.store.touch_fetch(manifest.digest, manifest.sizes("config", "layers", "blobs"))
         return manifest
 

@@ -552,6 +552,31 @@ class ClassicStore(EveryEngine):
         self.assertEqual((200, image_id), (answer.status, answer.json["config"]["digest"]), answer.body)
 
 
+class ModernExports:
+    """Docker 25 and newer: an export is an OCI layout, and the manifest lies somewhere in it."""
+
+    def test_the_node_receives_while_the_export_comes_in(self):
+        """With many layers, the manifest is hardly ever the last thing."""
+        for attempt in range(20):
+            tag = str(attempt)
+            self.build(tag, {f"file{i}": os.urandom(9_000_000) for i in range(6)})
+            program = self.program()
+            reference = f"docker.io/library/{self.name}:{tag}"
+            self.pull(program, reference)
+            program.wait_for_line("done in")
+            early = program.lines("while the rest arrives")
+            if early:
+                break
+            program.stop()
+            lab.NODE.forget()
+        self.assertEqual(1, len(program.jobs("export")))
+        digest = lab.NODE.digest(reference)
+        self.assertIn(digest, early[0])
+        self.assertEqual(lab.NODE.content(digest), program.get(self.manifest_path(tag)).body)
+        log = "\n".join(program.log)
+        self.assertLess(log.index(f"manifests/{digest}"), log.index("done in"), "it had the manifest before the end")
+
+
 class TestContainerd(InContainer, ContainerdStore, EngineCase):
     engine = lab.ENGINES["containerd"]
 
@@ -560,7 +585,7 @@ class TestContainerd26(ContainerdStore, EngineCase):
     engine = lab.ENGINES["containerd-26"]
 
 
-class TestClassic(InContainer, ClassicStore, EngineCase):
+class TestClassic(InContainer, ModernExports, ClassicStore, EngineCase):
     engine = lab.ENGINES["classic"]
 
 

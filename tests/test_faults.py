@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import resource
 import struct
 import sys
 import threading
@@ -196,6 +197,109 @@ class TestExports(FaultCase):
             thread.join(30)
         self.assertEqual([502] * 5, answers)
         self.assertEqual(1, sum("/get " in line for line in self.daemon.requests))
+
+
+class TestEarlyExports(FaultCase):
+    """The classic store: what is served while the export is still coming in."""
+
+    SIZE = module.EARLY_EXPORT + 4_000_000
+
+    @staticmethod
+    def large_image(size, manifest_first):
+        """An image of one large layer, with its manifest before or behind that in an export."""
+        while True:
+            image = Image(os.urandom(8).hex() + "x" * size)
+            if (image.digest < sha256(image.layer)) == manifest_first:
+                return image
+
+    def start_export(self, image, change=lambda data: data, hold=True):
+        """Have an export that stops in the middle of the layer until go_on is set; change is made to what follows."""
+        self.start("classic", add=False)
+        self.image = self.daemon.add("app:1", image)
+        self.asked, self.go_on = threading.Event(), threading.Event()
+        self.addCleanup(self.go_on.set)
+        whole = self.daemon.exports[image.config_digest]
+        middle = whole.index(image.layer) + len(image.layer) // 2
+
+        def send(sock):
+            first, second = chunked(whole[:middle])[:-5], chunked(change(whole[middle:])).split(b"\r\n\r\n", 1)[1]
+            sock.sendall(first)
+            self.asked.set()
+            if hold:
+                self.go_on.wait(30)
+            sock.sendall(second)
+
+        self.daemon.faults["/get "] = send
+
+    def test_served_while_it_arrives(self):
+        self.start_export(self.large_image(self.SIZE, manifest_first=True))
+        head = self.program.head(MANIFEST)
+        self.assertEqual((200, self.image.digest), (head.status, head.headers["Docker-Content-Digest"]))
+        by_digest = self.program.get(f"/v2/library/app/manifests/{self.image.digest}?ns=docker.io")
+        self.assertEqual((200, self.image.manifest), (by_digest.status, by_digest.body))
+        layer, part = self.program.begin_get(self.layer_path()), self.program.begin_get(
+            self.layer_path(), Range="bytes=5-9999999")
+        self.assertEqual((200, str(len(self.image.layer))), (layer.status, layer.headers["Content-Length"]))
+        self.assertEqual((206, self.image.layer[5:1_000_000]), (part.status, part.read(999_995)), "it flows")
+        self.assertEqual([], self.program.lines("done in"))
+        self.assertEqual(404, self.program.get(f"/v2/library/app/blobs/{self.image.digest}?ns=docker.io").status,
+                         "a manifest is no blob, though it is arriving")
+        self.go_on.set()
+        self.assertEqual(sha256(self.image.layer), sha256(layer.read()))
+        self.program.wait_for_line("done in")
+        self.assert_serves()
+        self.assertEqual(1, len(self.program.jobs("export")))
+
+    def test_what_comes_before_the_manifest(self):
+        """Then there is nothing to serve before the end, and nothing is promised."""
+        self.start_export(self.large_image(self.SIZE, manifest_first=False), hold=False)
+        self.assert_serves()
+        self.assertEqual([], self.program.lines("while the rest arrives"))
+
+    def test_little_is_waited_for(self):
+        self.start_export(self.large_image(self.SIZE // 2, manifest_first=True), hold=False)
+        self.assert_serves()
+        self.assertEqual([], self.program.lines("while the rest arrives"))
+
+    def check_failure(self, change, status, code, reason):
+        """A failure after the manifest was served: no bad content, no silent wait, and a proper status from then on."""
+        self.start_export(self.large_image(self.SIZE, manifest_first=True), change)
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        layer = self.program.begin_get(self.layer_path())
+        self.go_on.set()
+        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+            layer.read()
+        self.program.wait_for_line(": failed after")
+        self.assertIn(reason, self.program.wait_for_line("closed early"))
+        for _ in range(2):
+            answer = self.program.get(MANIFEST)
+            self.assertEqual((status, code), (answer.status, answer.code))
+        self.assertEqual(1, len(self.program.lines("while the rest arrives")))
+        self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
+        self.daemon.faults.clear()
+        self.assert_serves()
+
+    def test_it_breaks_off(self):
+        self.check_failure(lambda rest: rest[:2_000_000], 502, "ENGINE_FAILED", "unexpected end of data")
+
+    def test_other_bytes(self):
+        self.check_failure(lambda rest: b"y" + rest[1:], 502, "ENGINE_FAILED", "with the bytes of")
+
+    def test_the_disk_is_full(self):
+        """Only a real disk is ever full: here, its limit on the size of a file."""
+        image = self.large_image(self.SIZE, manifest_first=True)
+        self.start_export(image)
+        resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (self.SIZE * 3 // 4, resource.RLIM_INFINITY))
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        layer = self.program.begin_get(self.layer_path())
+        self.go_on.set()
+        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+            layer.read()
+        self.assertIn("STORE_FAILED", self.program.wait_for_line("closed early"))
+        answer = self.program.get(MANIFEST)
+        self.assertEqual((500, "STORE_FAILED"), (answer.status, answer.code))
+        resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        self.assert_serves()
 
 
 class TestContentService(FaultCase):

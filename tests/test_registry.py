@@ -15,6 +15,7 @@ from k3d_registry_dockerd import (
     Credentials,
     Engine,
     EngineHost,
+    Flight,
     Flights,
     ProgressLog,
     Reference,
@@ -29,7 +30,7 @@ class TestFlights(unittest.TestCase):
         self.flights, self.go_on, self.runs = Flights(), threading.Event(), []
 
     def job(self, outcome):
-        def run():
+        def run(flight):
             self.runs.append(outcome)
             self.go_on.wait(30)
             if isinstance(outcome, Exception):
@@ -98,7 +99,8 @@ class TestSharedWork(RegistryCase):
         self.daemon.add("app:1", self.image)
         image = self.registry.engine.image("app:1")
         with self.assertLogs("k3d-registry-dockerd"):
-            self.assertEqual([self.image.digest] * 2, [str(self.registry._exports._run(image)) for _ in range(2)])
+            found = [str(self.registry._exports._run(image, Flight())) for _ in range(2)]
+        self.assertEqual([self.image.digest] * 2, found)
         self.assertEqual(1, self.asked("/get "))
 
     def test_a_pull_that_landed_a_moment_ago(self):
