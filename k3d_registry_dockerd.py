@@ -2894,6 +2894,7 @@ class Layer:
     # In the headers of sparse files, of which the notes say less than it takes: Docker can't export them either,
     # and does not take the older form of them at all.
     SPARSE = b"GNU.sparse."
+    EXTENDED = 1024         # bytes that a header with such records has at least: itself, and a block for them
     SLACK = 60              # seconds for which Docker may still be at work on a layer's files when it has noted all
 
     def __init__(self, notes: Path, files: Path, fail: Callable[[str], RegistryError]):
@@ -2912,15 +2913,19 @@ class Layer:
 
     def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
         """For each piece of the tar: the name of the file it is, or None; its size in bytes; or else its base64."""
-        with gzip.open(self._split) as lines:
-            for line in lines:
-                entry = json.loads(line)
-                if entry["type"] == 2:
-                    text = entry["payload"]
-                    yield None, len(text) // 4 * 3 - text[-2:].count("="), text
-                elif entry.get("size"):
-                    raw = entry.get("name_raw")
-                    yield base64.b64decode(raw) if raw else entry["name"].encode(), entry["size"], ""
+        for entry in self._entries():
+            if entry["type"] == 2:
+                text = entry["payload"]
+                yield None, len(text) // 4 * 3 - text[-2:].count("="), text
+            elif entry.get("size"):
+                raw = entry.get("name_raw")
+                yield binascii.a2b_base64(raw) if raw else entry["name"].encode(), entry["size"], ""
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """The lines of the notes, parsed. Many at a time: that takes a third of the time."""
+        with gzip.open(self._split) as unzipped, io.BufferedReader(unzipped, PIECE) as file:
+            while lines := file.readlines(PIECE):
+                yield from json.loads(b"[%s]" % b",".join(lines))
 
     def _measure(self) -> int:
         """The size of the tar in bytes; ValueError or OSError when one of the files is not as it was."""
@@ -2929,7 +2934,7 @@ class Layer:
             for name, length, text in self._segments():
                 if name is not None:
                     files.check(name, length)
-                elif self.SPARSE in base64.b64decode(text):
+                elif length >= self.EXTENDED and self.SPARSE in binascii.a2b_base64(text):
                     raise ValueError("it has sparse files")
                 size += length
         return size
@@ -2947,7 +2952,7 @@ class Layer:
                 first, last = max(start - position, 0), min(end - position, size)
                 if first < last:
                     if name is None:
-                        pending += base64.b64decode(text)[first:last]
+                        pending += binascii.a2b_base64(text)[first:last]
                     elif last - first < self.SENDFILE:
                         pending += files.read(name, size, first, last)
                     else:
