@@ -15,12 +15,15 @@ the content came. "Ten nodes" are processes that each read all blobs of the imag
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import http.client
 import json
 import multiprocessing
 import os
 import platform
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -127,9 +130,9 @@ def pull(image, address):
     return seconds(lab.NODE.fetch, image.reference, address)
 
 
-def save(image):
+def save(engine, name):
     """`docker save` to nowhere, in seconds."""
-    return seconds(lab.chroot, "sh", "-c", f"docker -H {image.engine.host} save {image.name} > /dev/null")
+    return seconds(lab.chroot, "sh", "-c", f"docker -H {engine.host} save {name} > /dev/null")
 
 
 def save_and_import(image):
@@ -238,7 +241,7 @@ class Series:
 def cold_pulls(series, case, image, runs):
     static = lab.ORIGINS["open"].host
     for _ in range(runs):
-        series.add(case, "docker save", save(image))
+        series.add(case, "docker save", save(image.engine, image.name))
         series.add(case, "save + import", save_and_import(image))
         series.add(case, "static registry", pull(image, static))
         for way, mounted in WAYS:
@@ -258,9 +261,51 @@ def rebuilt(series, image, runs):
                 duration = seconds(lab.NODE.fetch, f"docker.io/library/{name}", program.address)
                 series.add(case, way, duration, cost(program))
                 if not mounted:
-                    series.add(case, "docker save", seconds(lab.chroot, "sh", "-c", (
-                        f"docker -H {image.engine.host} save {name} > /dev/null")))
+                    series.add(case, "docker save", save(image.engine, name))
                 image.engine.remove(name)
+
+
+def push(engine, name, address):
+    """`docker push` of an image that an engine has, in seconds."""
+    target = f"{address}/{name}"
+    engine.docker("tag", name, target)
+    duration = seconds(engine.docker, "push", "-q", target)
+    engine.remove(target)
+    return duration
+
+
+@contextlib.contextmanager
+def empty_registry():
+    """A static registry with nothing in it; gives its HOST:PORT."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    origin = lab.Origin("bench-origin", port, private=False)
+    origin.start()
+    try:
+        yield origin.host
+    finally:
+        origin.stop()
+        shutil.rmtree(origin.folder)
+
+
+def pushes(series, image, runs):
+    """The developer's other loop: docker push of a large image that was rebuilt, when the one before is there."""
+    case = "push, one small layer changed"
+    with contextlib.ExitStack() as stack:
+        programs = {way: stack.enter_context(registry(image, mounted)) for way, mounted in WAYS}
+        addresses = {"static registry": stack.enter_context(empty_registry()),
+                     **{way: program.address for way, program in programs.items()}}
+        for way, address in addresses.items():
+            say(f"{series.engine.name}: the first push to {way}: {push(image.engine, image.name, address):.2f} s")
+        for _ in range(runs):
+            tag = uuid.uuid4().hex[:8]
+            name = f"{image.name.split(':')[0]}:{tag}"
+            image.engine.build(name, {"changed": os.urandom(100_000)}, image.name)
+            series.add(case, "docker save", save(image.engine, name))
+            for way, address in addresses.items():
+                series.add(case, way, push(image.engine, name, address),
+                           cost(programs[way]) if way in programs else None)
+            image.engine.remove(name)
 
 
 def ten_nodes(series, image, runs):
@@ -303,9 +348,11 @@ def markdown(rows, requests, startup, arguments):
     def number(value, form):
         return "" if value is None else form.format(value)
 
-    yield (f"{datetime.date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, Docker "
-           f"{lab.ENGINES['containerd'].docker('version', '-f', '{{.Server.Version}}')}, medians of {arguments.runs}; "
-           f"start-up {startup:.2f} s")
+    docker = lab.ENGINES["containerd"].docker("version", "-f", "{{.Server.Version}}")
+    node, static = (lab.chroot(*command).stdout.split()[2] for command in (
+        ("containerd", "--version"), ("docker-registry", "--version")))
+    yield (f"{datetime.date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, Docker {docker}, "
+           f"containerd {node}, docker-registry {static}; medians of {arguments.runs}; start-up {startup:.2f} s")
     yield ""
     yield "| store | what | how | seconds | × static | × docker save | CPU s | peak MB | disk MB |"
     yield "| --- | --- | --- | --: | --: | --: | --: | --: | --: |"
@@ -342,6 +389,7 @@ def main():
             cold_pulls(series, f"cold pull, {large.size / 1e6:.0f} MB", large, arguments.runs)
             cold_pulls(series, "cold pull, 20,000 files", files, arguments.runs)
             rebuilt(series, large, arguments.runs)
+            pushes(series, large, arguments.runs)
             ten_nodes(series, large, arguments.runs)
             requests[name] = small_requests(large)
             rows += series.table()
