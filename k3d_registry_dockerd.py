@@ -1987,7 +1987,9 @@ class Relay:
             raise RegistryError(*self._error)
 
     def open(self, start: int, length: int) -> Body:
-        """See Blob; but errors come while the body is read."""
+        """See Blob; but errors that are not known yet come while the body is read."""
+        with self._change:
+            self._raise()
         parts = self.follow(start, length)
         return StreamBody(parts, length, parts.close, waits=True)
 
@@ -2024,9 +2026,13 @@ class SharedRead:
     STEP = MIB  # bytes after which readers are told that a file has grown: each time wakes up all of them
 
     def __init__(self, size: int, read: Callable[[int, int], StreamBody], folder: Path, lock: threading.Lock):
-        """read gives the content from a position on, as many bytes as wanted. The lock guards all but what is here."""
+        """read gives the content from a position on, as many bytes as wanted: bytes, and no slices of files.
+
+        The lock guards all that follows in this method.
+        """
         self._size, self._read, self._folder, self._lock = size, read, folder, lock
         self.readers = 0
+        self.failed = False  # nobody should join any more
         self._given = 0     # bytes that the first reader got from the source himself
         self._busy = True   # the first reader is about to ask the source for more, and nobody else may
         self._source: StreamBody | None = None
@@ -2040,12 +2046,12 @@ class SharedRead:
         with self._failing():
             self._source = self._read(0, self._size)
         self._release(b"")
-        return self._direct(self._source.parts())
+        return self._direct(iter(self._source))
 
-    def _direct(self, parts: Iterator[Part]) -> Generator[Part, None, None]:
+    def _direct(self, pieces: Iterator[Data]) -> Generator[Part, None, None]:
         while self._claim():
             with self._failing():
-                piece = next(parts, b"")
+                piece = next(pieces, b"")
             if self._release(piece):
                 if not piece:
                     return
@@ -2058,7 +2064,7 @@ class SharedRead:
             self._busy = self._rest is None
             return self._busy
 
-    def _release(self, piece: Any) -> bool:
+    def _release(self, piece: Data) -> bool:
         """Be done with the source for now; whether the piece that it gave is the first reader's, and not for a file."""
         with self._lock:
             self._busy, rest = False, self._rest
@@ -2075,8 +2081,8 @@ class SharedRead:
             yield
         except BaseException as e:
             with self._lock:
-                self._busy, rest = False, self._rest
-            if rest:  # then the source is nobody's: otherwise it is for the next reader, or for close()
+                self._busy, self.failed, rest = False, True, self._rest
+            if rest:  # then the source is nobody's: otherwise it is for close()
                 rest.end(e if isinstance(e, Exception) else RegistryError("UNKNOWN", "the first reader was cut off"))
                 if self._source:
                     self._source.close()
@@ -2093,10 +2099,10 @@ class SharedRead:
             idle, beginning, rest = not self._busy, self._beginning, self._rest
         assert beginning is not None
         assert rest is not None
-        if new:
-            self._start_filling(beginning, lambda: self._read(0, beginning.size))
-            if idle:
-                self._fill_rest(rest, b"")
+        if new and idle:
+            self._fill_rest(rest, b"")
+        if new and beginning.size:
+            self._fill_beginning(beginning)
         return self._follow(0)
 
     def _follow(self, position: int) -> Generator[Part, None, None]:
@@ -2120,29 +2126,46 @@ class SharedRead:
 
     # ---- the files
 
-    def _fill_rest(self, relay: Relay, piece: Any) -> None:
+    def _fill_beginning(self, relay: Relay) -> None:
+        """Have what the first reader got read once more, into a file."""
+        try:
+            source = self._read(0, relay.size)
+        except RegistryError as e:
+            self._fail(relay, e)
+        else:
+            self._fill(relay, source)
+
+    def _fill_rest(self, relay: Relay, piece: Data) -> None:
         """Have the source go on into a file, which begins with a piece that it has given already."""
         source = self._source
-        assert source is not None
-        parts = itertools.chain([piece] if piece else [], source.parts())
-        self._start_filling(relay, lambda: StreamBody(parts, relay.size, source.close))
+        if source is None:  # it could not be opened, and the first reader has not yet left
+            self._fail(relay, RegistryError("UNAVAILABLE", "the content could not be opened a moment ago"))
+        else:
+            self._fill(relay, StreamBody(itertools.chain([piece], source), relay.size, source.close))
 
-    def _start_filling(self, relay: Relay, read: Callable[[], StreamBody]) -> None:
+    def _fill(self, relay: Relay, source: StreamBody) -> None:
+        """Have a source go into a file, in a thread of its own, which closes it in the end."""
         try:
-            start_thread(self._fill, relay, read)
+            with undo(source.close):
+                start_thread(self._run, relay, source)
         except RegistryError as e:
-            relay.end(e)
+            self._fail(relay, e)
 
-    def _fill(self, relay: Relay, read: Callable[[], StreamBody]) -> None:
+    def _run(self, relay: Relay, source: StreamBody) -> None:
         try:
-            with contextlib.closing(read()) as source, disk_errors(f"write to {self._folder}"):
+            with contextlib.closing(source), disk_errors(f"write to {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the relay closes it
                 relay.begin(file)
                 self._copy(source, file.fileno(), relay)
             relay.end()
         except Exception as e:  # a boundary: the readers are told
-            relay.end(e)
+            self._fail(relay, e)
+
+    def _fail(self, relay: Relay, error: Exception) -> None:
+        with self._lock:
+            self.failed = True
+        relay.end(error)
 
     def _copy(self, source: StreamBody, file: int, relay: Relay) -> None:
         """Write all of a source to where the file ends: its own position is moved about by those who send it."""
@@ -2185,16 +2208,20 @@ class Sharing:
         if size < self.WORTHWHILE:
             return read(0, size)
         with self._lock:
-            first = digest not in self._reads
-            shared = self._reads.setdefault(digest, SharedRead(size, read, self._folder, self._lock))
+            shared = self._reads.get(digest)
+            first = shared is None or shared.failed
+            if shared is None or shared.failed:
+                shared = self._reads[digest] = SharedRead(size, read, self._folder, self._lock)
             shared.readers += 1
         leave = functools.partial(self._leave, digest, shared)
         with undo(leave):
             parts = shared.begin() if first else shared.join()
 
         def close() -> None:
-            parts.close()
-            leave()
+            try:
+                parts.close()
+            finally:
+                leave()
 
         return StreamBody(parts, size, close, waits=not first)
 
@@ -2202,7 +2229,7 @@ class Sharing:
         with self._lock:
             shared.readers -= 1
             last = not shared.readers
-            if last:
+            if last and self._reads.get(digest) is shared:
                 del self._reads[digest]
         if last:
             shared.close()
@@ -2273,13 +2300,13 @@ class Payload:
 
     def varint(self) -> int:
         """A number as protobuf writes it: seven bits a byte, the low ones first."""
-        number = shift = 0
-        while True:
+        number = 0
+        for shift in range(0, 70, 7):
             byte = self.take(1)[0]
             number |= (byte & 0x7F) << shift
-            shift += 7
             if byte < 0x80:
                 return number
+        raise Http2Error(f"a number of more than 64 bits in {self._what}")
 
 
 class Http2Connection:
@@ -2482,17 +2509,20 @@ class ContentService:
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
         call = self._call("Info", encode_fields((1, str(digest))))
-        info: dict[int, Any] = {}
+        size: Any = None
         try:
             with contextlib.closing(call), self._errors(f"reading {digest}"):
                 for message in call:
-                    found = decode_fields(message).get(1, b"")
-                    info = decode_fields(Payload(iter([found]), "a protobuf message"))
+                    info = decode_fields(message).get(1)
+                    if isinstance(info, bytes):
+                        size = decode_fields(Payload(iter([info]), "a protobuf message")).get(2, 0)
+                if not isinstance(size, int):
+                    raise Http2Error("a protobuf message without the size")
         except GrpcError as e:
             if e.status == GRPC_NOT_FOUND:
                 return None
             raise RegistryError("ENGINE_FAILED", f"Docker's content service on {digest}: {e}") from e
-        return ServiceBlob(self, digest, int(info.get(2, 0)))
+        return ServiceBlob(self, digest, size)
 
     def share(self, digest: Digest, size: int) -> Body:
         """All of some content, for one of maybe many readers."""
@@ -3138,12 +3168,16 @@ class Unpacking:
 
     OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
 
-    def __init__(self, store: Store, image_id: Digest, announce: Callable[[Digest], None]):
-        """announce is called with the digest of the image's manifest, when it is known and much is still to come."""
+    def __init__(self, store: Store, image_id: Digest, announce: Callable[[Digest], None] | None):
+        """announce is called with the digest of the image's manifest, when it is known and much is still to come.
+
+        With None nothing is offered before the end.
+        """
         self._store, self._image_id, self._announce = store, image_id, announce
         self._new: dict[Digest, BlobWriter] = {}
-        self._relays: dict[Digest, Relay] = {}  # what arrives, for its readers
-        self._offered: dict[Digest, Blob] = {}  # what can be read by others; replaced whole: needs no lock
+        # What can be read before the end; both are replaced whole: they need no lock.
+        self._manifest: Manifest | None = None
+        self._relays: dict[Digest, Relay] = {}
         self._present: set[Digest] = set()      # in the store already
         self._names: dict[str, Digest] = {}     # members of a docker-archive
         self._links: dict[str, str] = {}
@@ -3173,27 +3207,28 @@ class Unpacking:
     def _take_blob(self, stream: ExportStream, expected: Digest | None, size: int) -> Digest:
         if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
             self._present.add(expected)
+            self._offer_whole(expected, size)
             return expected
-        relay = self._relays.setdefault(expected, Relay(size)) if expected else Relay(size)
+        relay = self._relay(expected, size)
         writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
         try:
-            relay.begin(open(writer.path, "rb"))  # noqa: SIM115 - the relay closes it
+            if relay:
+                self._begin(relay, writer.path)
             for piece in stream.content(size):
                 writer.write(piece)
-                relay.advance(len(piece))
+                if relay:
+                    relay.advance(len(piece))
             digest = writer.finish()
             if expected not in (None, digest):
                 raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
-            if relay.size != size:
-                raise RegistryError("ENGINE_FAILED", f"Docker exported {size} bytes of {digest}, not {relay.size} as "
-                                                     "its manifest says")
         except BaseException:
             writer.discard()
             raise
-        relay.end()
+        if relay:
+            relay.end()
         self._add(digest, writer)
-        if size <= MANIFEST_LIMIT and not self._offered:
-            self._recognize(digest)
+        if self._announce and not self._manifest and size <= MANIFEST_LIMIT:
+            self._recognize(digest, self._announce)
         return digest
 
     def _add(self, digest: Digest, writer: BlobWriter) -> None:
@@ -3206,20 +3241,48 @@ class Unpacking:
 
     def find(self, digest: Digest) -> Blob | None:
         """Content of the image that is arriving: there already, or as good as there."""
-        return self._offered.get(digest)
+        manifest = self._manifest
+        if manifest and digest == manifest.digest:
+            return BytesBlob(manifest.data)
+        return self._relays.get(digest)
 
-    def _recognize(self, digest: Digest) -> None:
+    def _recognize(self, digest: Digest, announce: Callable[[Digest], None]) -> None:
         """If this blob is the image's manifest, offer what it lists, unless nearly all of that is there."""
-        data = self._path(digest).read_bytes()
+        with disk_errors(f"read {digest}"):
+            data = self._path(digest).read_bytes()
         manifest = Manifest(digest, manifest_type(data) or "", data)
         if not manifest.media_type or not self._is_of_config(manifest.document):
             return
         sizes = {blob: size for blob, size in manifest.sizes("config", "layers").items()
                  if self._store.docker.size(blob) != size}
         if sum(size for blob, size in sizes.items() if blob not in self._new) >= EARLY_EXPORT:
-            relays = {blob: self._relays.setdefault(blob, Relay(size)) for blob, size in sizes.items()}
-            self._offered = {digest: BytesBlob(data), **relays}
-            self._announce(digest)
+            self._relays = {blob: Relay(size) for blob, size in sizes.items()}
+            for blob in sizes:
+                if blob in self._new:
+                    self._offer_whole(blob, self._path(blob).stat().st_size)
+            self._manifest = manifest
+            announce(digest)
+
+    def _relay(self, digest: Digest | None, size: int) -> Relay | None:
+        """What readers of a blob follow, if it is offered; ENGINE_FAILED when it has another size than it should."""
+        relay = self._relays.get(digest) if digest else None
+        if relay and relay.size != size:
+            raise RegistryError("ENGINE_FAILED", f"Docker exported {digest} with {size} bytes, not with {relay.size} "
+                                                 "as its manifest says")
+        return relay
+
+    def _offer_whole(self, digest: Digest, size: int) -> None:
+        """Let readers of a blob have it, which is all there."""
+        relay = self._relay(digest, size)
+        if relay and not relay.count:
+            self._begin(relay, self._path(digest))
+            relay.advance(size)
+            relay.end()
+
+    @staticmethod
+    def _begin(relay: Relay, path: Path) -> None:
+        with disk_errors(f"read {path}"):
+            relay.begin(open(path, "rb"))  # noqa: SIM115 - the relay closes it
 
     def _is_of_config(self, document: Mapping[str, Any]) -> bool:
         """Whether this is a manifest with the image's ID as its config, as it is on the classic store."""
@@ -3231,7 +3294,10 @@ class Unpacking:
     def target(self) -> Digest:
         """The digest of the manifest or index of the image; LookupError when the export has none."""
         if "index.json" in self._documents:
-            return self._find_target(json.loads(self._documents["index.json"]))
+            target = self._find_target(json.loads(self._documents["index.json"]))
+            if self._manifest and self._manifest.digest != target:
+                raise LookupError("the export has two manifests for this image")
+            return target
         if "manifest.json" in self._documents:
             return self._make_manifest(json.loads(self._documents["manifest.json"])[0])
         raise LookupError("the export ended before its index")
@@ -3307,11 +3373,14 @@ class Unpacking:
             if digest in self._new:
                 self._new.pop(digest).keep(self._store.docker)
 
-    def discard(self, reason: BaseException | None) -> None:
-        """Remove all that was not kept, and tell those who read what did not come whole."""
-        error = reason if isinstance(reason, RegistryError) else RegistryError("ENGINE_FAILED", "the export broke off")
+    def fail(self, reason: BaseException) -> None:
+        """Tell those who read what does not come any more."""
+        error = reason if isinstance(reason, RegistryError) else RegistryError("UNKNOWN", type(reason).__name__)
         for relay in self._relays.values():
             relay.end(error)
+
+    def discard(self) -> None:
+        """Remove all that was not kept."""
         for writer in self._new.values():
             writer.discard()
 
@@ -3336,23 +3405,29 @@ class Exporter:
             return next((blob for blob in found if blob), None)
 
     @contextlib.contextmanager
-    def _unpacking(self, image_id: Digest, announce: Callable[[Digest], None]) -> Iterator[Unpacking]:
+    def _unpacking(self, image_id: Digest, announce: Callable[[Digest], None] | None) -> Iterator[Unpacking]:
         """An unpacking whose content can be found until it ends."""
         unpacking = Unpacking(self._store, image_id, announce)
         with self._lock:
             self._under_way.append(unpacking)
         try:
             yield unpacking
+        except BaseException as e:
+            unpacking.fail(e)
+            raise
         finally:
             with self._lock:
                 self._under_way.remove(unpacking)
-            unpacking.discard(sys.exc_info()[1])
+            unpacking.discard()
 
-    def export(self, image_id: Digest, progress: Callable[[int], None], announce: Callable[[Digest], None]) -> Digest:
+    def export(self, image_id: Digest, progress: Callable[[int], None],
+               announce: Callable[[Digest], None] | None = None) -> Digest:
         """Export an image and return the digest of its manifest, whose blobs are then in the store.
 
-        progress is called with the number of bytes read so far; announce with the digest that will be returned, if it
-        is known long before the end: from then on the blobs are found here. Success means that every blob of the
+        progress is called with the number of bytes read so far; announce, if there is one, with the digest that will
+        be returned, when it is known long before the end: from then on the blobs are found here.
+
+        Success means that every blob of the
         manifest arrived with the right digest: that Docker's answer ended well means nothing. On any failure
         nothing is left in the store, and RegistryError has the reason.
         """
@@ -3575,7 +3650,7 @@ class Content:
         if blob is None:
             for provider in self.sources().providers[1:]:
                 blob = blob or provider.find(digest)
-        return blob
+        return blob or self._stored.find(digest)  # what is not arriving any more has arrived meanwhile
 
     def has(self, digest: Digest, size: int) -> bool:
         """Whether the content is here, with its size in bytes: a file may have been cut short by a crash.
@@ -3590,7 +3665,7 @@ class Content:
         blob = self.find(digest)
         if blob is None or blob.size != size:
             return False
-        if isinstance(blob, Relay):  # it is arriving, and may yet fail
+        if self.exporter.find(digest):  # it is arriving, and may yet fail
             return True
         with self._lock:
             if len(self._seen) >= MEMORY_LIMIT:
@@ -3948,16 +4023,15 @@ class Exports:
         if done:  # by a flight that landed after the caller had looked
             return done
 
-        promising = image.id not in self._broken  # after a failure the next request gets a proper status
-
         def announce(target: Digest) -> None:
-            if promising:
-                log.info("export %s: manifest %s, served while the rest arrives", image.id, target)
-                flight.announce(target)
+            log.info("export %s: manifest %s, served while the rest arrives", image.id, target)
+            flight.announce(target)
 
+        # After a failure nothing is promised before it is there, so that the next request gets a proper status.
+        promising = None if image.id in self._broken else announce
         with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
-            self._broken.add(image.id)  # until it is done
-            target = self._exporter.export(image.id, lines.tell_rate, announce)
+            self._broken.add(image.id)
+            target = self._exporter.export(image.id, lines.tell_rate, promising)
             self._broken.discard(image.id)
             lines.done(f"manifest {target}")
         self._done()
@@ -4045,8 +4119,10 @@ class Registry:
         for image_id in self.engine.images_of(reference.docker_repository()):
             image = self.engine.image(str(image_id))
             if image and all(digest == image.id or str(digest) in image.layers for digest in blobs):
-                if not self._exports.start(image).known.wait(LAST_ANSWER):
+                export = self._exports.start(image)
+                if not export.known.wait(LAST_ANSWER):
                     raise RegistryError("STILL_PULLING", f"Docker is still exporting {image.id}: ask again")
+                export.prospect()  # or its error
                 return
 
     # ---- resolve(reference) -> digest
@@ -4343,7 +4419,7 @@ class Registry:
         except RegistryError as e:
             log.warning("looking for %s in Docker: %s", digest, e.detail)
             return False
-        if blob is None:
+        if blob is None or isinstance(blob, Relay):  # what is arriving was not promised: see blob_head
             return False
         if self.store.docker.size(digest) is not None and repository.blobs.adopt(digest):
             return True
@@ -4707,6 +4783,9 @@ class Endpoints:
     def blob_head(self, request: Request) -> Response:
         """end-2, HEAD /v2/<name>/blobs/<digest>: whether a blob is there, and its size."""
         blob, headers = self._find_blob(request)
+        # Nodes say where an image is from. Others ask because they push: they are told to send what they have.
+        if request.namespace is None and isinstance(blob, Relay | ArrivingBlob):
+            raise RegistryError("BLOB_UNKNOWN", f"{request.captured[1]} is still arriving from Docker")
         return Response(200, headers, length=blob.size)
 
     def _find_blob(self, request: Request) -> tuple[Blob, dict[str, str]]:
@@ -5096,6 +5175,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, part: FileBody) -> Iterator[int]:
         self.wfile.flush()
+        if isinstance(self.connection, ssl.SSLSocket):  # its own sendfile moves the position of a file that many read
+            for data in part:
+                self.connection.sendall(data)
+                yield len(data)
+            return
         end = part.start + part.length
         for start in range(part.start, end, WINDOW_STEP):
             yield self.connection.sendfile(part.file, start, min(WINDOW_STEP, end - start))

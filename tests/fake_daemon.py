@@ -82,25 +82,26 @@ def fields_of(data):
 
 
 class Image:
-    """A one-layer image in all the forms that an engine keeps or gives."""
+    """An image in all the forms that an engine keeps or gives: a layer of its own on top of what is below."""
 
-    def __init__(self, text="hello"):
+    def __init__(self, text="hello", below=()):
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w") as archive:
             member = tarfile.TarInfo("file")
             member.size = len(text)
             archive.addfile(member, io.BytesIO(text.encode()))
         self.layer = out.getvalue()
-        self.config = json.dumps({"architecture": "amd64", "os": "linux", "config": {},
-                                  "rootfs": {"type": "layers", "diff_ids": [sha256(self.layer)]}}).encode()
+        layers = [*below, self.layer]
+        root = {"type": "layers", "diff_ids": [sha256(layer) for layer in layers]}
+        self.config = json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": root}).encode()
         self.manifest = json.dumps({
             "schemaVersion": 2, "mediaType": OCI_MANIFEST,
             "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": sha256(self.config),
                        "size": len(self.config)},
-            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": sha256(self.layer),
-                        "size": len(self.layer)}]}).encode()
+            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": sha256(layer),
+                        "size": len(layer)} for layer in layers]}).encode()
         self.digest, self.config_digest = sha256(self.manifest), sha256(self.config)
-        self.blobs = {sha256(data): data for data in (self.layer, self.config, self.manifest)}
+        self.blobs = {sha256(data): data for data in (*layers, self.config, self.manifest)}
 
     def export(self, leave_out=(), replace=()):
         """What `docker save` gives: an OCI layout, in the order of the classic store."""

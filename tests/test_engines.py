@@ -569,12 +569,11 @@ class ModernExports:
                 break
             program.stop()
             lab.NODE.forget()
+        self.assertEqual(1, len(early), "in twenty images, the manifest was never before much of the layers")
         self.assertEqual(1, len(program.jobs("export")))
         digest = lab.NODE.digest(reference)
         self.assertIn(digest, early[0])
         self.assertEqual(lab.NODE.content(digest), program.get(self.manifest_path(tag)).body)
-        log = "\n".join(program.log)
-        self.assertLess(log.index(f"manifests/{digest}"), log.index("done in"), "it had the manifest before the end")
 
 
 class TestContainerd(InContainer, ContainerdStore, EngineCase):

@@ -6,8 +6,10 @@ import os
 import resource
 import struct
 import sys
+import tarfile
 import threading
 import unittest
+from pathlib import Path
 from unittest import mock
 
 from fake_daemon import (
@@ -16,6 +18,7 @@ from fake_daemon import (
     END_STREAM,
     GOAWAY,
     HEADERS,
+    OCI_MANIFEST,
     PING,
     RESET,
     RESPONSE_HEADERS,
@@ -246,6 +249,7 @@ class TestEarlyExports(FaultCase):
                          "a manifest is no blob, though it is arriving")
         self.go_on.set()
         self.assertEqual(sha256(self.image.layer), sha256(layer.read()))
+        self.assertEqual(self.image.layer[1_000_000:10_000_000], part.read())
         self.program.wait_for_line("done in")
         self.assert_serves()
         self.assertEqual(1, len(self.program.jobs("export")))
@@ -261,6 +265,83 @@ class TestEarlyExports(FaultCase):
         self.assert_serves()
         self.assertEqual([], self.program.lines("while the rest arrives"))
 
+    def test_a_layer_that_another_export_brings_first(self):
+        """Two images on one base: the readers of the second one's are not forgotten."""
+        bases = (Image(f"{i}" + "x" * self.SIZE).layer for i in range(20))
+        base = next(base for base in bases if sha256(base) > "sha256:c")  # so that most manifests come before it
+
+        def image():
+            while True:
+                image = Image(os.urandom(8).hex(), [base])
+                if image.digest < sha256(base):
+                    return image
+
+        self.start_export(image())
+        whole = self.daemon.exports[self.image.config_digest]
+        start = whole.index(base) - tarfile.BLOCKSIZE
+
+        def send(sock):  # up to the base layer, that is
+            sock.sendall(chunked(whole[:start])[:-5])
+            self.go_on.wait(30)
+            sock.sendall(chunked(whole[start:]).split(b"\r\n\r\n", 1)[1])
+
+        self.daemon.faults[f"{self.image.config_digest}/get "] = self.daemon.faults.pop("/get ") and send
+        path = f"/v2/library/app/blobs/{sha256(base)}?ns=docker.io"
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        layer = self.program.begin_get(path)
+        other = self.daemon.add("other:1", image())
+        self.assertEqual(200, self.program.get("/v2/library/other/manifests/1?ns=docker.io").status)
+        self.program.wait_for_line("done in")
+        self.assertEqual(sha256(base), sha256(self.program.get(path).body))
+        self.go_on.set()
+        self.assertEqual((200, sha256(base)), (layer.status, sha256(layer.read())))
+        self.program.wait_for_line("done in", count=2)
+        self.assertEqual(other.manifest, self.program.get("/v2/library/other/manifests/1?ns=docker.io").body)
+        self.assert_serves()
+
+    def test_a_blob_that_was_pushed(self):
+        """It is in the store, but not as Docker's, until the export comes to it."""
+        image = self.large_image(self.SIZE, manifest_first=True)
+        self.start_export(image)
+        pushed = self.program.request("POST", f"/v2/mine/blobs/uploads/?digest={image.config_digest}", {}, image.config)
+        self.assertEqual(201, pushed.status)
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        config = self.program.begin_get(f"/v2/library/app/blobs/{image.config_digest}?ns=docker.io")
+        self.go_on.set()
+        self.assertEqual((200, image.config), (config.status, config.read()))
+
+    def test_a_push_meanwhile(self):
+        """Who pushes is not told that he need not send what may take long to arrive, or never does."""
+        self.start_export(self.large_image(self.SIZE, manifest_first=True))
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        digest = sha256(self.image.layer)
+        self.assertEqual(200, self.program.head(self.layer_path()).status, "a node")
+        self.assertEqual(404, self.program.head(f"/v2/mine/blobs/{digest}").status, "who pushes")
+        for blob in (self.image.config, self.image.layer):
+            path = f"/v2/mine/blobs/uploads/?digest={sha256(blob)}"
+            self.assertEqual(201, self.program.request("POST", path, {}, blob).status)
+        for repository, status in (("mine", 201), ("other", 404)):
+            answer = self.program.request("PUT", f"/v2/{repository}/manifests/1", {"Content-Type": OCI_MANIFEST},
+                                          self.image.manifest)
+            self.assertEqual(status, answer.status, answer.body)
+        self.assertEqual([], self.program.lines("done in"))
+
+    def test_few_files_are_open(self):
+        """However many blobs an export has: an image has up to 127 layers, and another blob for each in its export."""
+        layers = [Image(f"layer {i}").layer for i in range(120)]
+        middle = sorted(map(sha256, layers))[60]
+        image = Image()
+        while not middle < sha256(image.layer) < image.digest:
+            image = Image(os.urandom(8).hex(), layers)
+        self.start_export(image)
+        waiting = threading.Thread(target=self.program.get, args=(MANIFEST,))
+        waiting.start()
+        self.asked.wait(30)
+        files = len(list(Path(f"/proc/{self.program.process.pid}/fd").iterdir()))
+        self.go_on.set()
+        waiting.join(30)
+        self.assertLess(files, 30)
+
     def check_failure(self, change, status, code, reason):
         """A failure after the manifest was served: no bad content, no silent wait, and a proper status from then on."""
         self.start_export(self.large_image(self.SIZE, manifest_first=True), change)
@@ -271,9 +352,10 @@ class TestEarlyExports(FaultCase):
             layer.read()
         self.program.wait_for_line(": failed after")
         self.assertIn(reason, self.program.wait_for_line("closed early"))
-        for _ in range(2):
-            answer = self.program.get(MANIFEST)
+        for path in (self.layer_path(), MANIFEST, self.layer_path()):
+            answer = self.program.get(path)
             self.assertEqual((status, code), (answer.status, answer.code))
+        self.assertEqual(404, self.program.get(f"/v2/library/app/manifests/{self.image.digest}?ns=docker.io").status)
         self.assertEqual(1, len(self.program.lines("while the rest arrives")))
         self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
         self.daemon.faults.clear()

@@ -380,38 +380,61 @@ class TestPolicy(HttpCase):
 
 @unittest.skipUnless(trustme, "needs the package trustme")
 class TestTls(unittest.TestCase):
+    def setUp(self):
+        authority = trustme.CA()
+        self.daemon = FakeDaemon()
+        self.daemon.__enter__()
+        self.addCleanup(self.daemon.__exit__)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.certificate, self.key = f"{folder.name}/cert.pem", f"{folder.name}/key.pem"
+        leaf = authority.issue_cert("localhost", "127.0.0.1")
+        leaf.private_key_pem.write_to_path(self.key)
+        for i, blob in enumerate(leaf.cert_chain_pems):
+            blob.write_to_path(self.certificate, append=i > 0)
+        self.context = ssl.create_default_context()
+        authority.configure_trust(self.context)
+        self.flags = ["-tls-certificate", self.certificate, "-tls-key", self.key]
+
+    def connect(self, program):
+        return http.client.HTTPSConnection("127.0.0.1", program.port, context=self.context, timeout=30)
+
     def test_certificate_and_key(self):
         """By flags and by the official image's variables; plain HTTP is refused without noise."""
-        authority = trustme.CA()
-        daemon = FakeDaemon()
-        daemon.__enter__()
-        self.addCleanup(daemon.__exit__)
-        with tempfile.TemporaryDirectory() as folder:
-            certificate, key = f"{folder}/cert.pem", f"{folder}/key.pem"
-            leaf = authority.issue_cert("localhost", "127.0.0.1")
-            leaf.private_key_pem.write_to_path(key)
-            for i, blob in enumerate(leaf.cert_chain_pems):
-                blob.write_to_path(certificate, append=i > 0)
-            context = ssl.create_default_context()
-            authority.configure_trust(context)
-            for arguments, env in ((["-tls-certificate", certificate, "-tls-key", key], {}),
-                                   ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": certificate, "REGISTRY_HTTP_TLS_KEY": key})):
-                with Program(daemon.host, *arguments, env=env) as program:
-                    connection = http.client.HTTPSConnection("127.0.0.1", program.port, context=context, timeout=30)
-                    data = os.urandom(3_000_000)
-                    for method, path, body, status, expected in (
-                            ("GET", "/v2/", None, 200, b"{}"),
-                            ("POST", f"/v2/a/blobs/uploads/?digest={sha256(data)}", data, 201, b""),
-                            ("GET", f"/v2/a/blobs/{sha256(data)}", None, 200, data)):
-                        connection.request(method, path, body)
-                        response = connection.getresponse()
-                        self.assertEqual((status, expected), (response.status, response.read()))
-                    connection.close()
-                    with socket.create_connection(("127.0.0.1", program.port), timeout=30) as plain:
-                        plain.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
-                        with contextlib.suppress(ConnectionResetError):
-                            self.assertNotIn(b"HTTP", plain.recv(1000))
-                    self.assertEqual([], program.lines("Traceback"))
+        variables = {"REGISTRY_HTTP_TLS_CERTIFICATE": self.certificate, "REGISTRY_HTTP_TLS_KEY": self.key}
+        for arguments, env in ((self.flags, {}), ([], variables)):
+            with Program(self.daemon.host, *arguments, env=env) as program:
+                connection = self.connect(program)
+                data = os.urandom(3_000_000)
+                for method, path, body, status, expected in (
+                        ("GET", "/v2/", None, 200, b"{}"),
+                        ("POST", f"/v2/a/blobs/uploads/?digest={sha256(data)}", data, 201, b""),
+                        ("GET", f"/v2/a/blobs/{sha256(data)}", None, 200, data)):
+                    connection.request(method, path, body)
+                    response = connection.getresponse()
+                    self.assertEqual((status, expected), (response.status, response.read()))
+                connection.close()
+                with socket.create_connection(("127.0.0.1", program.port), timeout=30) as plain:
+                    plain.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+                    with contextlib.suppress(ConnectionResetError):
+                        self.assertNotIn(b"HTTP", plain.recv(1000))
+                self.assertEqual([], program.lines("Traceback"))
+
+    def test_many_readers_of_one_file(self):
+        """Those who share a read of Docker's content follow one file, each at a place of his own."""
+        data = os.urandom(12_000_000)
+        self.daemon.content[sha256(data)] = data
+        with Program(self.daemon.host, *self.flags) as program:
+            connections = [self.connect(program) for _ in range(6)]
+            responses = []
+            for connection in connections:
+                connection.request("GET", f"/v2/app/blobs/{sha256(data)}?ns=docker.io")
+                responses.append(connection.getresponse())
+            with ThreadPoolExecutor(6) as pool:
+                got = pool.map(lambda response: sha256(response.read()), responses)
+                self.assertEqual([sha256(data)] * 6, list(got))
+            for connection in connections:
+                connection.close()
 
 
 if __name__ == "__main__":

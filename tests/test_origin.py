@@ -31,6 +31,7 @@ from k3d_registry_dockerd import (
     Reference,
     RegistryError,
     Relay,
+    SharedRead,
     Sharing,
     StreamBody,
 )
@@ -518,12 +519,48 @@ class TestSharing(unittest.TestCase):
     def test_a_source_that_ends_early(self):
         """Nobody waits for what does not come."""
         short = self.data[:2_000_000]
-        bodies = [self.sharing.open(self.digest, len(self.data), lambda start, length: StreamBody(
-            iter([short[start:start + length]]), length, lambda: None)) for _ in range(2)]
+
+        def read(start, length):
+            number = len(self.reads)
+            self.reads.append((start, length))
+            return StreamBody(iter([short[start:start + length]]), length, lambda: self.closed.append(number))
+
+        bodies = [self.sharing.open(self.digest, len(self.data), read) for _ in range(2)]
         with self.assertLogs("k3d-registry-dockerd"):
             self.assertEqual([short, short], [b"".join(body) for body in bodies])
         for body in bodies:
             body.close()
+        self.assert_nothing_left()
+
+    def test_who_comes_between_a_failure_and_its_end(self):
+        """The first reader's source could not be opened, and he has not left yet."""
+        def refuse(start, length):
+            if not failed.is_set():
+                failed.set()
+                raise RegistryError("BLOB_UNKNOWN", "gone")
+            return self.read(start, length)
+
+        failed, shared = threading.Event(), SharedRead(len(self.data), refuse, self.folder, threading.Lock())
+        with self.assertRaisesRegex(RegistryError, "gone"):
+            shared.begin()
+        with self.assertLogs("k3d-registry-dockerd"):
+            self.assertEqual(self.data, b"".join(StreamBody(shared.join(), len(self.data), lambda: None)))
+        self.assertTrue(shared.failed)
+        shared.close()
+        self.assert_nothing_left()
+
+    def test_no_thread_can_be_started(self):
+        """Each goes on for himself, and nothing is left open."""
+        first = self.open()
+        parts = first.parts()
+        got = bytes(next(parts))
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), self.assertLogs(
+                "k3d-registry-dockerd"):
+            second = self.open()
+            self.assertEqual(self.data, b"".join(second))
+            got += b"".join(parts)
+        self.assertEqual(self.data, got)
+        first.close(), second.close()
         self.assert_nothing_left()
 
     def test_a_source_that_cannot_be_opened(self):

@@ -13,6 +13,7 @@ from program import MODULE
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import (
     Credentials,
+    Digest,
     Engine,
     EngineHost,
     Flight,
@@ -102,6 +103,17 @@ class TestSharedWork(RegistryCase):
             found = [str(self.registry._exports._run(image, Flight())) for _ in range(2)]
         self.assertEqual([self.image.digest] * 2, found)
         self.assertEqual(1, self.asked("/get "))
+
+    def test_an_export_that_lands_while_its_content_is_looked_for(self):
+        """The store has it not yet, and then it is not arriving any more."""
+        self.start("classic")
+        self.daemon.add("app:1", self.image)
+        image, content = self.registry.engine.image("app:1"), self.registry._content
+        with self.assertLogs("k3d-registry-dockerd"):
+            content.sources()
+            with mock.patch.object(content.exporter, "find", lambda digest: self.registry._exports.manifest(
+                    image) and None):
+                self.assertIsNotNone(content.find(Digest.parse(self.image.digest)))
 
     def test_a_pull_that_landed_a_moment_ago(self):
         self.start("containerd")
