@@ -210,10 +210,10 @@ ERRORS: Mapping[str, tuple[int, str]] = {
     "MANIFEST_TOO_LARGE":    (413, "the manifest is too large"),
     "TOO_MANY_TAGS":         (414, "too many tags at once"),
     "UNKNOWN":               (500, "internal error"),
-    "STORE_FAILED":          (500, "this registry's own disk failed"),
+    "STORE_FAILED":          (500, "this registry's own store failed"),
     "ENGINE_FAILED":         (502, "Docker failed"),
     "ORIGIN_UNAVAILABLE":    (502, "Docker could not get the image from its registry"),
-    "UNAVAILABLE":           (503, "Docker cannot be reached"),
+    "UNAVAILABLE":           (503, "the service is unavailable"),
 }
 
 
@@ -231,7 +231,8 @@ class RegistryError(Exception):
 
     def body(self) -> bytes:
         """The error in the JSON form of OCI Distribution Spec v1.1, "Error Codes"."""
-        error = {"code": self.code, "message": self.message, "detail": self.detail}
+        # Most clients show the message alone.
+        error = {"code": self.code, "message": f"{self.message}: {self.detail}", "detail": self.detail}
         return json.dumps({"errors": [error]}).encode()
 
 
@@ -3721,8 +3722,8 @@ class Origins:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}, and the request names no "
                                                     "registry (ns) to pull it from")
         if self.policy == "never":
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have all of {reference}, and no registry is "
-                                                    "asked for it (-pull never)")
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have {reference}, or not all of it, and no "
+                                                    "registry is asked for it (-pull never)")
         if self.allowed and not any(fnmatch.fnmatchcase(reference.namespace, pattern) for pattern in self.allowed):
             raise RegistryError("DENIED", f"{reference.namespace} is not among the registries to pull from: "
                                           f"{', '.join(self.allowed)} (-allow)")
@@ -3746,6 +3747,8 @@ def pull_error(failure: PullFailed, reference: Reference, credentials: Credentia
         detail += ". The registry limits the rate: log in (imagePullSecrets), or wait and try again"
     if failure.code == "DENIED" or (failure.code == "MANIFEST_UNKNOWN" and not credentials):
         challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
+        if failure.code == "MANIFEST_UNKNOWN":
+            detail += ". To a request without credentials this is 401, for it may be private (imagePullSecrets)"
         return RegistryError("UNAUTHORIZED", detail, challenge)
     return RegistryError(failure.code, detail)
 
@@ -4265,6 +4268,8 @@ class Registry:
         return None
 
     def _fetch_manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
+        if reference.namespace is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here, and Docker does not have it")
         try:
             return self._fetcher.manifest(reference, digest, credentials)
         except RegistryError as e:
@@ -4298,10 +4303,19 @@ class Registry:
         """
         for image_id in self.engine.images_of(reference.docker_repository()):
             index = self._content.manifest(image_id)
-            children = descriptors(json.loads(index.data), "manifests") if index else ()
-            if any(child["digest"] == str(digest) for child in children):
-                raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image_id} of {reference}, but not "
-                                                        "this platform of it: get it with docker pull --platform")
+            children = descriptors(index.document, "manifests") if index else ()
+            child = next((child for child in children if child["digest"] == str(digest)), None)
+            if child:
+                raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image_id} in its repository "
+                                    f"{reference.docker_repository()}, but not the platform {self._platform(child)} of "
+                                    "it: get it with docker pull --platform")
+
+    @staticmethod
+    def _platform(descriptor: Mapping[str, Any]) -> str:
+        """For example linux/arm64/v8."""
+        platform = descriptor.get("platform")
+        parts = [platform.get(key) for key in ("os", "architecture", "variant")] if isinstance(platform, dict) else []
+        return "/".join(str(part) for part in parts if part) or str(descriptor["digest"])
 
     # ---- what a manifest refers to
 
@@ -5095,6 +5109,10 @@ class Handler(BaseHTTPRequestHandler):
         return Response(error.status, {"Content-Type": "application/json", **error.headers}, error.body(),
                         note=f"{error.code}: {error.detail}")
 
+    def version_string(self) -> str:
+        """The Server header; the stock one ends in a space."""
+        return self.server_version
+
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Called by http.server for what it can't parse: the same JSON form as any other error."""
         error = RegistryError("REQUEST_INVALID", message or "bad request")
@@ -5189,6 +5207,8 @@ class Handler(BaseHTTPRequestHandler):
     def _log(self, response: Response, sent: int, seconds: float, note: str) -> None:
         """One line for a request: what, status, bytes of the body, time, who, and what went wrong."""
         level = logging.INFO if response.status < 400 else logging.WARNING if response.status < 500 else logging.ERROR
+        if self.command == "HEAD" and response.status == 404:
+            level = logging.INFO  # a question, as before each push, and its answer
         if self.raw_requestline.startswith(b"\x16\x03"):
             level, note = logging.DEBUG, "a TLS handshake, on a port without TLS"
         log.log(level, "%s %s %d %s %s %s%s", self.command, printable(getattr(self, "path", "")), response.status,
@@ -5369,6 +5389,9 @@ class Settings:
     @classmethod
     def read(cls, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
         """Flags win over the environment, that over the defaults. ValueError says in a line what is wrong."""
+        empty = [name for name, value in vars(arguments).items() if value == ""]
+        if empty:
+            raise ValueError(f"-{empty[0].replace('_', '-')} is empty")
         address, address_origin = first_set(("-addr", arguments.addr), ("REGISTRY_HTTP_ADDR", environ.get(
             "REGISTRY_HTTP_ADDR")), ("the default", DEFAULT_ADDRESS))
         cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -5379,7 +5402,7 @@ class Settings:
             parsed = Address.parse(address)
         except ValueError as e:
             raise ValueError(f"{e} ({address_origin})") from None
-        cls._check_store(Path(store), store_origin)
+        store_note = cls._check_store(Path(store), store_origin)
         read_only = arguments.read_only or boolean(environ, "REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED", False)
         policy = Policy(read_only, boolean(environ, "REGISTRY_STORAGE_DELETE_ENABLED", True))
         tls = cls._tls(arguments.tls_certificate or environ.get("REGISTRY_HTTP_TLS_CERTIFICATE"),
@@ -5388,7 +5411,7 @@ class Settings:
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
                    Origins(cls._patterns(arguments.allow), arguments.pull, config),
                    Path(arguments.docker_root) if arguments.docker_root else None, policy, tls,
-                   tuple(cls._proxy_notes(environ)))
+                   tuple(filter(None, [store_note, *cls._proxy_notes(environ)])))
 
     @staticmethod
     def _patterns(patterns: list[str]) -> tuple[str, ...]:
@@ -5413,11 +5436,17 @@ class Settings:
         return context
 
     @staticmethod
-    def _check_store(store: Path, origin: str) -> None:
-        """The folder need not exist, but nothing on the way to it may be in the way."""
-        existing = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise ValueError(f"the store {store} ({origin}) cannot be a folder: {existing} is not one")
+    def _check_store(store: Path, origin: str) -> str | None:
+        """The folder need not exist, but nothing on the way to it may be in the way; what to warn of, if anything."""
+        try:
+            existing = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
+            if not existing.is_dir():
+                raise ValueError(f"the store {store} ({origin}) cannot be a folder: {existing} is not one")
+        except OSError as e:
+            raise ValueError(f"the store {store} ({origin}) cannot be used: {e.strerror or e}") from None
+        if not os.access(existing, os.W_OK | os.X_OK):
+            return f"nothing can be written to the store {store} ({origin}): pushes and exports will fail"
+        return None
 
     @staticmethod
     def _proxy_notes(environ: Mapping[str, str]) -> Iterator[str]:

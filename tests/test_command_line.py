@@ -62,7 +62,8 @@ class TestNonsense(CommandCase):
                 (["-allow", "a/b.c"], {}, "-allow 'a/b.c'"),
                 (["-frobnicate"], {}, "unrecognized arguments: -frobnicate"),
                 (["extra"], {}, "unrecognized arguments: extra"),
-                (["-addr"], {}, "expected one argument"),
+                (["-addr"], {}, "expected one argument"), (["-addr", ""], {}, "-addr is empty"),
+                (["-docker-root="], {}, "-docker-root is empty"),
                 ([], {"REGISTRY_PROXY_REMOTEURL": "not a url"}, "REGISTRY_PROXY_REMOTEURL"),
                 ([], {"REGISTRY_STORAGE_DELETE_ENABLED": "perhaps"}, "REGISTRY_STORAGE_DELETE_ENABLED='perhaps'")):
             with self.subTest(arguments=arguments, environment=environment):
@@ -70,6 +71,27 @@ class TestNonsense(CommandCase):
                 self.assertEqual((2, ""), (result.returncode, result.stdout))
                 self.assertIn(expected, result.stderr)
                 self.assertEqual(1, result.stderr.count("\n"), result.stderr)
+
+    @unittest.skipIf(os.geteuid(), "only root may be somebody else")
+    def test_a_store_that_others_may_not_use(self):
+        """One line where nothing can be known of it, a warning where nothing can be written."""
+        self.folder.chmod(0o755)
+        program = self.folder / MODULE.name
+        program.write_bytes(MODULE.read_bytes())
+        (self.folder / "closed").mkdir(mode=0o700)
+        (self.folder / "readable").mkdir(mode=0o755)
+        others = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        commands = ((*others, python, str(program)) for python in (sys.executable, "/usr/bin/python3"))
+        command = next((command for command in commands if not run("-version", command=command).returncode), None)
+        if command is None:
+            self.skipTest("there is no Python that others than root may run")
+        result = run("-store", str(self.folder / "closed/store"), command=command, HOME="/nowhere")
+        self.assertEqual(2, result.returncode, result.stderr)
+        self.assertIn("cannot be used: Permission denied", result.stderr)
+        self.assertEqual(1, result.stderr.count("\n"), result.stderr)
+        running = self.program("unix:///nowhere", command=command, store=self.folder / "readable/store",
+                               env={"HOME": "/nowhere"})
+        running.wait_for_line(f"nothing can be written to the store {running.store} (from -store)")
 
     def test_an_address_in_use(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:

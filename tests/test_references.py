@@ -32,7 +32,7 @@ class TestVocabulary(unittest.TestCase):
             with self.subTest(code):
                 error = RegistryError(code, "why")
                 self.assertEqual(status, error.status)
-                self.assertEqual({"errors": [{"code": code, "message": message, "detail": "why"}]},
+                self.assertEqual({"errors": [{"code": code, "message": f"{message}: why", "detail": "why"}]},
                                  json.loads(error.body()))
 
 
