@@ -34,7 +34,7 @@ then on; the manifest comes last, and with it the image is there.
 
 On Docker's containerd image store the bytes come straight out of Docker's content store. The classic
 store has no manifests and no compressed layers. Where its folder can be read, layers are put together
-out of that; otherwise the image is exported once, into our own store.
+out of that; otherwise the image is exported once, into our own store, and served as soon as it comes in.
 
 Glossary, as in the OCI Distribution Specification:
 
@@ -3249,8 +3249,10 @@ class Unpacking:
 
     def _recognize(self, digest: Digest, announce: Callable[[Digest], None]) -> None:
         """If this blob is the image's manifest, offer what it lists, unless nearly all of that is there."""
-        with disk_errors(f"read {digest}"):
-            data = self._path(digest).read_bytes()
+        with disk_errors(f"read {digest}"), open(self._path(digest), "rb") as file:
+            if file.read(1) != b"{":  # so that layers are not read
+                return
+            data = b"{" + file.read()
         manifest = Manifest(digest, manifest_type(data) or "", data)
         if not manifest.media_type or not self._is_of_config(manifest.document):
             return

@@ -314,7 +314,7 @@ def ten_nodes(series, image, runs):
         series.add(case, "static registry", many_nodes(image, lab.ORIGINS["open"].host))
         for way, mounted in WAYS:
             with registry(image, mounted) as program:
-                image.get(program, "manifests", "1")  # on the classic store, with the export
+                image.get(program, "manifests", "1")  # on the classic store, when most of the export is over
                 series.add(case, way, many_nodes(image, program.address), cost(program))
 
 
