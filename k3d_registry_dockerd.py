@@ -3256,15 +3256,22 @@ class Unpacking:
         manifest = Manifest(digest, manifest_type(data) or "", data)
         if not manifest.media_type or not self._is_of_config(manifest.document):
             return
-        sizes = {blob: size for blob, size in manifest.sizes("config", "layers").items()
-                 if self._store.docker.size(blob) != size}
-        if sum(size for blob, size in sizes.items() if blob not in self._new) >= EARLY_EXPORT:
-            self._relays = {blob: Relay(size) for blob, size in sizes.items()}
-            for blob in sizes:
-                if blob in self._new:
-                    self._offer_whole(blob, self._path(blob).stat().st_size)
-            self._manifest = manifest
+        relays = {blob: Relay(size) for blob, size in manifest.sizes("config", "layers").items()
+                  if blob in self._new or not self._store.docker.adopt(blob, size)}
+        if sum(relay.size for blob, relay in relays.items() if not self._has(blob)) >= EARLY_EXPORT:
+            self._offer(manifest, relays)
             announce(digest)
+
+    def _offer(self, manifest: Manifest, relays: dict[Digest, Relay]) -> None:
+        """Let others find the image's manifest, and all that the store does not have of what it lists."""
+        self._relays = relays
+        with disk_errors(f"read {manifest.digest}"):
+            for digest in (manifest.digest, *relays):
+                if digest not in self._present:
+                    self._store.docker.drop(digest)  # what a crash cut short would be found first
+                if digest in relays and self._has(digest):
+                    self._offer_whole(digest, self._path(digest).stat().st_size)
+        self._manifest = manifest
 
     def _relay(self, digest: Digest | None, size: int) -> Relay | None:
         """What readers of a blob follow, if it is offered; ENGINE_FAILED when it has another size than it should."""
@@ -3383,7 +3390,8 @@ class Unpacking:
             relay.end(error)
 
     def discard(self) -> None:
-        """Remove all that was not kept."""
+        """Remove all that was not kept, and let go of what was offered."""
+        self._manifest, self._relays = None, {}
         for writer in self._new.values():
             writer.discard()
 
@@ -3415,6 +3423,7 @@ class Exporter:
             self._under_way.append(unpacking)
         try:
             yield unpacking
+            unpacking.fail(RegistryError("ENGINE_FAILED", "the export did not bring it"))  # what is left, if anything
         except BaseException as e:
             unpacking.fail(e)
             raise
@@ -3432,7 +3441,7 @@ class Exporter:
 
         Success means that every blob of the
         manifest arrived with the right digest: that Docker's answer ended well means nothing. On any failure
-        nothing is left in the store, and RegistryError has the reason.
+        nothing of it counts, and RegistryError has the reason.
         """
         with self._unpacking(image_id, announce) as unpacking:
             with self._engine.export(image_id) as response:
@@ -3453,6 +3462,15 @@ class Exporter:
 # =====================================================================================================
 # 7. Registry: names resolve to digests, digests resolve to content
 # =====================================================================================================
+
+
+def without_frames(error: Exception) -> Exception:
+    """An error without the tracebacks that would hold all that its job had in hand, files among it."""
+    link: BaseException | None = error
+    while link:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 class Flight:
@@ -3511,7 +3529,7 @@ class Flights:
         try:
             flight.result = job(flight)
         except Exception as e:  # a boundary: the waiting threads raise it
-            flight.error = e
+            flight.error = without_frames(e)
         finally:
             with self._lock:
                 del self._flights[key]
@@ -3668,7 +3686,7 @@ class Content:
         blob = self.find(digest)
         if blob is None or blob.size != size:
             return False
-        if self.exporter.find(digest):  # it is arriving, and may yet fail
+        if isinstance(blob, Relay) or self.exporter.find(digest):  # it is arriving, and may yet fail
             return True
         with self._lock:
             if len(self._seen) >= MEMORY_LIMIT:
@@ -3692,7 +3710,7 @@ class Content:
 
     def _read_manifest(self, digest: Digest) -> Manifest | None:
         blob = self.find(digest)
-        if blob is None or blob.size > MANIFEST_LIMIT:
+        if blob is None or blob.size > MANIFEST_LIMIT or isinstance(blob, Relay):  # that is of what a manifest lists
             return None
         data = read_blob(blob, MANIFEST_LIMIT)
         media_type = manifest_type(data)
@@ -4195,6 +4213,8 @@ class Registry:
         made()
         digest = self._target(reference, image)
         manifest = self._content.manifest(digest)
+        if manifest is None and self.sources().exports:  # an export has failed since it told the digest
+            manifest = self._content.manifest(self._exports.start(image).outcome())
         if manifest is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker lists {reference} as {digest}, but that content is "
                                                     "missing from its store: pull or build the image again")
@@ -4435,7 +4455,7 @@ class Registry:
         except RegistryError as e:
             log.warning("looking for %s in Docker: %s", digest, e.detail)
             return False
-        if blob is None or isinstance(blob, Relay):  # what is arriving was not promised: see blob_head
+        if blob is None:
             return False
         if self.store.docker.size(digest) is not None and repository.blobs.adopt(digest):
             return True
@@ -4799,7 +4819,8 @@ class Endpoints:
     def blob_head(self, request: Request) -> Response:
         """end-2, HEAD /v2/<name>/blobs/<digest>: whether a blob is there, and its size."""
         blob, headers = self._find_blob(request)
-        # Nodes say where an image is from. Others ask because they push: they are told to send what they have.
+        # Who does not say where the image is from may well ask because he pushes. He should not wait for what is
+        # arriving, but send what he has; to pull, blobs are asked for with GET.
         if request.namespace is None and isinstance(blob, Relay | ArrivingBlob):
             raise RegistryError("BLOB_UNKNOWN", f"{request.captured[1]} is still arriving from Docker")
         return Response(200, headers, length=blob.size)

@@ -320,11 +320,56 @@ class TestEarlyExports(FaultCase):
         for blob in (self.image.config, self.image.layer):
             path = f"/v2/mine/blobs/uploads/?digest={sha256(blob)}"
             self.assertEqual(201, self.program.request("POST", path, {}, blob).status)
-        for repository, status in (("mine", 201), ("other", 404)):
-            answer = self.program.request("PUT", f"/v2/{repository}/manifests/1", {"Content-Type": OCI_MANIFEST},
-                                          self.image.manifest)
-            self.assertEqual(status, answer.status, answer.body)
+
+        def put(repository):
+            return self.program.request("PUT", f"/v2/{repository}/manifests/1", {"Content-Type": OCI_MANIFEST},
+                                        self.image.manifest).status
+
+        self.assertEqual(201, put("mine"))
         self.assertEqual([], self.program.lines("done in"))
+        threading.Timer(0.5, self.go_on.set).start()
+        self.assertEqual(201, put("app"), "what was served as a manifest is taken as one, when all of it is there")
+        self.assertEqual(sha256(self.image.layer), sha256(self.program.get(
+            f"/v2/app/blobs/{sha256(self.image.layer)}").body))
+
+    def test_a_store_that_a_crash_cut_short(self):
+        """What is there in part does not hide what is arriving."""
+        self.start_export(self.large_image(self.SIZE, manifest_first=True))
+        self.go_on.set()
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        self.program.wait_for_line("done in")
+        for path in self.program.store.glob("docker/*/*"):
+            os.truncate(path, 0)
+        self.go_on.clear()
+        self.assertEqual((200, self.image.manifest), (self.program.get(MANIFEST).status,
+                                                      self.program.get(MANIFEST).body))
+        layer = self.program.begin_get(self.layer_path())
+        self.assertEqual(str(len(self.image.layer)), layer.headers["Content-Length"])
+        self.assertEqual(404, self.program.get(f"/v2/library/app/manifests/{self.image.config_digest}").status)
+        self.go_on.set()
+        self.assertEqual(sha256(self.image.layer), sha256(layer.read()))
+        self.program.wait_for_line("done in", count=2)
+        self.assert_serves()
+
+    def test_another_size_than_the_manifest_says(self):
+        """Of a layer that is in the store already, and comes before the manifest."""
+        image = self.large_image(self.SIZE, manifest_first=True)
+        small = next(small for small in map(Image, map(str, range(1000))) if sha256(small.layer) < "sha256:08")
+        wrong = json.loads(image.manifest)
+        wrong["layers"].append({**wrong["layers"][0], "digest": sha256(small.layer), "size": len(small.layer) + 1})
+        data = b""
+        while not sha256(small.layer) < sha256(data) < sha256(image.layer):
+            wrong["annotations"] = {"nonce": os.urandom(8).hex()}
+            data = json.dumps(wrong).encode()
+        image.manifest, image.digest = data, sha256(data)
+        image.blobs = {sha256(blob): blob for blob in (image.config, image.layer, small.layer, data)}
+        self.start_export(image)
+        self.daemon.faults.clear()
+        self.daemon.add("small:1", small)
+        self.assertEqual(200, self.program.get("/v2/library/small/manifests/1?ns=docker.io").status)
+        answer = self.program.get(MANIFEST)
+        self.assertEqual((502, "ENGINE_FAILED"), (answer.status, answer.code))
+        self.assertIn("as its manifest says", answer.detail)
 
     def test_few_files_are_open(self):
         """However many blobs an export has: an image has up to 127 layers, and another blob for each in its export."""
@@ -358,6 +403,8 @@ class TestEarlyExports(FaultCase):
         self.assertEqual(404, self.program.get(f"/v2/library/app/manifests/{self.image.digest}?ns=docker.io").status)
         self.assertEqual(1, len(self.program.lines("while the rest arrives")))
         self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
+        files = [str(path.resolve()) for path in Path(f"/proc/{self.program.process.pid}/fd").iterdir()]
+        self.assertEqual([], [path for path in files if str(self.program.store) in path], "nothing is held open")
         self.daemon.faults.clear()
         self.assert_serves()
 
