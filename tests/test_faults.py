@@ -175,32 +175,6 @@ class TestExports(FaultCase):
         self.program.store.unlink()
         self.assert_serves()
 
-    def test_only_one_export_however_many_ask(self):
-        """A slow daemon: all who ask while the export is under way share it, and its failure."""
-        self.start("classic")
-        asked, go_on = threading.Event(), threading.Event()
-
-        def slow(_):
-            asked.set()
-            go_on.wait()
-            return http_answer(500, {"message": "it broke"})
-
-        self.daemon.faults["/get "] = slow
-        answers = []
-        threads = [threading.Thread(target=lambda i=i: answers.append(self.program.get(
-            MANIFEST, Host=f"h{i}:1").status))
-                   for i in range(5)]  # under names of its own, each is seen to ask Docker about the image
-        for thread in threads:
-            thread.start()
-        asked.wait(30)
-        while sum("app:1/json" in line for line in self.daemon.requests) < 5:
-            threading.Event().wait(0.01)
-        go_on.set()
-        for thread in threads:
-            thread.join(30)
-        self.assertEqual([502] * 5, answers)
-        self.assertEqual(1, sum("/get " in line for line in self.daemon.requests))
-
 
 class TestEarlyExports(FaultCase):
     """The classic store: what is served while the export is still coming in."""

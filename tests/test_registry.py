@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from fake_daemon import FakeDaemon, Image, chunked
+from fake_daemon import FakeDaemon, Image, chunked, http_answer
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
@@ -94,6 +94,40 @@ class RegistryCase(unittest.TestCase):
 
 
 class TestSharedWork(RegistryCase):
+    def test_only_one_export_however_many_ask(self):
+        """A slow daemon: all who ask while the export is under way share it, and its failure."""
+        self.start("classic")
+        self.daemon.add("app:1", self.image)
+        go_on, joined, failures = threading.Event(), [], []
+        self.addCleanup(go_on.set)
+        self.daemon.faults["/get "] = lambda _: go_on.wait(30) and http_answer(500, {"message": "it broke"})
+        flights = self.registry._exports._flights
+        start = flights.start
+
+        def join(key, job):
+            flight = start(key, job)
+            joined.append(flight)
+            return flight
+
+        def ask():
+            try:
+                self.registry.manifest(Reference.parse("library/app", "1", "docker.io"), None, None)
+            except RegistryError as e:
+                failures.append(e)
+
+        with mock.patch.object(flights, "start", join), self.assertLogs("k3d-registry-dockerd"):
+            threads = [threading.Thread(target=ask) for _ in range(5)]
+            for thread in threads:
+                thread.start()
+            while len(joined) < 5:
+                threading.Event().wait(0.001)
+            go_on.set()
+            for thread in threads:
+                thread.join(30)
+        self.assertEqual([("ENGINE_FAILED", 502)] * 5, [(failure.code, failure.status) for failure in failures])
+        self.assertTrue(all("it broke" in failure.detail for failure in failures))
+        self.assertEqual(1, self.asked("/get "))
+
     def test_an_export_that_landed_a_moment_ago(self):
         """A thread that found no export, and came to the flight when it had just landed."""
         self.start("classic")
