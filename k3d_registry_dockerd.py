@@ -1956,13 +1956,18 @@ class Relay:
             self._file = file
             self._change.notify_all()
 
+    def begin_at(self, path: Path) -> None:
+        """The same, with a file that is at a path now, whatever becomes of its name; STORE_FAILED."""
+        with disk_errors(f"read {path}"):
+            self.begin(open(path, "rb"))  # noqa: SIM115 - closed when nobody needs it
+
     def advance(self, count: int) -> None:
         """The file has grown by some bytes."""
         with self._change:
             self.count += count
             self._change.notify_all()
 
-    def end(self, error: Exception | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """All of it is there and verified, or there will be no more of it. Other errors than ours are UNKNOWN.
 
         The first end counts.
@@ -2084,7 +2089,7 @@ class SharedRead:
             with self._lock:
                 self._busy, self.failed, rest = False, True, self._rest
             if rest:  # then the source is nobody's: otherwise it is for close()
-                rest.end(e if isinstance(e, Exception) else RegistryError("UNKNOWN", "the first reader was cut off"))
+                rest.end(e)
                 if self._source:
                     self._source.close()
             raise
@@ -3214,7 +3219,7 @@ class Unpacking:
         writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
         try:
             if relay:
-                self._begin(relay, writer.path)
+                relay.begin_at(writer.path)
             for piece in stream.content(size):
                 writer.write(piece)
                 if relay:
@@ -3285,14 +3290,9 @@ class Unpacking:
         """Let readers of a blob have it, which is all there."""
         relay = self._relay(digest, size)
         if relay and not relay.count:
-            self._begin(relay, self._path(digest))
+            relay.begin_at(self._path(digest))
             relay.advance(size)
             relay.end()
-
-    @staticmethod
-    def _begin(relay: Relay, path: Path) -> None:
-        with disk_errors(f"read {path}"):
-            relay.begin(open(path, "rb"))  # noqa: SIM115 - the relay closes it
 
     def _is_of_config(self, document: Mapping[str, Any]) -> bool:
         """Whether this is a manifest with the image's ID as its config, as it is on the classic store."""
@@ -3385,9 +3385,8 @@ class Unpacking:
 
     def fail(self, reason: BaseException) -> None:
         """Tell those who read what does not come any more."""
-        error = reason if isinstance(reason, RegistryError) else RegistryError("UNKNOWN", type(reason).__name__)
         for relay in self._relays.values():
-            relay.end(error)
+            relay.end(reason)
 
     def discard(self) -> None:
         """Remove all that was not kept, and let go of what was offered."""
@@ -3439,9 +3438,8 @@ class Exporter:
         progress is called with the number of bytes read so far; announce, if there is one, with the digest that will
         be returned, when it is known long before the end: from then on the blobs are found here.
 
-        Success means that every blob of the
-        manifest arrived with the right digest: that Docker's answer ended well means nothing. On any failure
-        nothing of it counts, and RegistryError has the reason.
+        Success means that every blob of the manifest arrived with the right digest: that Docker's answer ended well
+        means nothing. On any failure nothing of it counts, and RegistryError has the reason.
         """
         with self._unpacking(image_id, announce) as unpacking:
             with self._engine.export(image_id) as response:
@@ -4012,7 +4010,7 @@ class Fetcher:
                   lines: ProgressLog) -> None:
         with BlobWriter(self._store, digest.algorithm) as writer, \
                 self._origin(reference, credentials).open("blobs", digest) as response:
-            relay.begin(open(writer.path, "rb"))  # noqa: SIM115 - the relay closes it
+            relay.begin_at(writer.path)
             while relay.count <= relay.size and (data := response.read1(PIECE)):
                 writer.write(data)
                 relay.advance(len(data))
