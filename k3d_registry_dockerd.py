@@ -1657,7 +1657,7 @@ class Engine:
                 tell(message)
 
     def _good_messages(self, response: http.client.HTTPResponse, repository: str) -> Iterator[dict[str, Any]]:
-        """The messages of a pull or a build of a repository's image; PullFailed when one says that it failed."""
+        """The messages of a pull of a repository's image; PullFailed when one says that it failed."""
         for message in self._messages(response):
             error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
             if error:
@@ -1693,35 +1693,6 @@ class Engine:
         if not isinstance(message, dict):
             raise RegistryError("ENGINE_FAILED", f"Docker sent something that is not JSON: {line[:200]!r}")
         return message
-
-    def repair(self, reference: Reference) -> None:
-        """Have Docker get what its content store has lost of an image. PullFailed when it says that it can't.
-
-        A pull does not bring it, because the image's unpacked layers are there. A build does: BuildKit wants the
-        content of the image that it builds on. A label of its own makes the outcome another image in any case, so
-        that it can be removed again.
-        """
-        dockerfile = f"FROM {reference}\nLABEL k3d-registry-dockerd.repair={secrets.token_hex(8)}\n".encode()
-        context = io.BytesIO()
-        with tarfile.open(fileobj=context, mode="w") as archive:
-            member = tarfile.TarInfo("Dockerfile")
-            member.size = len(dockerfile)
-            archive.addfile(member, io.BytesIO(dockerfile))
-        with self._request("POST", self._path("/build?version=2"), {"Content-Type": "application/x-tar"},
-                           body=context.getvalue(), timeout=PULL_TIMEOUT) as response:
-            built = self._built(response, reference)
-        if built:
-            with self._request("DELETE", self._path(f"/images/{built}")) as response:
-                response.read()
-
-    def _built(self, response: http.client.HTTPResponse, reference: Reference) -> Digest | None:
-        """The ID of the image that a build makes."""
-        built = None
-        for message in self._good_messages(response, reference.docker_repository()):
-            if message.get("id") == "moby.image.id":
-                with self._sense("/build"):
-                    built = Digest.parse(message["aux"]["ID"])
-        return built
 
     @contextlib.contextmanager
     def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
@@ -3880,7 +3851,7 @@ class Pulls:
         with self._lock:
             self._expected = {digest: (size, flight) for digest, (size, flight) in self._expected.items()
                               if not flight.done.is_set()}
-            sizes = manifest.sizes("config", "layers", "blobs", "manifests")
+            sizes = manifest.sizes("config", "layers", "manifests")
             self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
 
     def _coming(self, digest: Digest) -> tuple[int, Flight | None]:
@@ -4209,7 +4180,7 @@ class Registry:
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
         made()
-        digest = self._target(reference, image)
+        digest = self._target(image)
         manifest = self._content.manifest(digest)
         if manifest is None and self.sources().exports:  # an export has failed since it told the digest
             manifest = self._content.manifest(self._exports.start(image).outcome())
@@ -4218,7 +4189,7 @@ class Registry:
                                                     "missing from its store: pull or build the image again")
         return manifest
 
-    def _target(self, reference: Reference, image: EngineImage) -> Digest:
+    def _target(self, image: EngineImage) -> Digest:
         """The digest of an image's manifest: its ID, or made for it from its files, or by an export."""
         sources = self.sources()
         if not sources.exports:
@@ -4226,20 +4197,7 @@ class Registry:
         if sources.layers:
             with contextlib.suppress(RegistryError):  # it was logged when it turned up
                 return sources.layers.manifest(image)
-        return self._exported(reference, image)
-
-    def _exported(self, reference: Reference, image: EngineImage) -> Digest:
-        try:
-            return self._exports.manifest(image)
-        except RegistryError as e:
-            if e.code != "ENGINE_FAILED" or self.sources().info.store == "classic":
-                raise
-            try:
-                self._rebuild(reference)  # content that Docker has lost is silently left out of exports
-            except RegistryError as other:
-                log.warning("%s cannot be repaired: %s", reference, other.detail)
-                raise e from None
-            return self._exports.manifest(image)
+        return self._exports.manifest(image)
 
     def _is_to_be_replaced(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
         """Whether Docker is to pull an image that it has: one of another registry, when its tag has moved there."""
@@ -4344,7 +4302,7 @@ class Registry:
         if self._missing(reference, manifest, credentials):
             self._flights.join(("repair", reference, manifest.digest, credentials),
                                lambda _: self._repair(reference, manifest, credentials))
-        self.store.touch_fetch(manifest.digest, manifest.sizes("config", "layers", "blobs"))
+        self.store.touch_fetch(manifest.digest, manifest.sizes("config", "layers"))
         return manifest
 
     def _missing(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> dict[Digest, int]:
@@ -4353,7 +4311,7 @@ class Registry:
         Of an index one whole platform will do: what it needs of others is seen when they are asked for.
         """
         # In this order: what is not on its way any more when it is asked for, has arrived by then.
-        missing = {digest: size for digest, size in manifest.sizes("config", "layers", "blobs").items()
+        missing = {digest: size for digest, size in manifest.sizes("config", "layers").items()
                    if not (self._pulls.blob(digest) or self._fetcher.is_fetching(reference, digest, credentials)
                            or self._content.has(digest, size))}
         for digest in dict.fromkeys(manifest.platforms()):
@@ -4368,41 +4326,24 @@ class Registry:
         return missing
 
     def _repair(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> None:
-        """Get what Docker has lost of an image: by a build into Docker itself, or else into our store."""
-        missing = self._missing(reference, manifest, credentials)
-        problems = []
-        for repair in (self._repair_docker, self._repair_store):
-            if missing:
-                try:
-                    repair(reference, manifest, missing, credentials)
-                except RegistryError as e:
-                    if e.code in ("UNAUTHORIZED", "TOOMANYREQUESTS"):
-                        raise
-                    problems.append(e.detail)
-                missing = self._missing(reference, manifest, credentials)
+        """Get what Docker has lost of an image into our store. Docker is never asked to build or run anything."""
+        missing, problem = self._missing(reference, manifest, credentials), ""
+        if missing and self.sources().exports:
+            self._export_image_with(reference, missing)
+            missing = self._missing(reference, manifest, credentials)
+        if missing:
+            try:
+                self._repair_store(reference, manifest, missing, credentials)
+            except RegistryError as e:
+                if e.code in ("UNAUTHORIZED", "TOOMANYREQUESTS", "DENIED"):
+                    raise
+                problem = e.detail
+            missing = self._missing(reference, manifest, credentials)
         if missing:
             raise RegistryError("MANIFEST_UNKNOWN", (
                 f"Docker lists {reference}, but lacks {len(missing)} of its blobs, "
                 f"{', '.join(map(str, [*missing][:3]))}. "
-                "Remove the image from Docker, and pull or build it again. What was tried: "
-                f"{'; '.join(dict.fromkeys(problems)) or 'a build from it brought nothing'}"))
-
-    def _repair_docker(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
-                       credentials: Credentials | None) -> None:
-        if self.sources().exports:
-            self._export_image_with(reference, missing)
-        else:
-            self._rebuild(reference)
-
-    def _rebuild(self, reference: Reference) -> None:
-        """Have Docker get what it has lost of an image; ENGINE_FAILED, or what Origins.check() raises."""
-        self._origins.check(reference)
-        try:
-            with ProgressLog(f"repair {reference}, of which Docker has lost content") as lines:
-                self.engine.repair(reference)
-                lines.done("with a build")
-        except PullFailed as e:
-            raise RegistryError("ENGINE_FAILED", f"a build from it fails: {e}") from None
+                f"Remove the image from Docker, and pull or build it again. Its registry does not help: {problem}"))
 
     def _repair_store(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
                       credentials: Credentials | None) -> None:
@@ -4410,7 +4351,7 @@ class Registry:
             if self.store.docker.size(digest) not in (None, size):
                 self.store.docker.drop(digest)  # a crash cut it short
         self._fetcher.begin(reference, missing, credentials)
-        self.store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers", "blobs")})
+        self.store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers")})
 
     # ---- what is pushed
 

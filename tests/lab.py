@@ -504,15 +504,16 @@ class Gate:
 
 
 @contextlib.contextmanager
-def filtered(engine, refuse=b"(nothing)", tell=lambda count: None):
+def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, told=lambda line: None):
     """A socket that passes everything on to an engine, but answers requests that hold `refuse` with 404.
 
-    tell is called with the number of bytes, each time that the engine sends any.
+    tell is called with the number of bytes, each time that the engine sends any; told with each request line.
     """
 
     class Pass(socketserver.BaseRequestHandler):
         def handle(self):
             first = self.request.recv(65536)
+            told(first.split(b"\r\n", 1)[0])
             if refuse in first or first.startswith(b"PRI "):
                 self.request.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 return

@@ -70,13 +70,13 @@ class LostBlobs(RepairCase):
         self.assertEqual(self.large, sha256(lab.NODE.content(self.large)))
 
 
-class TestRepairByBuild(LostBlobs):
+class TestLostBlobs(LostBlobs):
     engine = lab.ENGINES["containerd"]
 
     def untagged(self):
         return set(self.engine.docker("images", "-aq", "--filter", "dangling=true").split())
 
-    def test_docker_is_repaired(self):
+    def test_by_tag_and_by_digest(self):
         for what, reference in (("tag", self.on(lab.ORIGINS["open"].host)),
                                 ("digest", f"{lab.ORIGINS['open'].host}/lab/{self.name}@{self.index}")):
             with self.subTest(what):
@@ -85,9 +85,8 @@ class TestRepairByBuild(LostBlobs):
                 self.lose(reference)
                 program = self.program()
                 self.assert_served(program, reference)
-                self.assertIn("done", program.wait_for_line("repair ", 2))
-                self.assertEqual((set(), untagged), (self.stored(program), self.untagged()))
-                self.assertEqual(self.large, sha256(self.engine.content(self.large)))
+                self.assertIn("done", program.wait_for_line("fetch ", 2))
+                self.assertEqual(({self.large}, untagged), (self.stored(program), self.untagged()))
                 self.engine.remove(*self.images, reference)
 
     def test_a_lost_config_and_a_lost_manifest(self):
@@ -138,8 +137,9 @@ class TestRepairByBuild(LostBlobs):
         reference = self.on(lab.ORIGINS["open"].host)
         self.lose(reference)
         with lab.filtered(self.engine, b"/grpc HTTP/1.1") as socket, Program(f"unix://{socket}") as program:
-            self.pull(program, reference)
-            program.wait_for_line("repair ")
+            answer = program.get(self.path("manifests", "1", lab.ORIGINS["open"].host))
+            self.assertEqual((502, "ENGINE_FAILED"), (answer.status, answer.code))
+            self.assertIn("lacks", answer.detail)
 
     def test_never(self):
         reference = self.on(lab.ORIGINS["open"].host)
@@ -148,11 +148,53 @@ class TestRepairByBuild(LostBlobs):
         answer = program.get(self.path("manifests", "1", lab.ORIGINS["open"].host))
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
         self.assertIn("-pull never", answer.detail)
-        self.assertEqual([], program.lines("repair "))
+        self.assertEqual([], program.jobs("fetch"))
+
+
+class TestNothingIsBuilt(LostBlobs):
+    """An image with ONBUILD triggers: a build on it would run a stranger's commands as root."""
+
+    engine = lab.ENGINES["containerd"]
+
+    def put_triggers(self, **more):
+        """Give the image's config a trigger, and the manifest more properties; then the tag names that manifest."""
+        origin, name = lab.ORIGINS["open"], f"lab/{self.name}"
+        _, _, body = origin.request("GET", f"/v2/{name}/blobs/{self.manifest['config']['digest']}")
+        config = {**json.loads(body), "config": {"OnBuild": ["RUN touch /was-here"]}}
+        described = lab.push_blob(origin, name, json.dumps(config).encode())
+        document = {**self.manifest, "config": {**self.manifest["config"], **described}, **more}
+        self.child = lab.push_document(origin, name, "1", document)["digest"]
+
+    def everything(self):
+        """All of the engine's images and containers."""
+        return self.engine.docker("images", "-aq", "--no-trunc"), self.engine.docker("ps", "-aq")
+
+    def check_served_without_a_build(self, *lost):
+        host = lab.ORIGINS["open"].host
+        reference = self.on(host)
+        self.engine.docker("pull", "-q", reference)
+        for digest in lost:
+            self.engine.containerd("content", "rm", digest)
+        before, asked = self.everything(), []
+        with lab.filtered(self.engine, told=asked.append) as socket, Program(f"unix://{socket}") as program:
+            answer = program.get(self.path("manifests", "1", host))
+            self.assertEqual(200, answer.status, answer.body)
+            self.assertEqual(self.large, sha256(program.get(self.path("blobs", self.large, host)).body))
+        self.assertEqual([], [line for line in asked if b"/build" in line or b"/containers" in line])
+        self.assertTrue(any(line.startswith(b"GET /v1.") for line in asked))
+        self.assertEqual(before, self.everything())
+
+    def test_content_that_docker_never_fetches_is_not_lost(self):
+        self.put_triggers(blobs=[{"mediaType": "application/octet-stream", "digest": sha256(b"nowhere"), "size": 7}])
+        self.check_served_without_a_build()
+
+    def test_a_lost_layer(self):
+        self.put_triggers()
+        self.check_served_without_a_build(self.large)
 
 
 class TestRepairByFetch(LostBlobs):
-    """Docker 26 has no build without a session: the blob alone comes from the image's registry, into the store."""
+    """The blob alone comes from the image's registry, into the store."""
 
     engine = lab.ENGINES["containerd-26"]
 
