@@ -152,8 +152,8 @@ IDLE_CALLS = 8              # connections to the content service that are kept f
 
 API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
 
-# What comes of taking JSON from outside for what it should be.
-NONSENSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# The exceptions that reading malformed JSON from outside may raise.
+MALFORMED_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 log = logging.getLogger("k3d-registry-dockerd")
 
@@ -502,7 +502,7 @@ class Manifest:
         fields = descriptor if isinstance(descriptor, dict) else {}
         try:
             Digest.parse(fields["digest"])
-        except NONSENSE as e:
+        except MALFORMED_ERRORS as e:
             raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a good digest: {e}") from None
         size = fields.get("size")
         if type(size) is not int or size < 0:
@@ -594,7 +594,7 @@ class Record:
             document = json.loads(path.read_bytes())
             content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
             return cls(Digest.parse(document["target"]), content)
-        except NONSENSE as e:
+        except MALFORMED_ERRORS as e:
             raise ValueError(f"not a record of an image: {e}") from e
 
     def dump(self) -> bytes:
@@ -1421,7 +1421,7 @@ class DockerConfig:
             return found
         except FileNotFoundError:
             return None
-        except (OSError, subprocess.SubprocessError, *NONSENSE) as e:
+        except (OSError, subprocess.SubprocessError, *MALFORMED_ERRORS) as e:
             log.warning("the credentials in %s cannot be used: %s", self.path, type(e).__name__)
             return None
 
@@ -1512,11 +1512,11 @@ class Engine:
 
     @staticmethod
     @contextlib.contextmanager
-    def _sense(path: str) -> Iterator[None]:
+    def _malformed_answers(path: str) -> Iterator[None]:
         """Turn what comes of an answer of another form than we know into ENGINE_FAILED."""
         try:
             yield
-        except NONSENSE as e:
+        except MALFORMED_ERRORS as e:
             raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} makes no sense: {e!r}") from e
 
     def _get_object(self, path: str, *required: str) -> dict[str, Any] | None:
@@ -1546,7 +1546,7 @@ class Engine:
     def _describe(self) -> EngineInfo:
         version = self._get_object("/version", "Version", "ApiVersion") or {}
         info = self._get_object("/info", "ID") or {}
-        with self._sense("/version and /info"):
+        with self._malformed_answers("/version and /info"):
             api = tuple(int(part) for part in version["ApiVersion"].split("."))
             major, minor = min(api, API_VERSION)
             snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
@@ -1589,7 +1589,7 @@ class Engine:
         document = self._get_object(path, "Id")
         if document is None:
             return None
-        with self._sense(path):
+        with self._malformed_answers(path):
             layers = (document.get("RootFS") or {}).get("Layers") or []
             return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers),
                                tuple(str(name) for name in document.get("RepoDigests") or ()))
@@ -1601,13 +1601,13 @@ class Engine:
         """
         names = [repository, repository.removeprefix("docker.io/"), repository.removeprefix("docker.io/library/")]
         path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"reference": names})))
-        with self._sense(path):
+        with self._malformed_answers(path):
             return [Digest.parse(image["Id"]) for image in self._list_images(path)]
 
     def image_ids(self) -> list[Digest]:
         """The IDs of all images that have a name."""
         path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"dangling": ["false"]})))
-        with self._sense(path):
+        with self._malformed_answers(path):
             return [Digest.parse(image["Id"]) for image in self._list_images(path)]
 
     def _list_images(self, path: str) -> list[Any]:
@@ -1620,7 +1620,7 @@ class Engine:
         """The name and the tag of every tagged image, as Docker shows them."""
         path = self._path("/images/json")
         document = self._list_images(path)
-        with self._sense(path):
+        with self._malformed_answers(path):
             names = [str(name) for image in document for name in image.get("RepoTags") or ()]
         return [(name, tag) for name, _, tag in (text.rpartition(":") for text in names) if TAG.fullmatch(tag)]
 
@@ -1634,7 +1634,7 @@ class Engine:
         if status != 200:
             message = self._message(status, document)
             raise PullFailed(pull_failure(message, status, reference.docker_repository()), message)
-        with self._sense(path):
+        with self._malformed_answers(path):
             return Digest.parse(document["Descriptor"]["digest"])
 
     @staticmethod
@@ -1893,7 +1893,7 @@ def start_thread(job: Callable[..., None], *arguments: Any) -> None:
 
 
 @contextlib.contextmanager
-def undo(action: Callable[[], Any]) -> Iterator[None]:
+def on_failure(action: Callable[[], Any]) -> Iterator[None]:
     """Call an action if what follows fails."""
     try:
         yield
@@ -2123,7 +2123,7 @@ class SharedRead:
     def _fill(self, relay: Relay, source: StreamBody) -> None:
         """Have a source go into a file, in a thread of its own, which closes it in the end."""
         try:
-            with undo(source.close):
+            with on_failure(source.close):
                 start_thread(self._run, relay, source)
         except RegistryError as e:
             self._fail(relay, e)
@@ -2191,7 +2191,7 @@ class Sharing:
                 shared = self._reads[digest] = SharedRead(size, read, self._folder, self._lock)
             shared.readers += 1
         leave = functools.partial(self._leave, digest, shared)
-        with undo(leave):
+        with on_failure(leave):
             parts = shared.begin() if first else shared.join()
 
         def close() -> None:
@@ -2768,7 +2768,7 @@ class Origin:
             if re.fullmatch(r"[\x21-\x7e]+", token):
                 return str(token)
             raise ValueError("it is not one")
-        except NONSENSE as e:
+        except MALFORMED_ERRORS as e:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} gives no token: {type(e).__name__}") from None
 
     def _token_request(self, realm: str, question: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
@@ -2915,7 +2915,7 @@ class Layer:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, zlib.error, *NONSENSE, OSError) as e:
+        except (EOFError, zlib.error, *MALFORMED_ERRORS, OSError) as e:
             raise self._fail(f"{e or type(e).__name__}") from e
 
     def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
@@ -3419,7 +3419,7 @@ class Exporter:
                     unpacking.unpack(stream)
                     target = unpacking.target()
                     content = unpacking.closure(target)
-                except (tarfile.TarError, *NONSENSE) as e:
+                except (tarfile.TarError, *MALFORMED_ERRORS) as e:
                     reason = stream.complaint() or str(e)
                     raise RegistryError("ENGINE_FAILED", f"Docker's export of {image_id} is not complete after "
                                                          f"{human_bytes(stream.count)}: {reason}") from e
@@ -3490,7 +3490,7 @@ class Flights:
             flight = self._flights.get(key)
             if flight is None:
                 flight = self._flights[key] = Flight()
-                with undo(lambda: self._flights.pop(key)):
+                with on_failure(lambda: self._flights.pop(key)):
                     start_thread(self._run, key, flight, job)
         return flight
 
@@ -3957,7 +3957,7 @@ class Fetcher:
             relay = self._relays.get(key)
             if relay is None and size is not None:
                 relay = self._relays[key] = Relay(size)
-                with undo(lambda: self._relays.pop(key)):
+                with on_failure(lambda: self._relays.pop(key)):
                     start_thread(self._run, relay, reference, digest, credentials)
         return relay
 
