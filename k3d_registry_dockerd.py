@@ -1188,9 +1188,9 @@ DEFAULT_SOCKET = "/var/run/docker.sock"
 
 @dataclass(frozen=True)
 class EngineHost:
-    """Where Docker listens: a unix socket, or a host and a port, with TLS or without.
+    """The address of the Docker daemon: a unix socket, or a host and a port, with or without TLS.
 
-    The rules are those of the docker CLI for DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH
+    Follows the rules of the docker CLI for DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH
     (docs.docker.com/reference/cli/docker/#environment-variables).
     """
 
@@ -1201,7 +1201,7 @@ class EngineHost:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> EngineHost:
-        """Read the environment; ValueError says what is wrong with it."""
+        """Read the DOCKER_ variables. Raises ValueError if one is invalid."""
         text = environ.get("DOCKER_HOST") or f"unix://{DEFAULT_SOCKET}"
         scheme, separator, rest = text.partition("://")
         if not separator or scheme not in ("unix", "tcp"):
@@ -1215,7 +1215,7 @@ class EngineHost:
         except ValueError as e:
             raise ValueError(f"DOCKER_HOST={text!r} is malformed: {e}") from None
         if parts.path.strip("/") or parts.query or parts.username is not None:
-            raise ValueError("DOCKER_HOST must be tcp://host:port and nothing more")
+            raise ValueError("DOCKER_HOST must be tcp://host:port, without user, path or query")
         return cls(host=parts.hostname or "127.0.0.1", port=port or (2376 if tls else 2375), tls=tls)
 
     @staticmethod
@@ -1224,13 +1224,13 @@ class EngineHost:
         try:
             context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
             context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-        except OSError as e:  # ssl.SSLError is one as well
-            raise ValueError("DOCKER_TLS_VERIFY is set, but ca.pem, cert.pem and key.pem could not be read "
+        except OSError as e:  # includes ssl.SSLError
+            raise ValueError("DOCKER_TLS_VERIFY is set, but ca.pem, cert.pem and key.pem cannot be read "
                              f"from DOCKER_CERT_PATH={folder}: {e.strerror or e}") from None
         return context
 
     def connect(self, timeout: float) -> socket.socket:
-        """A new connection; timeout in seconds goes for each operation on it. Raises OSError."""
+        """Open a connection. timeout, in seconds, applies to each socket operation. Raises OSError."""
         if self.path:
             sock = socket.socket(socket.AF_UNIX)
             try:
@@ -1244,18 +1244,18 @@ class EngineHost:
         return self.tls.wrap_socket(sock, server_hostname=self.host) if self.tls else sock
 
     def advice(self, error: Exception) -> str:
-        """Why Docker can't be reached, and what to do about it, for a person."""
+        """Explain to the user why Docker cannot be reached, and what to do about it."""
         if isinstance(error, FileNotFoundError):
-            return (f"there is no socket at {self.path}: is Docker running? In a container, mount it with "
+            return (f"{self.path} does not exist: is Docker running? In a container, mount it with "
                     f"-v {DEFAULT_SOCKET}:{self.path}")
         if isinstance(error, PermissionError):
             return f"permission denied on {self.path}: run as root or as a member of the group that owns it"
         if isinstance(error, ConnectionRefusedError):
-            return f"connection refused at {self}: Docker is not running, or listens elsewhere"
+            return f"connection refused at {self}: Docker is not running, or listens on another address"
         if isinstance(error, TimeoutError):
             return f"no answer from {self} in time"
         if isinstance(error, http.client.IncompleteRead | ConnectionError):
-            return f"the connection to {self} broke: Docker is restarting, or was stopped"
+            return f"the connection to {self} was lost: Docker is restarting or was stopped"
         return f"{self}: {error}"
 
     def __str__(self) -> str:
@@ -1263,27 +1263,27 @@ class EngineHost:
 
 
 class EngineConnection(http.client.HTTPConnection):
-    """One HTTP connection to Docker, over whatever its host says."""
+    """An HTTP connection to the Docker daemon at an EngineHost."""
 
     def __init__(self, host: EngineHost, timeout: float):
         super().__init__("docker", timeout=timeout)
         self._engine_host, self._seconds = host, timeout
 
     def connect(self) -> None:
-        """Called by http.client when the first request is made."""
+        """Open the socket. Called by http.client before the first request."""
         self.sock = self._engine_host.connect(self._seconds)
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What one engine is: its versions, its image store ("containerd" or "classic"), its data folder."""
+    """A description of an engine: its versions, its image store ("containerd" or "classic"), its data folder."""
 
     version: str
     api: tuple[int, int]
     store: str
     root: Path
     identity: str
-    indexes: tuple[tuple[str, bool], ...] = ()  # the registries that its configuration names: whether they are secure
+    indexes: tuple[tuple[str, bool], ...] = ()  # configured registry, True if it is secure
     insecure_networks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -1292,10 +1292,10 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineImage:
-    """An image as Docker inspects it. size is in bytes, unpacked; layers are those of the root file system.
+    """An image as `docker inspect` shows it. size is the unpacked size in bytes.
 
-    The ID is the digest of the manifest or index on the containerd store, of the config on the classic.
-    origins are the names by digest that it had in the registries that it came from.
+    id is the digest of the manifest or index on the containerd store, and of the config on the classic store.
+    layers are the diff IDs of the root file system. origins are the image's RepoDigests: name@digest.
     """
 
     id: Digest
@@ -1305,16 +1305,16 @@ class EngineImage:
 
 
 class PullProgress:
-    """What Docker said so far about a pull, as numbers: fed with JSON messages, read as a line."""
+    """The progress of a pull, computed from Docker's JSON messages."""
 
     def __init__(self, now: float):
         self._started = now
         self._done: dict[str, int] = {}
         self._total: dict[str, int] = {}
-        self.status = "asked Docker"
+        self.status = "waiting for Docker"
 
     def update(self, message: Mapping[str, Any]) -> None:
-        """Take in one message of `POST /images/create`."""
+        """Process one message of `POST /images/create`."""
         layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
         if not isinstance(status, str):
             return
@@ -1328,7 +1328,7 @@ class PullProgress:
             self._done[layer] = self._total[layer]
 
     def line(self, now: float) -> str:
-        """For example "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading"; now in seconds, as in the constructor."""
+        """Format as "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading". now is in seconds, as in the constructor."""
         total, done = sum(self._total.values()), sum(self._done.values())
         if not total:
             return self.status
@@ -1337,8 +1337,8 @@ class PullProgress:
                 f"{human_bytes(rate)}/s, {self.status}")
 
 
-# What Docker says when a pull fails, on both image stores. Read from the top: the first row in which a
-# phrase occurs decides. Measured on 26.1 and 28.5, and read in the sources of moby and containerd.
+# Phrases in Docker's messages about failed pulls, on both image stores. The first row with a phrase that
+# occurs in the message wins. Taken from Docker 26.1 and 28.5 and from the sources of moby and containerd.
 PULL_FAILURES = (
     ("TOOMANYREQUESTS", ("toomanyrequests", "too many requests", "rate limit")),
     ("DENIED", ("pull access denied", "unauthorized", "authentication required", "authorization failed",
@@ -1357,11 +1357,11 @@ PULL_FAILURES = (
 
 
 def pull_failure(message: str, status: int, name: str) -> str:
-    """The code of ERRORS for Docker's message about a failed pull of the repository `name`.
+    """Map Docker's message about a failed pull of the repository `name` to a code of ERRORS.
 
-    status is the HTTP status it came with, 200 when it came in the middle of the progress. The name and
-    the tag are left out of account, in all the forms in which Docker prints them: anybody may call a
-    repository "unauthorized".
+    status is the HTTP status of the response, 200 if the message was part of the progress. The name and the
+    tag are removed from the message first, in all forms in which Docker prints them, because a repository
+    may be called "unauthorized".
     """
     if status == 429:
         return "TOOMANYREQUESTS"
@@ -1372,33 +1372,33 @@ def pull_failure(message: str, status: int, name: str) -> str:
     return next(code for code, phrases in PULL_FAILURES if any(phrase in text for phrase in phrases))
 
 
-# The user name by which credential helpers say that the secret is an identity token.
-IDENTITY_TOKEN = "<token>"  # noqa: S105 - it is no secret
+# The user name that credential helpers return if the secret is an identity token.
+IDENTITY_TOKEN = "<token>"  # noqa: S105 - not a secret
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """A user's name and password for one registry. Hashable, so that they can be part of a key."""
+    """A user name and password for one registry. Hashable, so that they can be part of a key."""
 
     username: str
     password: str = field(repr=False)
 
     def for_docker(self, registry: str) -> str:
-        """The value of X-Registry-Auth (docs.docker.com/reference/api/engine, "Authentication")."""
+        """Return the X-Registry-Auth value (docs.docker.com/reference/api/engine, "Authentication")."""
         document = {"username": self.username, "password": self.password, "serveraddress": registry}
         if self.username == IDENTITY_TOKEN:
             document = {"identitytoken": self.password, "serveraddress": registry}
         return base64.urlsafe_b64encode(json.dumps(document).encode()).decode()
 
     def for_http(self) -> str:
-        """The value of Authorization (RFC 7617)."""
+        """Return the Authorization value (RFC 7617)."""
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
 
 
 class DockerConfig:
-    """The credentials that `docker login` left on this machine (docs.docker.com/reference/cli/docker/login).
+    """The credentials stored by `docker login` (docs.docker.com/reference/cli/docker/login).
 
-    They are looked up for each pull, so that a login counts at once.
+    They are read again for each pull, so that a new login takes effect immediately.
     """
 
     DOCKER_HUB = "https://index.docker.io/v1/"
@@ -1408,7 +1408,7 @@ class DockerConfig:
         self.path = folder / "config.json"
 
     def credentials(self, registry: str) -> Credentials | None:
-        """The credentials for a registry, like docker.io or host:port; None when there are none to be had."""
+        """Return the credentials for a registry (docker.io or host:port), or None if there are none."""
         try:
             document = json.loads(self.path.read_bytes())
             name = self.DOCKER_HUB if registry == "docker.io" else registry
@@ -1417,17 +1417,17 @@ class DockerConfig:
             found = (self._from_helper(helper, name) if helper else None) or self._from_entry(
                 entries.get(self._host(name)) or {})
             if found:
-                found.for_http()  # or who uses them would be the first to notice that they can't be sent
+                found.for_http()  # fail here rather than later if they cannot be encoded
             return found
         except FileNotFoundError:
             return None
         except (OSError, subprocess.SubprocessError, *MALFORMED_ERRORS) as e:
-            log.warning("the credentials in %s cannot be used: %s", self.path, type(e).__name__)
+            log.warning("ignoring the credentials in %s, which cannot be read: %s", self.path, type(e).__name__)
             return None
 
     @staticmethod
     def _host(key: str) -> str:
-        """The host in a key of `auths`, which may be a URL."""
+        """Return the host of a key of `auths`, which may be a URL."""
         return key.partition("://")[2].partition("/")[0] if "://" in key else key.partition("/")[0]
 
     @staticmethod
@@ -1440,20 +1440,20 @@ class DockerConfig:
         return Credentials(entry["username"], entry["password"]) if entry.get("username") else None
 
     def _from_helper(self, helper: str, name: str) -> Credentials | None:
-        """Ask a program (github.com/docker/docker-credential-helpers), if it is installed here."""
+        """Ask a credential helper (github.com/docker/docker-credential-helpers) if it is installed."""
         program = shutil.which(f"docker-credential-{helper}") if re.fullmatch(r"[\w.-]+", helper) else None
         if program is None:
             return None
         answer = subprocess.run([program, "get"], input=name.encode(), capture_output=True, check=False,  # noqa: S603
                                 timeout=self.HELPER_TIMEOUT)
         if answer.returncode:
-            return None  # it has none for this registry
+            return None  # it has no credentials for this registry
         document = json.loads(answer.stdout)
         return Credentials(str(document["Username"]), str(document["Secret"]))
 
 
 class PullFailed(Exception):
-    """Docker could not pull: `code` of ERRORS, and Docker's own message."""
+    """A pull failed. `code` is one of ERRORS; the message is Docker's or the registry's."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -1461,32 +1461,32 @@ class PullFailed(Exception):
 
 
 class Engine:
-    """The Docker Engine API, as far as a registry needs it.
+    """A client for the part of the Docker Engine API that a registry needs.
 
-    Every method opens a connection of its own (tens of microseconds on a unix socket), so there is no
-    shared state but the engine's description, and a restarted daemon is noticed at once. All raise
-    RegistryError: UNAVAILABLE when Docker can't be reached, ENGINE_FAILED when it answers nonsense.
+    Each call opens its own connection (tens of microseconds on a unix socket), so the only shared state is
+    the engine's description, and a restart of the daemon is noticed immediately. All methods raise
+    RegistryError: UNAVAILABLE if Docker cannot be reached, ENGINE_FAILED if its answer is an error or malformed.
     """
 
     def __init__(self, host: EngineHost):
         self.host = host
-        self._described: tuple[float, EngineInfo] | None = None  # replaced whole: needs no lock
+        self._described: tuple[float, EngineInfo] | None = None  # replaced atomically: needs no lock
 
     @contextlib.contextmanager
     def connection_errors(self) -> Iterator[None]:
-        """Turn what can go wrong on a connection to Docker into RegistryError."""
+        """Convert errors on a connection to Docker to RegistryError."""
         try:
             yield
         except (OSError, http.client.IncompleteRead) as e:
             self._described = None
             raise RegistryError("UNAVAILABLE", f"Docker cannot be reached: {self.host.advice(e)}") from e
         except (http.client.HTTPException, ValueError) as e:
-            raise RegistryError("ENGINE_FAILED", f"Docker's answer makes no sense: {e!r}") from e
+            raise RegistryError("ENGINE_FAILED", f"Docker's answer is malformed: {e!r}") from e
 
     @contextlib.contextmanager
     def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, *, body: bytes | None = None,
                  timeout: float = ENGINE_TIMEOUT) -> Iterator[http.client.HTTPResponse]:
-        """One request; the response has to be read within the `with`. timeout in seconds, per read."""
+        """Send a request. The response must be read within the `with`. timeout is in seconds, per read."""
         connection = EngineConnection(self.host, timeout)
         with self.connection_errors(), contextlib.closing(connection):
             connection.request(method, path, body, dict(headers or {}))
@@ -1494,16 +1494,16 @@ class Engine:
                 yield response
 
     def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
-        """The status and the parsed JSON of a GET."""
+        """Return the status and the parsed JSON of a GET."""
         with self._request("GET", path, headers) as response:
             data = response.read(JSON_LIMIT)
-            if response.length:  # read(limit) itself does not mind a body that is too short
+            if response.length:  # read(limit) does not detect a body that is too short
                 raise http.client.IncompleteRead(data, response.length)
         try:
             return response.status, json.loads(data)
         except (ValueError, RecursionError):
             raise RegistryError("ENGINE_FAILED", f"Docker answered {path} with status {response.status} and "
-                                                 f"something that is not JSON: {data[:200]!r}") from None
+                                                 f"a body that is not JSON: {data[:200]!r}") from None
 
     @staticmethod
     def _message(status: int, document: Any) -> str:
@@ -1513,14 +1513,14 @@ class Engine:
     @staticmethod
     @contextlib.contextmanager
     def _malformed_answers(path: str) -> Iterator[None]:
-        """Turn what comes of an answer of another form than we know into ENGINE_FAILED."""
+        """Convert the exceptions that a malformed answer raises to ENGINE_FAILED."""
         try:
             yield
         except MALFORMED_ERRORS as e:
-            raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} makes no sense: {e!r}") from e
+            raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} is malformed: {e!r}") from e
 
     def _get_object(self, path: str, *required: str) -> dict[str, Any] | None:
-        """The JSON object behind a path, or None when Docker says 404."""
+        """Return the JSON object at a path, or None if the status is 404."""
         status, document = self._get(path)
         if status == 404:
             return None
@@ -1530,12 +1530,12 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} lacks {' or '.join(required)}")
         return document
 
-    # ---- what the engine is
+    # ---- the description of the engine
 
     def info(self) -> EngineInfo:
-        """The engine's description, not older than ENGINE_FRESH seconds.
+        """Return the engine's description, at most ENGINE_FRESH seconds old.
 
-        Not remembered for longer because a restart can change all of it, the image store included.
+        It is not cached for longer because a restart can change all of it, even the image store.
         """
         described = self._described
         if described is None or time.monotonic() - described[0] > ENGINE_FRESH:
@@ -1558,10 +1558,10 @@ class Engine:
                               tuple(str(network) for network in registries.get("InsecureRegistryCIDRs") or ()))
 
     def is_insecure(self, registry: str) -> bool:
-        """Whether Docker takes plain HTTP and any certificate from a registry.
+        """Return True if Docker accepts plain HTTP and any certificate from a registry.
 
-        The rule is Docker's own (docs.docker.com/reference/cli/dockerd/#insecure-registries): what the
-        configuration says of this host; or else, whether one of its addresses is in an insecure network.
+        Docker's own rule (docs.docker.com/reference/cli/dockerd/#insecure-registries): the configured value
+        for this host; otherwise True if one of its addresses is in an insecure network.
         """
         info = self.info()
         configured = dict(info.indexes).get(registry)
@@ -1573,18 +1573,18 @@ class Engine:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             addresses = [ipaddress.ip_address(str(address[4][0]).partition("%")[0]) for address in found]
             return any(address in network for address in addresses for network in networks)
-        except (OSError, ValueError):  # a name that nobody knows, or that can be none
+        except (OSError, ValueError):  # the name does not resolve or is invalid
             return False
 
     def _path(self, path: str) -> str:
-        """A path under the API version that both sides know."""
+        """Prefix a path with the newest API version that both sides support."""
         api = self.info().api
         return f"/v{api[0]}.{api[1]}{path}"
 
     # ---- images
 
     def image(self, name: str) -> EngineImage | None:
-        """Inspect an image by name or ID; None when Docker does not have it."""
+        """Inspect an image by name or ID. Returns None if Docker does not have it."""
         path = self._path(f"/images/{name}/json")
         document = self._get_object(path, "Id")
         if document is None:
@@ -1595,9 +1595,9 @@ class Engine:
                                tuple(str(name) for name in document.get("RepoDigests") or ()))
 
     def images_of(self, repository: str) -> list[Digest]:
-        """The IDs of all images that Docker has in a repository.
+        """Return the IDs of all images that Docker has of a repository.
 
-        The classic store compares with the short form of a name only: alpine, not docker.io/library/alpine.
+        The classic store only matches the short form of a name: alpine, not docker.io/library/alpine.
         """
         names = [repository, repository.removeprefix("docker.io/"), repository.removeprefix("docker.io/library/")]
         path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"reference": names})))
@@ -1605,7 +1605,7 @@ class Engine:
             return [Digest.parse(image["Id"]) for image in self._list_images(path)]
 
     def image_ids(self) -> list[Digest]:
-        """The IDs of all images that have a name."""
+        """Return the IDs of all images that have a name."""
         path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"dangling": ["false"]})))
         with self._malformed_answers(path):
             return [Digest.parse(image["Id"]) for image in self._list_images(path)]
@@ -1617,7 +1617,7 @@ class Engine:
         return document
 
     def names(self) -> list[tuple[str, str]]:
-        """The name and the tag of every tagged image, as Docker shows them."""
+        """Return the name and the tag of every tagged image, as Docker shows them."""
         path = self._path("/images/json")
         document = self._list_images(path)
         with self._malformed_answers(path):
@@ -1625,9 +1625,9 @@ class Engine:
         return [(name, tag) for name, _, tag in (text.rpartition(":") for text in names) if TAG.fullmatch(tag)]
 
     def origin_digest(self, reference: Reference, credentials: Credentials | None) -> Digest:
-        """The digest that an image has in its own registry now. PullFailed when Docker can't find out.
+        """Return the current digest of an image in its own registry. Raises PullFailed.
 
-        It costs a request there, which counts for the registry's limits of the rate.
+        Docker sends a request to that registry, which counts towards its rate limit.
         """
         path = self._path(f"/distribution/{reference}/json")
         status, document = self._get(path, self._authorization(reference, credentials))
@@ -1644,10 +1644,10 @@ class Engine:
 
     def pull(self, reference: Reference, credentials: Credentials | None,
              tell: Callable[[Mapping[str, Any]], None]) -> None:
-        """Have Docker pull an image, to the end. Raises PullFailed when Docker says that it failed.
+        """Have Docker pull an image, and wait for the end. Raises PullFailed if Docker reports a failure.
 
-        tell is called with each message about the progress. Failures before the first byte have a status
-        of their own; later ones are lines in a 200.
+        tell is called with each progress message. A failure before the first byte has an HTTP error status;
+        a later one is a message in a response with status 200.
         """
         repository = reference.docker_repository()
         query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
@@ -1657,7 +1657,7 @@ class Engine:
                 tell(message)
 
     def _good_messages(self, response: http.client.HTTPResponse, repository: str) -> Iterator[dict[str, Any]]:
-        """The messages of a pull of a repository's image; PullFailed when one says that it failed."""
+        """Yield the messages of a pull. Raises PullFailed if one reports a failure."""
         for message in self._messages(response):
             error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
             if error:
@@ -1668,18 +1668,18 @@ class Engine:
 
     @staticmethod
     def _error(message: Mapping[str, Any]) -> Any:
-        """The error in a message about the progress of a pull, if it is one."""
+        """Return the error in a message of a pull; a false value if there is none."""
         detail = message.get("errorDetail")
         return message.get("error") or (isinstance(detail, dict) and detail.get("message"))
 
     @staticmethod
     def _messages(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-        """The JSON objects of a stream, one a line."""
+        """Yield the JSON objects of a stream that has one per line."""
         pending = b""
         while data := response.read1(PIECE):
             *lines, pending = (pending + data).split(b"\n")
             if len(pending) > MANIFEST_LIMIT:
-                raise RegistryError("ENGINE_FAILED", "Docker sent a line without an end")
+                raise RegistryError("ENGINE_FAILED", f"Docker sent a line of more than {MANIFEST_LIMIT} bytes")
             yield from (Engine._parse_message(line) for line in lines if line.strip())
         if pending.strip():
             yield Engine._parse_message(pending)
@@ -1691,26 +1691,26 @@ class Engine:
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
-            raise RegistryError("ENGINE_FAILED", f"Docker sent something that is not JSON: {line[:200]!r}")
+            raise RegistryError("ENGINE_FAILED", f"Docker sent a line that is not JSON: {line[:200]!r}")
         return message
 
     @contextlib.contextmanager
     def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
-        """The tar of `docker save` as a stream, to be read within the `with`."""
+        """Stream the tar of `docker save`. It must be read within the `with`."""
         with self._request("GET", self._path(f"/images/{image_id}/get"), timeout=PULL_TIMEOUT) as response:
             if response.status != 200:
                 reason = response.read(500).decode(errors="replace")
                 raise RegistryError("ENGINE_FAILED", f"Docker cannot export {image_id}: {reason}")
             yield response
 
-    # ---- the way to Docker's gRPC services
+    # ---- the connection to Docker's gRPC services
 
     def open_grpc(self) -> socket.socket:
-        """A connection on which the engine's gRPC services should be reached by HTTP/2.
+        """Open a connection on which the engine's gRPC services accept HTTP/2.
 
-        `POST /grpc` turns an HTTP/1.1 connection into one (Docker Engine API, "Initialize a gRPC
-        session"). Where Docker refuses, as it is bound to when the deprecation of API 1.53 ends, this
-        is a fresh connection: newer engines take HTTP/2 by prior knowledge on the same socket.
+        `POST /grpc` upgrades an HTTP/1.1 connection (Docker Engine API, "Initialize a gRPC session"). It is
+        deprecated since API 1.53. If Docker refuses it, this returns a new connection, because newer engines
+        accept HTTP/2 with prior knowledge on the same socket.
         """
         path = self._path("/grpc")
         with self.connection_errors():
@@ -1728,12 +1728,12 @@ class Engine:
 
     @staticmethod
     def _read_head(sock: socket.socket) -> bytes:
-        """An HTTP response up to the empty line, byte by byte: what follows belongs to HTTP/2."""
+        """Read an HTTP response up to the empty line, byte by byte: the bytes after it belong to HTTP/2."""
         head = bytearray()
         while not head.endswith(b"\r\n\r\n"):
             byte = sock.recv(1)
             if not byte or len(head) > 16 * KIB:
-                raise ConnectionResetError("the connection ended in the middle of an answer")
+                raise ConnectionResetError("the connection was closed during an answer")
             head += byte
         return bytes(head)
 

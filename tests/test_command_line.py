@@ -170,7 +170,7 @@ class TestRunning(CommandCase):
         path = self.folder / "docker.sock"
         program = self.program(f"unix://{path}")
         pull = "/v2/library/app/manifests/1?ns=docker.io"
-        self.assert_unavailable(program, pull, f"there is no socket at {path}", "mount it with -v")
+        self.assert_unavailable(program, pull, f"{path} does not exist", "mount it with -v")
         self.assertEqual(200, program.get("/v2/").status)
         with socket.socket(socket.AF_UNIX) as nobody:
             nobody.bind(str(path))

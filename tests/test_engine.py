@@ -127,7 +127,7 @@ class TestPullProgress(unittest.TestCase):
     def test_lines(self):
         down = self.downloading
         for expected, messages in (
-                ("asked Docker", []),
+                ("waiting for Docker", []),
                 ("pulling from library/alpine", [{"status": "Pulling from library/alpine", "id": "3.20"}]),
                 ("45%, 4.5 MB of 10.0 MB, 450.0 kB/s, downloading", [down("a", 4_500_000, 10_000_000)]),
                 ("45%, 9.0 MB of 20.0 MB, 900.0 kB/s, downloading",
@@ -145,7 +145,7 @@ class TestPullProgress(unittest.TestCase):
                 ("downloading", [down("a", 1, 0)]),
                 ("downloading", [down("a", "1", None)]),
                 ("downloading", [{"status": "Downloading", "id": ["a"], "progressDetail": 5}]),
-                ("asked Docker", [{"status": 5}, {"status": None}, {}, {"aux": {"Digest": "x"}}])):
+                ("waiting for Docker", [{"status": 5}, {"status": None}, {}, {"aux": {"Digest": "x"}}])):
             with self.subTest(expected, messages=messages):
                 progress = module.PullProgress(100.0)
                 for message in messages:
@@ -382,7 +382,7 @@ class TestPull(EngineCase):
                 ("no UTF-8", b"\xff\xfe\n", "xff"),
                 ("very deep", b"[" * 200_000 + b"\n", "[[[["),
                 ("half a line at the end", b'{"status":"a"}\n{"stat', '{"stat'),
-                ("a line without an end", b" " * (module.MANIFEST_LIMIT + module.MIB), "without an end")):
+                ("a line without an end", b" " * (module.MANIFEST_LIMIT + module.MIB), "a line of more than")):
             with self.subTest(what):
                 self.daemon.pulls[str(REFERENCE)] = chunked(body)
                 error = self.error_of(self.pull)
@@ -502,16 +502,16 @@ class TestAdvice(unittest.TestCase):
     def test_advice(self):
         unix, tcp = EngineHost(path="/run/d.sock"), EngineHost(host="10.0.0.1", port=2375)
         for host, error, *expected in (
-                (unix, FileNotFoundError(), "no socket at /run/d.sock", "is Docker running",
+                (unix, FileNotFoundError(), "/run/d.sock does not exist", "is Docker running",
                  "-v /var/run/docker.sock:/run/d.sock"),
                 (unix, PermissionError(), "permission denied on /run/d.sock", "group"),
                 (unix, ConnectionRefusedError(), "refused at unix:///run/d.sock", "not running"),
                 (tcp, ConnectionRefusedError(), "refused at tcp://10.0.0.1:2375", "not running"),
                 (tcp, TimeoutError(), "no answer from tcp://10.0.0.1:2375 in time"),
-                (tcp, ConnectionResetError(), "tcp://10.0.0.1:2375 broke", "restarting"),
-                (unix, BrokenPipeError(), "unix:///run/d.sock broke", "restarting"),
-                (unix, http.client.RemoteDisconnected("x"), "unix:///run/d.sock broke", "restarting"),
-                (unix, http.client.IncompleteRead(b"", 5), "unix:///run/d.sock broke", "restarting"),
+                (tcp, ConnectionResetError(), "tcp://10.0.0.1:2375 was lost", "restarting"),
+                (unix, BrokenPipeError(), "unix:///run/d.sock was lost", "restarting"),
+                (unix, http.client.RemoteDisconnected("x"), "unix:///run/d.sock was lost", "restarting"),
+                (unix, http.client.IncompleteRead(b"", 5), "unix:///run/d.sock was lost", "restarting"),
                 (tcp, socket.gaierror(-2, "Name or service not known"), "tcp://10.0.0.1:2375", "not known"),
                 (tcp, OSError(errno.EHOSTUNREACH, "No route to host"), "tcp://10.0.0.1:2375", "No route to host")):
             for text in expected:
@@ -527,7 +527,7 @@ class TestAdvice(unittest.TestCase):
             port = server.getsockname()[1]
             server.close()
             for host, expected in (
-                    (EngineHost(path=str(folder / "missing")), "there is no socket"),
+                    (EngineHost(path=str(folder / "missing")), "does not exist: is Docker running"),
                     (EngineHost(path=str(folder / "dead")), "connection refused"),
                     (EngineHost(path=str(folder / "file")), "connection refused"),
                     (EngineHost(path=str(folder / "file/sub")), "Not a directory"),
@@ -616,7 +616,7 @@ class TestTls(EngineCase):
         for what, host, reason in (
                 ("Docker's is of a stranger", self.host(self.stranger, self.authority), "certificate verify failed"),
                 ("ours is of a stranger", self.host(self.authority, self.stranger), "UNKNOWN_CA|unknown ca|broke"),
-                ("no TLS on our side", EngineHost(host="127.0.0.1", port=self.proxy.port), "broke")):
+                ("no TLS on our side", EngineHost(host="127.0.0.1", port=self.proxy.port), "was lost")):
             with self.subTest(what):
                 error = self.error_of(Engine(host).info)
                 self.assertEqual("UNAVAILABLE", error.code)
@@ -636,7 +636,7 @@ class TestTls(EngineCase):
                 with self.subTest(name, what=what):
                     self.host(self.authority, self.authority)
                     spoil(self.folder / name)
-                    with self.assertRaisesRegex(ValueError, "could not be read from DOCKER_CERT_PATH"):
+                    with self.assertRaisesRegex(ValueError, "cannot be read from DOCKER_CERT_PATH"):
                         EngineHost.from_environment({"DOCKER_HOST": "tcp://127.0.0.1:1", "DOCKER_TLS_VERIFY": "1",
                                                      "DOCKER_CERT_PATH": str(self.folder)})
 

@@ -579,12 +579,12 @@ class TestAnswers(FaultCase):
                 ("500", http_answer(500, {"message": "database is locked"}), 502, "ENGINE_FAILED",
                  "database is locked"),
                 ("500 in HTML", http_answer(500, b"<h1>Oops</h1>"), 502, "ENGINE_FAILED", "Oops"),
-                ("garbage", b"\x00\x01\x02\x03\r\n\r\n", 502, "ENGINE_FAILED", "makes no sense"),
+                ("garbage", b"\x00\x01\x02\x03\r\n\r\n", 502, "ENGINE_FAILED", "malformed"),
                 ("garbage in JSON", http_answer(200, b"{{{{"), 502, "ENGINE_FAILED", "not JSON"),
                 ("the wrong JSON", http_answer(200, [1, 2]), 502, "ENGINE_FAILED", "lacks Id"),
-                ("a bad Id", http_answer(200, {"Id": "sha256:../../x"}), 502, "ENGINE_FAILED", "makes no sense"),
+                ("a bad Id", http_answer(200, {"Id": "sha256:../../x"}), 502, "ENGINE_FAILED", "malformed"),
                 ("odd layers", http_answer(200, {"Id": "sha256:" + "a" * 64, "RootFS": [], "Size": "x"}),
-                 502, "ENGINE_FAILED", "makes no sense"),
+                 502, "ENGINE_FAILED", "malformed"),
                 ("nothing", lambda sock: b"", 503, "UNAVAILABLE", "the connection"),
                 ("half", HTTP_OK + b"Content-Length: 100\r\n\r\n{", 503, "UNAVAILABLE", "the connection")):
             with self.subTest(what):
