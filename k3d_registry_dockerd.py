@@ -1894,7 +1894,7 @@ def start_thread(job: Callable[..., None], *arguments: Any) -> None:
 
 @contextlib.contextmanager
 def on_failure(action: Callable[[], Any]) -> Iterator[None]:
-    """Call an action if what follows fails."""
+    """Call an action if the body of the `with` raises an exception."""
     try:
         yield
     except BaseException:
@@ -2212,7 +2212,7 @@ class Sharing:
             shared.close()
 
 
-# ---- HTTP/2, as much of it as one gRPC call at a time takes (RFC 9113)
+# ---- HTTP/2: the subset needed for one gRPC call at a time (RFC 9113)
 
 FRAME_DATA, FRAME_HEADERS, FRAME_RESET, FRAME_SETTINGS = 0x0, 0x1, 0x3, 0x4
 FRAME_PING, FRAME_GOAWAY, FRAME_WINDOW_UPDATE, FRAME_CONTINUATION = 0x6, 0x7, 0x8, 0x9
@@ -2220,23 +2220,23 @@ END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
 SETTING_HEADER_TABLE_SIZE, SETTING_ENABLE_PUSH, SETTING_INITIAL_WINDOW, SETTING_MAX_FRAME = 0x1, 0x2, 0x4, 0x5
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-FRAME_LIMIT = 64 * KIB          # bytes of a frame that we accept: larger ones cost memory, and no time
-WINDOW = 2**31 - 1              # bytes: the largest there is; the socket itself holds back a fast sender
-WINDOW_STEP = 16 * MIB          # bytes consumed until the window is filled up again
+FRAME_LIMIT = 64 * KIB          # bytes of a frame that we accept: larger frames need more memory and are no faster
+WINDOW = 2**31 - 1              # bytes: the maximum; the socket itself slows down a fast sender
+WINDOW_STEP = 16 * MIB          # bytes consumed before the window is enlarged again
 MESSAGE_LIMIT = 16 * MIB        # bytes of a gRPC message; containerd sends 1 MiB at a time
 
-# `grpc-status` as HPACK writes it with Huffman coding (RFC 7541, 5.2). We announce a header table of
-# size 0, so the server can't shorten it to a reference, and no HPACK decoder is needed to find it.
+# `grpc-status` in HPACK's Huffman coding (RFC 7541, 5.2). We announce a header table of size 0, so the server
+# cannot replace the name with a reference, and no HPACK decoder is needed to find it.
 GRPC_STATUS = bytes.fromhex("9acac8b21234da8f")
 GRPC_OK, GRPC_NOT_FOUND, GRPC_UNIMPLEMENTED = 0, 5, 12
 
 
 class Http2Error(Exception):
-    """The other side broke off, or does not speak HTTP/2 and gRPC as we know them."""
+    """The server closed the connection, or violated HTTP/2, gRPC or protobuf."""
 
 
 class GrpcError(Exception):
-    """A call ended with a status that is not OK (github.com/grpc/grpc, doc/statuscodes.md)."""
+    """A call ended with a status other than OK (github.com/grpc/grpc, doc/statuscodes.md)."""
 
     def __init__(self, status: int):
         super().__init__(f"gRPC status {status}")
@@ -2244,17 +2244,18 @@ class GrpcError(Exception):
 
 
 class Payload:
-    """Bytes that come in pieces of any size, and are taken as they are wanted, without a copy of the long ones.
+    """A reader for bytes that arrive in pieces of any size. Long pieces are not copied.
 
-    Http2Error when they end before what is wanted.
+    The methods raise Http2Error if the bytes end too early.
     """
 
     def __init__(self, pieces: Iterator[Data], what: str):
+        """what names the bytes in errors."""
         self._pieces, self._what = pieces, what
         self._rest = memoryview(b"")
 
     def at_end(self) -> bool:
-        """Whether nothing more comes; waits for that to be known."""
+        """Return True at the end of the bytes. Blocks until that is known."""
         while not self._rest:
             piece = next(self._pieces, None)
             if piece is None:
@@ -2263,48 +2264,48 @@ class Payload:
         return False
 
     def pieces(self, count: int) -> Iterator[memoryview]:
-        """The next bytes as they come."""
+        """Yield the next count bytes as they arrive."""
         while count:
             if self.at_end():
-                raise Http2Error(f"{self._what} ends too early")
+                raise Http2Error(f"{self._what} ended too early")
             piece, self._rest = self._rest[:count], self._rest[count:]
             count -= len(piece)
             yield piece
 
     def take(self, count: int) -> bytes:
-        """The next bytes at once: a few."""
+        """Return the next count bytes, copied."""
         return b"".join(self.pieces(count))
 
     def varint(self) -> int:
-        """A number as protobuf writes it: seven bits a byte, the low ones first."""
+        """Read a protobuf varint: seven bits per byte, the lowest first."""
         number = 0
         for shift in range(0, 70, 7):
             byte = self.take(1)[0]
             number |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return number
-        raise Http2Error(f"a number of more than 64 bits in {self._what}")
+        raise Http2Error(f"{self._what} has a varint of more than 64 bits")
 
 
 class Http2Connection:
-    """A connection to a gRPC server that carries one call at a time. Raises Http2Error and OSError.
+    """A connection to a gRPC server that carries one call at a time. Methods raise Http2Error and OSError.
 
-    One call at a time keeps flow control simple: who does not read holds back the server through the
-    socket, and nobody else is behind him. The cost is a connection for each stream, which on a unix
-    socket is next to nothing.
+    One call at a time keeps flow control simple: a slow reader blocks the server through the socket, and no
+    other call has to wait behind it. The cost is one connection per stream, which is very cheap on a unix
+    socket.
     """
 
     def __init__(self, sock: socket.socket):
         self._sock, self._reader = sock, sock.makefile("rb", FRAME_LIMIT)
         self._stream = -1
-        self._unacknowledged = 0  # bytes consumed since the connection's window was filled up
+        self._unacknowledged = 0  # bytes consumed since the connection's window was enlarged
         settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
                                SETTING_INITIAL_WINDOW, WINDOW, SETTING_MAX_FRAME, FRAME_LIMIT)
         sock.sendall(HTTP2_PREFACE + self._frame(FRAME_SETTINGS, 0, 0, settings)
                      + self._frame(FRAME_WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)))
         kind, flags, _, payload = self._read_frame()
         if kind != FRAME_SETTINGS:
-            raise Http2Error("the server does not begin with its settings")
+            raise Http2Error("the server did not send its settings first")
         self._serve_connection(kind, flags, payload)
 
     def close(self) -> None:
@@ -2313,11 +2314,10 @@ class Http2Connection:
         self._sock.close()
 
     def call(self, path: str, message: bytes) -> Iterator[Payload]:
-        """Send one message to a gRPC method and yield the messages of its answer as they begin to arrive.
+        """Send one message to a gRPC method and yield each message of the answer as soon as it starts to arrive.
 
-        What is not taken of a message is skipped when the next one is wanted. Raises GrpcError when the call ends
-        with a status that is not OK. The connection can carry another call only when this one has come to its end,
-        by either way.
+        The unread rest of a message is skipped before the next one. Raises GrpcError if the call ends with a
+        status other than OK. The connection can only be reused after the iterator is exhausted or GrpcError.
         """
         self._stream += 2
         headers = b"".join(self._literal(name, value) for name, value in (
@@ -2326,11 +2326,11 @@ class Http2Connection:
         self._sock.sendall(self._frame(FRAME_HEADERS, END_HEADERS, self._stream, headers)
                            + self._frame(FRAME_DATA, END_STREAM, self._stream,
                                          struct.pack(">BI", 0, len(message)) + message))
-        answer = Payload(self._data(), "the answer of a call")
+        answer = Payload(self._data(), "the answer to a gRPC call")
         while not answer.at_end():
             compressed, length = struct.unpack(">BI", answer.take(5))
             if compressed or length > MESSAGE_LIMIT:
-                raise Http2Error(f"a gRPC message of {length} bytes, compressed={compressed}")
+                raise Http2Error(f"unsupported gRPC message: {length} bytes, compressed={compressed}")
             pieces = answer.pieces(length)
             yield Payload(pieces, "a protobuf message")
             for _ in pieces:
@@ -2338,7 +2338,7 @@ class Http2Connection:
 
     @staticmethod
     def _literal(name: bytes, value: bytes) -> bytes:
-        """A header that enters no table and uses no Huffman code (RFC 7541, 6.2.2)."""
+        """Encode a header without indexing and Huffman coding (RFC 7541, 6.2.2)."""
         return bytes((0, len(name))) + name + bytes((len(value),)) + value
 
     @staticmethod
@@ -2352,16 +2352,16 @@ class Http2Connection:
         return data
 
     def _read_frame(self) -> tuple[int, int, int, bytes]:
-        """The next frame: kind, flags, stream, payload."""
+        """Read the next frame. Returns kind, flags, stream and payload."""
         head = self._read_exactly(9)
         length = int.from_bytes(head[:3], "big")
         if length > FRAME_LIMIT:
-            raise Http2Error("a frame larger than we allow, or no HTTP/2 at all")
+            raise Http2Error("the frame is too large, or the server does not speak HTTP/2")
         kind, flags, stream = struct.unpack(">BBI", head[3:])
         return kind, flags, stream & WINDOW, self._read_exactly(length)
 
     def _serve_connection(self, kind: int, flags: int, payload: bytes) -> None:
-        """Answer a frame that concerns the whole connection."""
+        """Handle a frame that belongs to the connection rather than to the current stream."""
         if kind == FRAME_SETTINGS and not flags & ACK:
             self._sock.sendall(self._frame(FRAME_SETTINGS, ACK, 0, b""))
         elif kind == FRAME_PING and not flags & ACK:
@@ -2370,7 +2370,7 @@ class Http2Connection:
             raise Http2Error("Docker is closing the connection")
 
     def _data(self) -> Iterator[bytes]:
-        """The payload of the current stream as it arrives, up to its trailers, whose status has to be OK."""
+        """Yield the data of the current stream as it arrives, then check the status in its trailers."""
         unacknowledged = 0
         while True:
             kind, flags, stream, payload = self._read_frame()
@@ -2393,7 +2393,7 @@ class Http2Connection:
                     return self._check_status(headers)
 
     def _consumed(self, count: int, stream: int) -> int:
-        """Fill up a window when count bytes of it are used; what is still to be filled up."""
+        """Enlarge a window by count bytes if that is worth a frame. Returns the bytes still unacknowledged."""
         if count < WINDOW_STEP:
             return count
         self._sock.sendall(self._frame(FRAME_WINDOW_UPDATE, 0, stream, struct.pack(">I", count)))
@@ -2404,16 +2404,16 @@ class Http2Connection:
         rest = trailers.partition(GRPC_STATUS)[2]
         value = rest[1:1 + rest[0]] if rest else b""
         if not value.isdigit():
-            raise Http2Error("the trailers hold no status that we can read")
+            raise Http2Error("the trailers have no readable grpc-status")
         if int(value) != GRPC_OK:
             raise GrpcError(int(value))
 
 
-# ---- protobuf, as much of it as the content service takes (protobuf.dev/programming-guides/encoding)
+# ---- protobuf: the subset that the content service uses (protobuf.dev/programming-guides/encoding)
 
 
 def encode_varint(number: int) -> bytes:
-    """A number, seven bits a byte, the low ones first."""
+    """Encode a number with seven bits per byte, the lowest first."""
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -2422,7 +2422,7 @@ def encode_varint(number: int) -> bytes:
 
 
 def encode_fields(*fields: tuple[int, int | str]) -> bytes:
-    """A message out of numbered fields, each an integer or a string."""
+    """Encode a message from (number, value) pairs. Values are integers and strings."""
     out = b""
     for number, value in fields:
         if isinstance(value, int):
@@ -2434,7 +2434,7 @@ def encode_fields(*fields: tuple[int, int | str]) -> bytes:
 
 
 def read_fields(message: Payload) -> Iterator[tuple[int, int | Iterator[memoryview]]]:
-    """The numbered fields of a message as they arrive: integers, and bytes in pieces, to be taken before the next."""
+    """Yield (number, value) per field. The value is an integer, or pieces of bytes to be read before the next field."""
     while not message.at_end():
         key = message.varint()
         if key & 7 == 0:
@@ -2445,11 +2445,11 @@ def read_fields(message: Payload) -> Iterator[tuple[int, int | Iterator[memoryvi
             for _ in pieces:
                 pass
         else:
-            raise Http2Error(f"a field of type {key & 7} in a protobuf message")
+            raise Http2Error(f"a protobuf message has a field of type {key & 7}")
 
 
 def decode_fields(message: Payload) -> dict[int, Any]:
-    """The fields of a small message by number: integers and bytes; the last one of a number counts."""
+    """Decode a small message into integers and bytes by field number. The last field of a number wins."""
     return {number: value if isinstance(value, int) else b"".join(value) for number, value in read_fields(message)}
 
 
@@ -2457,25 +2457,24 @@ def decode_fields(message: Payload) -> dict[int, Any]:
 
 
 class ContentService:
-    """Docker's content store, read through Docker's own socket: nothing to mount, nothing to copy.
+    """Docker's content store, read through Docker's own socket: nothing has to be mounted or copied.
 
     The engine serves containerd's Content API (github.com/containerd/containerd,
-    api/services/content/v1/content.proto) next to BuildKit's. It is of use only with the containerd image
-    store; `problem` tries it out. Connections are taken from a pool of idle ones and go back to it after a
-    call that came to its end.
+    api/services/content/v1/content.proto) next to BuildKit's API. It is only useful with the containerd image
+    store; `problem` tests it. Connections come from a pool and return to it after a complete call.
     """
 
     name = "content service"
     PREFIX = "/containerd.services.content.v1.Content/"
 
     def __init__(self, engine: Engine, folder: Path):
-        """folder is where content may be for a moment when many read it at once."""
+        """folder holds temporary files for content that several readers share."""
         self._engine, self._sharing = engine, Sharing(folder)
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[Http2Connection] = []
 
     def problem(self) -> str | None:
-        """Why this engine's service can't be used, or None when it can."""
+        """Return the reason why this engine's service cannot be used, or None if it can."""
         self.close()
         try:
             self.find(Digest.of(b""))
@@ -2494,19 +2493,19 @@ class ContentService:
                     if isinstance(info, bytes):
                         size = decode_fields(Payload(iter([info]), "a protobuf message")).get(2, 0)
                 if not isinstance(size, int):
-                    raise Http2Error("a protobuf message without the size")
+                    raise Http2Error("the answer has no size")
         except GrpcError as e:
             if e.status == GRPC_NOT_FOUND:
                 return None
-            raise RegistryError("ENGINE_FAILED", f"Docker's content service on {digest}: {e}") from e
+            raise RegistryError("ENGINE_FAILED", f"Docker's content service cannot find {digest}: {e}") from e
         return ServiceBlob(self, digest, size)
 
     def share(self, digest: Digest, size: int) -> Body:
-        """All of some content, for one of maybe many readers."""
+        """Return all of a blob of size bytes. Simultaneous readers share one call."""
         return self._sharing.open(digest, size, functools.partial(self.read, digest))
 
     def read(self, digest: Digest, start: int, length: int) -> StreamBody:
-        """length bytes from start on. Raises BLOB_UNKNOWN or UNAVAILABLE here, rather than in the stream."""
+        """Return length bytes from start on. Errors before the first byte, like BLOB_UNKNOWN, are raised here."""
         if not length:
             return StreamBody(iter(()), 0, lambda: None)
         pieces = self._read(digest, start, length)
@@ -2523,20 +2522,19 @@ class ContentService:
                     left -= len(piece)
                     yield piece
         except GrpcError as e:
-            raise RegistryError("BLOB_UNKNOWN", f"Docker's content service on {digest}: {e}") from e
+            raise RegistryError("BLOB_UNKNOWN", f"Docker's content service cannot read {digest}: {e}") from e
         if left:
-            raise RegistryError("ENGINE_FAILED", f"Docker's content service ended {left} bytes before the end "
-                                                 f"of {digest}")
+            raise RegistryError("ENGINE_FAILED", f"Docker's content service sent {left} bytes too few of {digest}")
 
     @staticmethod
     def _data(message: Payload) -> Iterator[memoryview]:
-        """The content in a ReadContentResponse."""
+        """Yield the content in a ReadContentResponse."""
         for number, value in read_fields(message):
             if number == 2 and not isinstance(value, int):
                 yield from value
 
     def _call(self, method: str, message: bytes) -> Generator[Payload, None, None]:
-        """One call, on an idle connection if there is one. A generator: closing it gives up the call."""
+        """Make a call, on an idle connection if there is one. Closing the generator aborts the call."""
         connection, fresh = self._take()
         try:
             with self._errors(f"calling {method}"):
@@ -2546,7 +2544,7 @@ class ContentService:
                 except (OSError, Http2Error):
                     if fresh:
                         raise
-                    # It may have died while it lay idle, as it does when Docker restarts: try a new one.
+                    # An idle connection breaks when Docker restarts: try a new one.
                     connection.close()
                     connection = self._connect()
                     answer = connection.call(self.PREFIX + method, message)
@@ -2563,7 +2561,7 @@ class ContentService:
         self._give_back(connection)
 
     def _take(self) -> tuple[Http2Connection, bool]:
-        """A connection, and whether it is a new one."""
+        """Return a connection, and True if it is new."""
         with self._lock:
             if self._idle:
                 return self._idle.pop(), False
@@ -2603,13 +2601,13 @@ class ContentService:
 
 
 class ServiceBlob:
-    """Content that Docker's content service has."""
+    """A blob in Docker's content store."""
 
     def __init__(self, service: ContentService, digest: Digest, size: int):
         self._service, self._digest, self.size = service, digest, size
 
     def open(self, start: int, length: int) -> Body:
-        """See Blob. Parts are not shared."""
+        """See Blob. Only reads of the whole blob are shared."""
         if length == self.size:
             return self._service.share(self._digest, length)
         return self._service.read(self._digest, start, length)
@@ -2639,10 +2637,10 @@ class ArrivingBlob:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects with credentials for the same server only, and 308 like 307, which Python 3.10 does not."""
+    """Follows redirects, with credentials only to the same server. Adds 308, which Python 3.10 does not support."""
 
     def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        """See urllib.request, which would read all of the body, however long it is."""
+        """See urllib.request, which would read the whole body, whatever its length."""
         fp.read = lambda *_: b""
         return super().http_error_302(req, fp, code, msg, headers)
 
@@ -2650,11 +2648,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any,
                          newurl: str) -> urllib.request.Request | None:
-        """See urllib.request; the names of the arguments are those of the library."""
+        """See urllib.request."""
         following = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
         if following is None:
             return None
-        following.remove_header("Proxy-authorization")  # it is added again for where a proxy is used
+        following.remove_header("Proxy-authorization")  # it is added again if the new URL needs a proxy
         authorization = req.unredirected_hdrs.get("Authorization")
         if authorization and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
             following.add_unredirected_header("Authorization", authorization)
@@ -2662,18 +2660,17 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class Origin:
-    """The registry that an image comes from, asked for content that Docker has lost, or does not keep.
+    """A client for the registry that an image comes from, for content that Docker has lost or does not keep.
 
-    Knows as much of the distribution protocol as that takes: the token of a Bearer challenge
-    (distribution.github.io/distribution/spec/auth/token) or Basic authentication, redirects, and the proxies
-    that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name. An insecure one is tried with TLS and then without, as
-    Docker does.
+    It supports Bearer tokens (distribution.github.io/distribution/spec/auth/token), Basic authentication,
+    redirects, and the proxies in HTTP_PROXY, HTTPS_PROXY and NO_PROXY. Like Docker, it tries an insecure
+    registry with TLS first and then without.
     """
 
     DOCKER_HUB = "registry-1.docker.io"
 
     def __init__(self, reference: Reference, credentials: Credentials | None, trusted: ssl.SSLContext | None):
-        """trusted has the authorities for the registry's certificate; with None it may be an insecure one."""
+        """trusted holds the trusted certificate authorities. None means that the registry may be insecure."""
         assert reference.namespace
         self._host = self.DOCKER_HUB if reference.namespace == "docker.io" else reference.namespace
         self._repository, self._credentials = reference.repository, credentials
@@ -2682,10 +2679,10 @@ class Origin:
         self._opener = self._make_opener(trusted or ssl._create_unverified_context())  # noqa: S323
 
     def _make_opener(self, context: ssl.SSLContext) -> urllib.request.OpenerDirector:
-        """As urllib.request has it, but for its handlers of files and FTP, to which a redirect might lead."""
-        near = self._host.rpartition(":")[0] in LOOPBACK or self._host in LOOPBACK  # proxies are for what is far
+        """Build urllib.request's opener without the file and FTP handlers, which a redirect could reach."""
+        local = self._host.rpartition(":")[0] in LOOPBACK or self._host in LOOPBACK  # needs no proxy
         opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler({} if near else None), urllib.request.HTTPHandler(),
+        for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
                         urllib.request.HTTPSHandler(context=context), Redirects(), urllib.request.UnknownHandler(),
                         urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
             opener.add_handler(handler)
@@ -2693,13 +2690,13 @@ class Origin:
 
     @contextlib.contextmanager
     def open(self, kind: str, digest: Digest) -> Iterator[http.client.HTTPResponse]:
-        """A response with content of a kind, "manifests" or "blobs", to be read within the `with`. PullFailed."""
+        """Request content; kind is "manifests" or "blobs". Read the response within the `with`. Raises PullFailed."""
         try:
             with self._get(f"/v2/{self._repository}/{kind}/{digest}") as response:
                 yield response
         except urllib.error.HTTPError as e:
             codes = {401: "DENIED", 403: "DENIED", 404: f"{kind[:-1].upper()}_UNKNOWN", 429: "TOOMANYREQUESTS"}
-            text = b"(its answer broke off)"
+            text = b"(the answer is incomplete)"
             with e, contextlib.suppress(OSError, http.client.HTTPException):
                 text = e.read(300)
             reason = f"{self._host} answered {e.code}: {printable(text.decode(errors='replace'))}"
@@ -2708,11 +2705,11 @@ class Origin:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: {getattr(e, 'reason', None) or e!r}") from None
 
     def _get(self, path: str) -> http.client.HTTPResponse:
-        """A good response, after one challenge if need be."""
+        """Send a GET, and repeat it with authentication if the registry demands that."""
         try:
             return self._try(path)
         except urllib.error.HTTPError as e:
-            ours = urllib.parse.urlsplit(e.url)[:2] == (self._schemes[0], self._host)  # not where a redirect led to
+            ours = urllib.parse.urlsplit(e.url)[:2] == (self._schemes[0], self._host)  # no redirect
             self._authorization = self._answer(e.headers) if ours and e.code == 401 else None
             if self._authorization is None:
                 raise
@@ -2720,7 +2717,7 @@ class Origin:
         return self._try(path)
 
     def _try(self, path: str) -> http.client.HTTPResponse:
-        """A good response by the first scheme that the registry speaks, by which it is asked from then on."""
+        """Send a GET with the first scheme that the registry supports. Later requests use only that one."""
         for scheme in self._schemes:
             request = urllib.request.Request(f"{scheme}://{self._host}{path}", headers={"Accept": MANIFEST_TYPES})
             if self._authorization:
@@ -2742,12 +2739,12 @@ class Origin:
         request.add_header("User-Agent", f"k3d-registry-dockerd/{__version__}")
         try:
             response: http.client.HTTPResponse = self._opener.open(request, body, ORIGIN_TIMEOUT)
-        except ValueError as e:  # of a Location that is no URL
+        except ValueError as e:  # the Location is not a valid URL
             raise urllib.error.URLError(str(e)) from None
         return response
 
     def _answer(self, headers: Message) -> str | None:
-        """The Authorization that a 401 asks for, or None when there is nothing to answer it with."""
+        """Return the Authorization value for the challenges of a 401, or None if none can be answered."""
         for challenge in headers.get_all("WWW-Authenticate", []):
             scheme, _, parameters = challenge.strip().partition(" ")
             if scheme.lower() == "bearer":
@@ -2757,30 +2754,30 @@ class Origin:
         return None
 
     def _token(self, challenge: str) -> str:
-        """A token from where a Bearer challenge says."""
+        """Get a token from the realm of a Bearer challenge."""
         try:
             fields = urllib.request.parse_keqv_list(urllib.request.parse_http_list(challenge))
-            question = {"service": fields.get("service", ""),
-                        "scope": fields.get("scope") or f"repository:{self._repository}:pull"}
-            with self._send(*self._token_request(fields["realm"], question)) as response:
+            query = {"service": fields.get("service", ""),
+                     "scope": fields.get("scope") or f"repository:{self._repository}:pull"}
+            with self._send(*self._token_request(fields["realm"], query)) as response:
                 answer = json.loads(response.read(MANIFEST_LIMIT))
             token = answer.get("token") or answer["access_token"]
             if re.fullmatch(r"[\x21-\x7e]+", token):
                 return str(token)
-            raise ValueError("it is not one")
+            raise ValueError("not a token")
         except MALFORMED_ERRORS as e:
-            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} gives no token: {type(e).__name__}") from None
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} did not return a token: {type(e).__name__}") from None
 
-    def _token_request(self, realm: str, question: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
-        """The request for a token: with an identity token it is OAuth 2.0's, which has a body."""
+    def _token_request(self, realm: str, query: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
+        """Return the request for a token and its body, which only OAuth 2.0 has (for an identity token)."""
         if urllib.parse.urlsplit(realm).scheme not in {"https", *self._schemes}:
-            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} wants a token from {printable(realm)}, without TLS")
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} demands a token from {printable(realm)}, without TLS")
         if self._credentials and self._credentials.username == IDENTITY_TOKEN:
             form = {"grant_type": "refresh_token", "client_id": "k3d-registry-dockerd",
-                    "refresh_token": self._credentials.password, **question}
+                    "refresh_token": self._credentials.password, **query}
             return urllib.request.Request(realm), urllib.parse.urlencode(form).encode()
         separator = "&" if urllib.parse.urlsplit(realm).query else "?"
-        request = urllib.request.Request(realm + separator + urllib.parse.urlencode(question))
+        request = urllib.request.Request(realm + separator + urllib.parse.urlencode(query))
         if self._credentials:
             request.add_unredirected_header("Authorization", self._credentials.for_http())
         return request, None
@@ -2790,10 +2787,10 @@ class Origin:
 
 
 def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> bytes:
-    """The manifest of an image that has none, out of the digests and sizes (bytes) of its config and layers.
+    """Make a manifest from the digests and sizes (bytes) of a config and its layers.
 
-    Byte for byte what Docker 25 and newer put into an export (github.com/moby/moby, image/tarexport/save.go),
-    so that an image has the same digest however it is served.
+    It is identical to the manifest in an export of Docker 25 and newer (github.com/moby/moby,
+    image/tarexport/save.go), so that the digest of an image does not depend on how it is served.
     """
     (config_part, *layer_parts) = (
         {"mediaType": OCI_CONFIG if digest == config[0] else OCI_LAYER_TAR, "digest": str(digest), "size": size}
@@ -2803,19 +2800,18 @@ def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> by
 
 
 class LayerFiles:
-    """The files of one layer's folder, opened by the names that a tar has, without ever leaving the folder.
+    """Opens files in the folder of a layer by their names in the tar, without ever leaving the folder.
 
-    A layer is somebody else's: where it has a symbolic link on the way to a file, the link may lead anywhere.
-    So each step is taken on its own and follows none. Files mostly come folder by folder, so the last folder
-    is kept open.
+    A layer is untrusted: a symbolic link in a path may point anywhere. So each component of a path is opened
+    on its own, without following links. The last folder is kept open because a tar lists files by folder.
     """
 
     STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    # Without waiting for the other end, if it turns out to be a pipe.
+    # O_NONBLOCK: do not block if the file is a pipe.
     FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
     def __init__(self, folder: Path, newest: float):
-        """newest is the time, in seconds since the epoch, after which no file may have been changed."""
+        """newest is a time in seconds since the epoch. A file that was changed later is refused."""
         self._newest = newest
         self._root = os.open(folder, self.STEP)
         self._parent, self._parent_name = self._root, b""
@@ -2838,7 +2834,7 @@ class LayerFiles:
                 if step in (b"", b"."):
                     continue
                 if step == b"..":
-                    raise ValueError(f"{parent!r} is no folder")
+                    raise ValueError(f"{parent!r} has a .. component")
                 following = os.open(step, self.STEP, dir_fd=folder)
                 os.close(folder)
                 folder = following
@@ -2848,7 +2844,7 @@ class LayerFiles:
         self._parent, self._parent_name = folder, parent
 
     def _locate(self, name: bytes) -> bytes:
-        """Enter the folder of a file; its name there."""
+        """Open the folder of a file. Returns the last component of its name."""
         parent, _, last = name.rpartition(b"/")
         if last in (b"", b".", b".."):
             raise ValueError(f"{name!r} is not the name of a file")
@@ -2857,7 +2853,7 @@ class LayerFiles:
         return last
 
     def check(self, name: bytes, size: int) -> None:
-        """Raise OSError or ValueError unless a file is as it was when the layer was made: size is in bytes."""
+        """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes."""
         self._check(name, size, os.stat(self._locate(name), dir_fd=self._parent, follow_symlinks=False))
 
     def _check(self, name: bytes, size: int, status: os.stat_result) -> None:
@@ -2874,11 +2870,11 @@ class LayerFiles:
             raise
 
     def open(self, name: bytes, size: int) -> BinaryIO:
-        """A file, checked like that, to be read without a buffer."""
+        """Open a file unbuffered. Checks it and raises like check()."""
         return open(self._open(name, size), "rb", buffering=0)
 
     def read(self, name: bytes, size: int, first: int, last: int) -> bytes:
-        """The bytes of a file from first up to last, checked like that."""
+        """Return the bytes from first up to, not including, last. Checks the file and raises like check()."""
         file = self._open(name, size)
         try:
             data = os.pread(file, last - first, first)
@@ -2890,23 +2886,23 @@ class LayerFiles:
 
 
 class Layer:
-    """A layer of the classic store, as the tar that it came as: no such file is there, but all it takes to make it.
+    """A layer of the classic store as its original tar, which is reassembled while it is read.
 
-    Docker keeps of that tar what is not the content of files (github.com/vbatts/tar-split), in
-    `tar-split.json.gz`: lines of JSON, each a piece of the tar, in base64, or the name of a file whose content
-    comes here. The files themselves are in the folder that the layer is mounted from.
+    Docker unpacks the tar and keeps the rest of it, all but the content of files, in `tar-split.json.gz`
+    (github.com/vbatts/tar-split). Each line of JSON holds either a base64 piece of the tar, or the name of a
+    file whose content comes next. The files are in the folder that the layer is mounted from.
     """
 
-    SENDFILE = 128 * KIB    # bytes of a file from which on it is worth a system call of its own
-    # In the headers of sparse files, of which the notes say less than it takes: Docker can't export them either,
-    # and does not take the older form of them at all.
+    SENDFILE = 128 * KIB    # bytes from which on a file is sent with sendfile
+    # Marks the headers of sparse files, for which the metadata is incomplete. Docker cannot export such layers
+    # either, and refuses the older format of sparse files altogether.
     SPARSE = b"GNU.sparse."
-    EXTENDED = 1024         # bytes that a header with such records has at least: itself, and a block for them
-    SLACK = 60              # seconds for which Docker may still be at work on a layer's files when it has noted all
+    EXTENDED = 1024         # minimum bytes of a header with extended records: two blocks
+    SLACK = 60              # seconds for which Docker may change files of a layer after writing its metadata
 
-    def __init__(self, notes: Path, files: Path, fail: Callable[[str], RegistryError]):
-        """notes is the layer's folder of metadata. fail turns a problem into an error, and remembers the problem."""
-        self._split, self._files, self._fail = notes / "tar-split.json.gz", files, fail
+    def __init__(self, metadata: Path, files: Path, fail: Callable[[str], RegistryError]):
+        """metadata and files are folders. fail records a problem and returns it as an error."""
+        self._split, self._files, self._fail = metadata / "tar-split.json.gz", files, fail
         with self._errors():
             self._newest = self._split.stat().st_ctime + self.SLACK
             self.size = self._measure()
@@ -2919,7 +2915,7 @@ class Layer:
             raise self._fail(f"{e or type(e).__name__}") from e
 
     def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
-        """For each piece of the tar: the name of the file it is, or None; its size in bytes; or else its base64."""
+        """Yield (name, size, "") for each file in the tar, and (None, size, base64) for each piece between them."""
         for entry in self._entries():
             if entry["type"] == 2:
                 text = entry["payload"]
@@ -2929,20 +2925,20 @@ class Layer:
                 yield binascii.a2b_base64(raw) if raw else entry["name"].encode(), entry["size"], ""
 
     def _entries(self) -> Iterator[dict[str, Any]]:
-        """The lines of the notes, parsed. Many at a time: that takes a third of the time."""
+        """Yield the parsed lines of the metadata. Parsing many at once is three times as fast."""
         with gzip.open(self._split) as unzipped, io.BufferedReader(unzipped, PIECE) as file:
             while lines := file.readlines(PIECE):
                 yield from json.loads(b"[%s]" % b",".join(lines))
 
     def _measure(self) -> int:
-        """The size of the tar in bytes; ValueError or OSError when one of the files is not as it was."""
+        """Return the size of the tar in bytes. Raises ValueError or OSError if a file has changed."""
         size = 0
         with contextlib.closing(LayerFiles(self._files, self._newest)) as files:
             for name, length, text in self._segments():
                 if name is not None:
                     files.check(name, length)
                 elif length >= self.EXTENDED and self.SPARSE in binascii.a2b_base64(text):
-                    raise ValueError("it has sparse files")
+                    raise ValueError("sparse files are not supported")
                 size += length
         return size
 
@@ -2952,7 +2948,7 @@ class Layer:
         return StreamBody(parts, length, parts.close)
 
     def _parts(self, start: int, end: int) -> Generator[Part, None, None]:
-        """What lies between two positions. Small parts are gathered."""
+        """Yield the tar from position start up to end. Small parts are joined."""
         position, pending = 0, bytearray()
         with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
             for name, size, text in self._segments():
@@ -2977,10 +2973,10 @@ class Layer:
 
 
 class LayerDirectory:
-    """Docker's classic image store, read from its own folder: configs, layers, and manifests made for them.
+    """Docker's classic image store, read from Docker's data folder: configs, layers, and manifests made for them.
 
-    Layers are found by the digest of their uncompressed tar (`diff`). What could not be read exactly is not
-    here any more, so that it is exported.
+    Layers are found by the digest of their uncompressed tar (`diff`). A layer that could not be read exactly is
+    treated as missing, so that its images are exported.
     """
 
     def __init__(self, root: Path):
@@ -2988,14 +2984,14 @@ class LayerDirectory:
         self._configs = root / "image/overlay2/imagedb/content"
         self._layers = root / "image/overlay2/layerdb/sha256"
         self._overlay = root / "overlay2"
-        self._lock = threading.Lock()  # guards all that follows
+        self._lock = threading.Lock()  # guards all attributes below
         self._index: tuple[float, dict[str, Path]] = (0, {})
         self._measured: dict[tuple[Path, float], Layer] = {}
         self._failed: dict[tuple[Path, float], str] = {}
         self._manifests: dict[Digest, bytes] = {}
 
     def manifest(self, image: EngineImage) -> Digest:
-        """Make the manifest of an image; its digest. ENGINE_FAILED when not all of it can be read here."""
+        """Make the manifest of an image and return its digest. Raises ENGINE_FAILED if a part is not available here."""
         config = self._config(image.id)
         layers = [(Digest.parse(diff_id), self._layer(diff_id)) for diff_id in image.layers]
         missing = [str(digest) for digest, layer in layers if layer is None]
@@ -3015,7 +3011,7 @@ class LayerDirectory:
             return BytesBlob(manifest)
         try:
             return self._config(digest) or self._layer(str(digest))
-        except RegistryError:  # it was logged when it turned up
+        except RegistryError:  # already logged by _fail
             return None
 
     def _config(self, digest: Digest) -> FileBlob | None:
@@ -3025,7 +3021,7 @@ class LayerDirectory:
             return None
 
     def _layer(self, diff_id: str) -> Layer | None:
-        """The layer with a digest, measured once; ENGINE_FAILED when it can't be read exactly."""
+        """Return the layer with a digest, measured only once, or None. Raises ENGINE_FAILED if it is not readable."""
         folder = self._folders().get(diff_id)
         if folder is None:
             return None
@@ -3047,14 +3043,14 @@ class LayerDirectory:
         return layer
 
     def _fail(self, key: tuple[Path, float], diff_id: str, problem: str) -> RegistryError:
-        failure = f"the layer {diff_id} can't be read from {key[0]}: {printable(problem)}"
-        log.warning("%s; images with it are exported", failure)
+        failure = f"the layer {diff_id} cannot be read from {key[0]}: {printable(problem)}"
+        log.warning("%s; its images will be exported", failure)
         with self._lock:
             self._failed[key] = failure
         return RegistryError("ENGINE_FAILED", failure)
 
     def _folders(self) -> dict[str, Path]:
-        """The folders of layers by digest; read again whenever Docker has added or removed any."""
+        """Return the folders of layers by digest. Reads them again after Docker has added or removed a layer."""
         with self._lock:
             made, folders = self._index
         try:
@@ -3072,10 +3068,10 @@ class LayerDirectory:
 
 
 class ExportStream:
-    """The tar of an export as a file that goes forward only: counts the bytes, and remembers the last ones.
+    """The tar of an export as a forward-only file. It counts the bytes and keeps the last ones.
 
-    To tarfile it is an ordinary file. Its own mode for streams copies all content three times, so content is read
-    here, past tarfile, which then only has to be told where the next header is.
+    tarfile uses it as an ordinary file, because tarfile's stream mode copies all content three times. Content is
+    read here, bypassing tarfile, which then only has to be told where the next header is.
     """
 
     TAIL = 64 * KIB
@@ -3087,11 +3083,11 @@ class ExportStream:
         self.count = 0
 
     def read(self, size: int) -> bytes:
-        """Up to size bytes, as files do."""
+        """Return up to size bytes; none at the end."""
         return bytes(self._read(size))
 
     def _read(self, size: int) -> memoryview:
-        """As much as the buffer takes, valid until the next call."""
+        """Return up to size bytes in the buffer, valid until the next call."""
         piece = self._buffer[:self._source.readinto(self._buffer[:size])]
         self.count += len(piece)
         self._tail = (self._tail + piece[-self.TAIL:])[-self.TAIL:]
@@ -3099,7 +3095,7 @@ class ExportStream:
         return piece
 
     def content(self, size: int) -> Iterator[memoryview]:
-        """The next bytes, in pieces that are valid until the next one; tarfile.ReadError if they end before."""
+        """Yield the next size bytes. Each piece is valid until the next one. Raises tarfile.ReadError at the end."""
         while size:
             piece = self._read(size)
             if not piece:
@@ -3108,21 +3104,21 @@ class ExportStream:
             yield piece
 
     def tell(self) -> int:
-        """The position, in bytes from the beginning."""
+        """Return the position, in bytes from the beginning."""
         return self.count
 
     def seek(self, position: int) -> None:
-        """Go forward."""
+        """Skip forward to a position, or to the end."""
         while self.count < position and self._read(position - self.count):
             pass
 
     def complaint(self) -> str | None:
-        """What Docker says at the end of a broken export, or None.
+        """Read to the end, and return Docker's error message there, or None.
 
-        An error in the middle of an export comes as a JSON object behind the tar's good part, in a
-        response that ends well as far as HTTP knows.
+        If an export fails halfway, Docker appends a JSON object to the incomplete tar and ends the HTTP
+        response normally.
         """
-        while self.read(PIECE):  # tarfile stopped at the first bytes that are no tar
+        while self.read(PIECE):  # tarfile stopped at the first invalid header
             pass
         found = re.search(rb'\{"(?:message|error|errorDetail)":[^\0]*\}\s*\Z', self._tail)
         try:

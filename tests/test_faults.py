@@ -454,7 +454,7 @@ class TestContentService(FaultCase):
     def test_content_that_ends_early(self):
         self.check_broken_in_the_middle(
             lambda sock, stream: sock.sendall(frame(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_OK)),
-            "bytes before the end")
+            "bytes too few")
 
     def test_an_error_at_the_end_of_half_the_content(self):
         self.check_broken_in_the_middle(
@@ -477,15 +477,15 @@ class TestContentService(FaultCase):
 
     def test_trailers_without_a_status_that_we_know(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(frame(
-            HEADERS, END_HEADERS | END_STREAM, stream, b"\xbe\xbf")), 502, "ENGINE_FAILED", "no status")
+            HEADERS, END_HEADERS | END_STREAM, stream, b"\xbe\xbf")), 502, "ENGINE_FAILED", "no readable grpc-status")
 
     def test_garbage(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(b"HTTP/1.1 500 Oops\r\n\r\n" * 10),
-                           502, "ENGINE_FAILED", "no HTTP/2")
+                           502, "ENGINE_FAILED", "does not speak HTTP/2")
 
     def test_a_huge_message(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(
-            frame(DATA, 0, stream, struct.pack(">BI", 0, 2**31))), 502, "ENGINE_FAILED", "gRPC message of")
+            frame(DATA, 0, stream, struct.pack(">BI", 0, 2**31))), 502, "ENGINE_FAILED", "gRPC message: ")
 
     def test_broken_protobuf(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(

@@ -167,7 +167,7 @@ class TestFolder(FolderCase):
                 (self.root / "outside").write_bytes(b"secret")
                 spoil(self.diff / "file")
                 self.note(b"header", (name, b"secret"))
-                self.assert_unreadable("can't be read")
+                self.assert_unreadable("cannot be read")
 
     def test_a_file_that_changes_while_it_is_read(self):
         self.file("one", b"1" * 300_000)
@@ -204,7 +204,7 @@ class TestFolder(FolderCase):
                     path.write_bytes(split)
                 else:
                     self.write(split)
-                self.assert_unreadable("can't be read")
+                self.assert_unreadable("cannot be read")
 
     def test_where_the_files_are(self):
         for cache in ("..", "../../x", "", "a/b", "a\0b"):
@@ -327,7 +327,7 @@ class ClassicFolder(Folder):
         program = self.mounted()
         answer = program.get(f"/v2/lab/{self.name}/manifests/1?ns={origin.host}")
         self.assertEqual((502, "ENGINE_FAILED"), (answer.status, answer.code))
-        program.wait_for_line("it has sparse files; images with it are exported")
+        program.wait_for_line("sparse files are not supported; its images will be exported")
 
     def test_twenty_thousand_files(self):
         layer = lab.tar_of({f"d{i % 100}/file{i}": b"%d" % i for i in range(20_000)})
