@@ -4494,20 +4494,20 @@ class Registry:
 
 
 # =====================================================================================================
-# 8. HTTP: the end-points of the distribution specification
+# 8. HTTP: the endpoints of the distribution specification
 # =====================================================================================================
 
 
 @dataclass
 class Response:
-    """An answer as a value: an endpoint returns one, and only `reply` writes it to the socket."""
+    """A response as a value: endpoints return it, and only `Handler.reply` writes it to the socket."""
 
     status: int
     headers: dict[str, str]
     body: bytes | Body = b""
-    length: int | None = None  # bytes, where it is not that of the body: for HEAD
+    length: int | None = None  # Content-Length if it is not the length of the body: for HEAD
     note: str = ""             # for the log
-    lines: list[tuple[str, str]] = field(default_factory=list)  # headers of which there may be several
+    lines: list[tuple[str, str]] = field(default_factory=list)  # headers that may occur several times
 
 
 FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
@@ -4516,31 +4516,31 @@ FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 class RequestBody:
     """The body of a request, decoded as it is read (RFC 9112, 6 and 7.1).
 
-    length is in bytes, or None when the client sends chunks and does not say. Whatever is wrong with the
-    framing is REQUEST_INVALID: nobody knows then where the next request begins.
+    length is in bytes, or None if the body is chunked. Malformed framing raises REQUEST_INVALID: the start of
+    the next request is then unknown.
     """
 
     def __init__(self, headers: Message, stream: io.BufferedIOBase, invite: Callable[[], None]):
-        """invite is called before the first byte is read: the client may be waiting for that."""
+        """invite is called before the first read, because the client may be waiting for 100 Continue."""
         self._stream, self._invite = stream, invite
         self.length = self._parse_length(headers)
         self.at_end = self.length == 0
         self.count = 0  # bytes read so far
-        self._pieces = self._decode()  # one for all readers: who comes later goes on where another stopped
+        self._pieces = self._decode()  # shared: each reader continues where the last one stopped
 
     @staticmethod
     def _parse_length(headers: Message) -> int | None:
         lengths, codings = (headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
         if codings:
             if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
-                raise RegistryError("REQUEST_INVALID", "the transfer coding is not just chunked")
+                raise RegistryError("REQUEST_INVALID", "Transfer-Encoding must be chunked, without Content-Length")
             return None
         if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", length) for length in lengths):
-            raise RegistryError("REQUEST_INVALID", f"Content-Length: {', '.join(lengths)} is not a length")
+            raise RegistryError("REQUEST_INVALID", f"Content-Length: {', '.join(lengths)} is not a valid length")
         return int(lengths[0]) if lengths else 0
 
     def __iter__(self) -> Iterator[bytes]:
-        """The bytes in pieces, to the end. What arrived before something went wrong was given before."""
+        """Return an iterator over the pieces of the body. It yields all bytes before an error, then raises."""
         return self._pieces
 
     def _decode(self) -> Iterator[bytes]:
@@ -4556,7 +4556,7 @@ class RequestBody:
             with self._connection_errors():
                 data = self._stream.read1(min(count, PIECE))
             if not data:
-                raise RegistryError("REQUEST_INVALID", f"the request ended {count} bytes before its body's end")
+                raise RegistryError("REQUEST_INVALID", f"the body of the request ended {count} bytes too early")
             count -= len(data)
             self.count += len(data)
             yield data
@@ -4565,12 +4565,12 @@ class RequestBody:
         while True:
             size = re.fullmatch(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", line := self._line())
             if not size:
-                raise RegistryError("REQUEST_INVALID", f"{line[:100]!r} is not the size of a chunk")
+                raise RegistryError("REQUEST_INVALID", f"{line[:100]!r} is not a valid chunk size")
             if int(size[1], 16) == 0:
                 break
             yield from self._read(int(size[1], 16))
             if self._line() != b"\r\n":
-                raise RegistryError("REQUEST_INVALID", "a chunk does not end where its size says")
+                raise RegistryError("REQUEST_INVALID", "a chunk is longer than its size")
         for _ in range(TRAILER_LIMIT):
             if self._line() == b"\r\n":
                 return
@@ -4580,7 +4580,7 @@ class RequestBody:
         with self._connection_errors():
             line = self._stream.readline(CHUNK_LINE)
         if not line.endswith(b"\r\n"):
-            raise RegistryError("REQUEST_INVALID", "a line of the chunked coding does not end, or is too long")
+            raise RegistryError("REQUEST_INVALID", "a line of the chunked coding is incomplete or too long")
         return line
 
     @staticmethod
@@ -4589,10 +4589,10 @@ class RequestBody:
         try:
             yield
         except OSError as e:
-            raise RegistryError("REQUEST_INVALID", f"the request's body did not arrive: {e}") from None
+            raise RegistryError("REQUEST_INVALID", f"the body of the request could not be read: {e}") from None
 
     def read(self, limit: int) -> bytes | None:
-        """All of it, or None when that is more than limit bytes."""
+        """Return the whole body, or None if it is longer than limit bytes."""
         if self.length is not None and self.length > limit:
             return None
         data = bytearray()
@@ -4603,7 +4603,7 @@ class RequestBody:
         return bytes(data)
 
     def discard(self) -> bool:
-        """Read what nobody wanted, if it is not too much; whether the next request begins there."""
+        """Read the rest of the body, up to BODY_LIMIT bytes. Returns True if that was all of it."""
         count = 0
         with contextlib.suppress(RegistryError):
             while (self.length or 0) <= BODY_LIMIT and count <= BODY_LIMIT and (piece := next(self._pieces, b"")):
@@ -4613,11 +4613,11 @@ class RequestBody:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the endpoints see it: query values decoded, credentials parsed."""
+    """A parsed request, as the endpoints get it: query values decoded, credentials parsed."""
 
     method: str
     path: str
-    captured: tuple[str, ...]  # the parts of the path that the route captures: the repository first
+    captured: tuple[str, ...]  # the parts of the path captured by the route, the repository first
     query: Mapping[str, list[str]]
     host: str | None
     accept: str | None
@@ -4629,20 +4629,20 @@ class Request:
 
     @property
     def namespace(self) -> str | None:
-        """The registry that the image comes from, which mirrors are told."""
+        """The `ns` parameter, by which clients tell a mirror the image's registry, or None."""
         return self.parameter("ns") or None
 
     def parameter(self, name: str) -> str | None:
-        """The last value of a query parameter, or None."""
+        """Return the last value of a query parameter, or None."""
         values = self.query.get(name)
         return values[-1] if values else None
 
 
 def parse_credentials(header: str | None) -> Credentials | None:
-    """The credentials of an Authorization header (RFC 7617), or None when there are none to use.
+    """Parse an Authorization header (RFC 7617). Returns None if it is missing.
 
-    Schemes other than Basic are of no use with Docker and count as none. REQUEST_INVALID for a Basic
-    one that can't be read.
+    Schemes other than Basic are ignored, because Docker cannot use them. Raises REQUEST_INVALID if a
+    Basic header is malformed.
     """
     scheme, _, encoded = (header or "").strip().partition(" ")
     if scheme.lower() != "basic":
@@ -4652,16 +4652,16 @@ def parse_credentials(header: str | None) -> Credentials | None:
     except (binascii.Error, ValueError):
         colon = ""
     if not colon:
-        raise RegistryError("REQUEST_INVALID", "the Authorization header is not Basic authentication (RFC 7617)")
+        raise RegistryError("REQUEST_INVALID", "the Authorization header is not valid Basic authentication (RFC 7617)")
     return Credentials(username, password)
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """Start and length, in bytes, of the one range that a Range header asks for (RFC 9110, 14.1.2).
+    """Parse a Range header for content of size bytes (RFC 9110, 14.1.2). Returns start and length in bytes.
 
-    None when all is to be sent: there is no such header, or one that may be ignored because it is
-    malformed or has several ranges. RANGE_INVALID when the content has no such part, as it has none
-    that ends before it begins.
+    Returns None if the whole content is to be sent: the header is missing, or is ignored because it is
+    malformed or has several ranges. Raises RANGE_INVALID if the range is outside of the content or ends
+    before its start.
     """
     match = re.fullmatch(r"bytes=\s*(\d{0,99})-(\d{0,99})\s*", header or "", re.ASCII)
     if not match or match.groups() == ("", ""):
@@ -4672,24 +4672,25 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     else:
         start, end = max(size - int(last), 0), size - 1
     if start > end:
-        raise RegistryError("RANGE_INVALID", f"there are {size} bytes", {"Content-Range": f"bytes */{size}"})
+        raise RegistryError("RANGE_INVALID", f"the content has {size} bytes", {"Content-Range": f"bytes */{size}"})
     return start, end - start + 1
 
 
 def asks_before_pushing(accept: str | None) -> bool:
-    """Whether a HEAD of a manifest is a client's question if it needs to push its own.
+    """Return True if the Accept header of a HEAD request shows that the client is about to push the manifest.
 
-    containerd's library (so docker and BuildKit) and crane accept one type then, that of what they have;
-    who means to pull accepts all that it understands.
+    Before a push, crane and containerd's library (used by docker and BuildKit) accept only the media type of
+    the manifest that they have. Before a pull, clients accept every type that they support.
     """
     types = {part.partition(";")[0].strip() for part in (accept or "").split(",")} - {"", "*/*"}
     return len(types) == 1
 
 
 def parse_content_range(header: str | None, length: int | None) -> int | None:
-    """The position, in bytes, at which a chunk of an upload belongs; None without the header.
+    """Parse the Content-Range of an upload's chunk. Returns the start in bytes, or None without the header.
 
-    The spec's form is <start>-<end>, both included. length is that of the body, where it is known.
+    The spec's form is <start>-<end>, both inclusive. length is that of the body in bytes, or None if unknown.
+    Raises BLOB_UPLOAD_INVALID and SIZE_INVALID.
     """
     if header is None:
         return None
@@ -4703,16 +4704,16 @@ def parse_content_range(header: str | None, length: int | None) -> int | None:
 
 
 def page(request: Request, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The part of a sorted list that `n` and `last` ask for, and the Link header to the next part.
+    """Return the page of a sorted list that `n` and `last` select, and the Link header to the next page.
 
-    OCI Distribution Spec v1.1, "Listing Tags".
+    See OCI Distribution Spec v1.1, "Listing Tags". Raises REQUEST_INVALID.
     """
     last, count = request.parameter("last"), request.parameter("n")
     rest = [name for name in names if last is None or name > last]
     if count is None:
         return rest, {}
     if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
-        raise RegistryError("REQUEST_INVALID", f"n={count!r} is not a number of entries")
+        raise RegistryError("REQUEST_INVALID", f"n={count!r} is not a valid number of entries")
     part = rest[:int(count)]
     if not part or len(part) == len(rest):
         return part, {}
@@ -4722,27 +4723,27 @@ def page(request: Request, names: list[str]) -> tuple[list[str], dict[str, str]]
 
 ABOUT = f"""k3d-registry-dockerd {__version__}
 
-This is an OCI registry that serves the images of the Docker daemon it runs beside, and what is pushed to it.
+This is an OCI registry that serves the images of the local Docker daemon, and images that are pushed to it.
 Its API is under /v2/ (OCI Distribution Specification).
 """
 
 
 class Endpoints:
-    """One method for each end-point of OCI Distribution Spec v1.1, "Endpoints"."""
+    """One method for each endpoint of OCI Distribution Spec v1.1, "Endpoints"."""
 
     def __init__(self, registry: Registry):
         self._registry = registry
 
     def about(self, request: Request) -> Response:
-        """GET /: what this is, for a person with a browser."""
+        """GET /: a description for browsers."""
         return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, ABOUT.encode())
 
     def version_check(self, request: Request) -> Response:
-        """end-1, GET /v2/: this is a registry."""
+        """end-1, GET /v2/: confirm that this is a registry."""
         return Response(200, {"Content-Type": "application/json"}, b"{}")
 
     def blob(self, request: Request) -> Response:
-        """end-2, GET /v2/<name>/blobs/<digest>: a blob, or the one range of it that is asked for."""
+        """end-2, GET /v2/<name>/blobs/<digest>: a blob, or the requested range of it."""
         blob, headers = self._find_blob(request)
         part = parse_range(request.range, blob.size)
         if part is None:
@@ -4752,10 +4753,10 @@ class Endpoints:
         return Response(206, headers, blob.open(start, length))
 
     def blob_head(self, request: Request) -> Response:
-        """end-2, HEAD /v2/<name>/blobs/<digest>: whether a blob is there, and its size."""
+        """end-2, HEAD /v2/<name>/blobs/<digest>: the existence and size of a blob."""
         blob, headers = self._find_blob(request)
-        # Who does not say where the image is from may well ask because he pushes. He should not wait for what is
-        # arriving, but send what he has; to pull, blobs are asked for with GET.
+        # A client that sends no `ns` may be about to push. It should upload its blob rather than wait for one that
+        # is still arriving. Pulls request blobs with GET.
         if request.namespace is None and isinstance(blob, Relay | ArrivingBlob):
             raise RegistryError("BLOB_UNKNOWN", f"{request.captured[1]} is still arriving from Docker")
         return Response(200, headers, length=blob.size)
@@ -4781,9 +4782,9 @@ class Endpoints:
     # ---- uploads
 
     def begin_upload(self, request: Request) -> Response:
-        """end-4a, end-4b, end-11, POST /v2/<name>/blobs/uploads/: begin an upload, push a blob in one go, or mount it.
+        """end-4a, end-4b, end-11, POST /v2/<name>/blobs/uploads/: begin an upload, push a whole blob, or mount it.
 
-        A blob that can't be mounted is uploaded, so the answer is then that of the beginning of an upload.
+        If a blob cannot be mounted, an upload begins, as the spec requires.
         """
         repository = self._repository(request)
         mount, digest = request.parameter("mount"), request.parameter("digest")
@@ -4801,24 +4802,24 @@ class Endpoints:
                 writer.write(piece)
             found = writer.finish()
             if found != expected:
-                raise RegistryError("DIGEST_INVALID", f"the bytes that arrived have the digest {found}")
+                raise RegistryError("DIGEST_INVALID", f"the received bytes have the digest {found}")
             writer.keep(repository.blobs)
         return self._created(repository, digest)
 
     def upload(self, request: Request) -> Response:
-        """end-13, GET /v2/<name>/blobs/uploads/<session>: how far an upload is."""
+        """end-13, GET /v2/<name>/blobs/uploads/<session>: the progress of an upload."""
         repository, session = self._repository(request), request.captured[1]
         return self._upload_status(204, repository, session, repository.upload_size(session))
 
     def append_to_upload(self, request: Request) -> Response:
-        """end-5, PATCH /v2/<name>/blobs/uploads/<session>: the next bytes, with or without Content-Range."""
+        """end-5, PATCH /v2/<name>/blobs/uploads/<session>: append bytes, with or without Content-Range."""
         repository, session = self._repository(request), request.captured[1]
         with repository.upload(session) as upload:
             self._receive(request, repository, session, upload)
             return self._upload_status(202, repository, session, upload.size)
 
     def finish_upload(self, request: Request) -> Response:
-        """end-6, PUT /v2/<name>/blobs/uploads/<session>?digest=<digest>: the last bytes, if any, and the end."""
+        """end-6, PUT /v2/<name>/blobs/uploads/<session>?digest=<digest>: append the last bytes, if any, and finish."""
         repository, session = self._repository(request), request.captured[1]
         expected = requested_digest(request.parameter("digest"))
         with repository.upload(session) as upload:
@@ -4827,7 +4828,7 @@ class Endpoints:
         return self._created(repository, str(expected))
 
     def cancel_upload(self, request: Request) -> Response:
-        """end-14, DELETE /v2/<name>/blobs/uploads/<session>: forget an upload."""
+        """end-14, DELETE /v2/<name>/blobs/uploads/<session>: cancel an upload."""
         with self._repository(request).upload(request.captured[1]) as upload:
             upload.cancel()
         return Response(204, {})
@@ -4837,7 +4838,7 @@ class Endpoints:
         return self._registry.store.repository(request.captured[0])
 
     def _receive(self, request: Request, repository: Repository, session: str, upload: Upload) -> None:
-        """Append the body of a request, if it belongs at the end of what is there; RANGE_INVALID."""
+        """Append the body of a request. Raises RANGE_INVALID if it does not start at the end of the upload."""
         start = parse_content_range(request.content_range, request.body.length)
         if start not in (None, upload.size):
             headers = self._upload_status(416, repository, session, upload.size).headers
@@ -4847,7 +4848,7 @@ class Endpoints:
 
     @staticmethod
     def _upload_status(status: int, repository: Repository, session: str, size: int) -> Response:
-        """Where an upload stands. The range of nothing is 0-0, as clients of the first registries expect."""
+        """Return the state of an upload. An empty one has the range 0-0, as older clients expect."""
         return Response(status, {"Location": f"/v2/{repository.name}/blobs/uploads/{session}",
                                  "Docker-Upload-UUID": session, "Range": f"0-{max(size - 1, 0)}"})
 
@@ -4858,18 +4859,18 @@ class Endpoints:
     # ---- pushed manifests
 
     def put_manifest(self, request: Request) -> Response:
-        """end-7, PUT /v2/<name>/manifests/<reference>: push a manifest; by digest with any number of `tag`s."""
+        """end-7, PUT /v2/<name>/manifests/<reference>: push a manifest. By digest, `tag` parameters add tags."""
         repository, target = request.captured
         reference = Reference.parse_pushed(repository, target, request.namespace)
         tags = request.query.get("tag", []) if isinstance(reference.target, Digest) else [target]
         if len(tags) > TAG_LIMIT:
-            raise RegistryError("TOO_MANY_TAGS", f"{len(tags)} tags at once are more than {TAG_LIMIT}")
+            raise RegistryError("TOO_MANY_TAGS", f"{len(tags)} tags in one request; the limit is {TAG_LIMIT}")
         for tag in tags:
             if not TAG.fullmatch(tag):
                 raise RegistryError("MANIFEST_INVALID", f"{tag!r} is not a tag")
         data = request.body.read(MANIFEST_LIMIT)
         if data is None:
-            raise RegistryError("MANIFEST_TOO_LARGE", f"a manifest may have {MANIFEST_LIMIT} bytes")
+            raise RegistryError("MANIFEST_TOO_LARGE", f"the limit is {MANIFEST_LIMIT} bytes")
         manifest = self._registry.put_manifest(reference, data, request.content_type, tags)
         headers = {"Location": f"/v2/{repository}/manifests/{manifest.digest}",
                    "Docker-Content-Digest": str(manifest.digest)}
@@ -4879,14 +4880,14 @@ class Endpoints:
         return Response(201, headers, lines=[("OCI-Tag", tag) for tag in tags if by_digest])
 
     def delete_manifest(self, request: Request) -> Response:
-        """end-9, DELETE /v2/<name>/manifests/<reference>: a tag, or a manifest with all its tags."""
+        """end-9, DELETE /v2/<name>/manifests/<reference>: delete a tag, or a manifest and all its tags."""
         repository, target = request.captured
         reference = Reference.parse(repository, target, request.namespace)
         self._registry.delete_manifest(reference, request.host)
         return Response(202, {})
 
     def delete_blob(self, request: Request) -> Response:
-        """end-10, DELETE /v2/<name>/blobs/<digest>."""
+        """end-10, DELETE /v2/<name>/blobs/<digest>: delete a blob."""
         repository, digest = request.captured
         self._registry.delete_blob(Reference.parse_digest(repository, digest, request.namespace))
         return Response(202, {})
@@ -4894,19 +4895,19 @@ class Endpoints:
     # ---- lists
 
     def tags(self, request: Request) -> Response:
-        """end-8, GET /v2/<name>/tags/list: the tags, by the page if the client wants."""
+        """end-8, GET /v2/<name>/tags/list: the tags, in pages on request."""
         Reference.check_repository(request.captured[0], request.namespace)
         reference = Reference(request.captured[0], "latest", request.namespace)
         names, headers = page(request, self._registry.tags(reference, request.host))
         return self._json({"name": request.captured[0], "tags": names}, headers)
 
     def catalog(self, request: Request) -> Response:
-        """GET /v2/_catalog: the repositories, by the page if the client wants (not in the spec; an older custom)."""
+        """GET /v2/_catalog: the repositories, in pages on request (not in the OCI spec, but in its predecessor)."""
         names, headers = page(request, self._registry.catalog(request.host))
         return self._json({"repositories": names}, headers)
 
     def referrers(self, request: Request) -> Response:
-        """end-12, GET /v2/<name>/referrers/<digest>: the manifests about another one, as an index."""
+        """end-12, GET /v2/<name>/referrers/<digest>: an index of the manifests with this subject."""
         repository, subject = request.captured
         reference = Reference.parse_digest(repository, subject, request.namespace)
         wanted = request.parameter("artifactType")
@@ -4923,7 +4924,7 @@ class Endpoints:
 
 Endpoint = Callable[[Endpoints, Request], Response]
 
-# Method, path, endpoint. Repository names may hold slashes, so the last word before the reference counts.
+# Method, path, endpoint. Repository names may contain slashes, so the last keyword in a path decides.
 ROUTES: tuple[tuple[str, re.Pattern[str], Endpoint], ...] = tuple(
     (method, re.compile(path, re.DOTALL), endpoint) for method, path, endpoint in (
         ("GET", r"/", Endpoints.about),
@@ -4946,17 +4947,17 @@ ROUTES: tuple[tuple[str, re.Pattern[str], Endpoint], ...] = tuple(
 
 
 def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
-    """The endpoint for a request, and what its path captures.
+    """Return the endpoint for a request, and the captured parts of its path.
 
-    A HEAD without a route of its own is a GET whose body is not sent. NOT_FOUND when no route has the
-    path; UNSUPPORTED, with what is allowed, when one has it for other methods only.
+    HEAD uses the route of GET if it has none of its own. Raises NOT_FOUND if no route matches the path, and
+    UNSUPPORTED with an Allow header if only routes for other methods do.
     """
     matches = {name: (endpoint, match.groups()) for name, pattern, endpoint in ROUTES
                if (match := pattern.fullmatch(path))}
     if "GET" in matches:
         matches.setdefault("HEAD", matches["GET"])
     if not matches:
-        raise RegistryError("NOT_FOUND", f"there is nothing at {path}")
+        raise RegistryError("NOT_FOUND", f"no endpoint matches {path}")
     if method not in matches:
         raise RegistryError("UNSUPPORTED", f"{method} is not supported here", {"Allow": ", ".join(sorted(matches))})
     return matches[method]
@@ -4964,37 +4965,37 @@ def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Policy:
-    """Which requests that change something are let through."""
+    """Decides which pushes and deletions are allowed."""
 
     read_only: bool = False
     deletes: bool = True
 
     def check(self, method: str, namespace: str | None, own_name: str | None) -> None:
-        """UNSUPPORTED when a request with this method, for this namespace, is not let through."""
+        """Raise UNSUPPORTED if a request that changes something is not allowed in this namespace."""
         if namespace and not names_us(namespace, own_name):
-            raise RegistryError("UNSUPPORTED", f"what belongs to {namespace} can be pulled through this registry, but "
-                                               "not pushed or deleted")
+            raise RegistryError("UNSUPPORTED", f"images of {namespace} can be pulled through this registry, but not "
+                                               "pushed or deleted")
         if self.read_only:
             raise RegistryError("UNSUPPORTED", "this registry is read-only: it was started with -read-only")
         if method == "DELETE" and not self.deletes:
-            raise RegistryError("UNSUPPORTED", "REGISTRY_STORAGE_DELETE_ENABLED=false: nothing is deleted here")
+            raise RegistryError("UNSUPPORTED", "deletion is disabled by REGISTRY_STORAGE_DELETE_ENABLED=false")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection of a client. It lives as long as the connection, so nothing of a request is kept here."""
+    """Handles one client connection. It outlives the requests, so it keeps no state of a request."""
 
     server: Server
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.1"    # so that even garbage, a TLS handshake say, gets an HTTP answer
+    default_request_version = "HTTP/1.1"    # even garbage, like a TLS handshake, gets an HTTP answer
     server_version = f"k3d-registry-dockerd/{__version__}"
     sys_version = ""
     disable_nagle_algorithm = True
-    wbufsize = 64 * KIB                     # headers and a small body leave in one packet
+    wbufsize = 64 * KIB                     # headers and a small body are sent in one packet
     timeout = IDLE_TIMEOUT
 
     def handle_any(self) -> None:
-        """Every request comes through here: the boundary behind which nothing is raised."""
+        """Handle a request of any method. Does not raise: every exception becomes a response."""
         with self.server.request_under_way():
             self._handle(time.monotonic())
 
@@ -5007,22 +5008,24 @@ class Handler(BaseHTTPRequestHandler):
             response.note = f"received {human_bytes(body.count)}" if body.count else ""
         except RegistryError as e:
             response = self._error_response(e)
-        except Exception as e:  # a boundary: whatever it is, this client gets an answer and the others go on
+        except Exception as e:  # last resort: this client gets an answer, and the others are not affected
             log.exception("%s %s: a bug in this program", self.command, printable(self.path))
             response = self._error_response(RegistryError("UNKNOWN", f"{type(e).__name__}, see the log"))
         self._keep_in_step(body)
         self.reply(response, started)
 
     def _check_headers(self) -> None:
-        """REQUEST_INVALID for lines that are no headers (RFC 9112, 5.1): the parser skips them, and all that follow,
-        so that the length of a body could hide among them."""
+        """Raise REQUEST_INVALID if a header line is malformed (RFC 9112, 5.1).
+
+        The parser skips that line and all that follow, possibly a Content-Length.
+        """
         names_good = all(FIELD_NAME.fullmatch(name) for name in self.headers)
         if self.headers.defects or self.headers.get_payload() or not names_good:
-            raise RegistryError("REQUEST_INVALID", "there is a line among the headers that is none")
+            raise RegistryError("REQUEST_INVALID", "a header line is malformed")
 
     def _keep_in_step(self, body: RequestBody | None) -> None:
-        """What is left of a request's body would be taken for the next request: read it, or close the connection."""
-        waiting = self.headers.get("Expect") and body and not body.at_end  # for an invitation that does not come
+        """Read the rest of the body, or close the connection: it would be parsed as the next request."""
+        waiting = self.headers.get("Expect") and body and not body.at_end  # for a 100 Continue that is never sent
         if body is None or waiting or not body.discard():
             self.close_connection = True
 
@@ -5052,14 +5055,14 @@ class Handler(BaseHTTPRequestHandler):
         return response
 
     def _invite_body(self) -> None:
-        """Tell a client that asks first to send the body of its request (RFC 9110, 10.1.1)."""
+        """Send 100 Continue if the client waits for it (RFC 9110, 10.1.1)."""
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
             self.wfile.flush()
 
     def handle_expect_100(self) -> bool:
-        """Called by http.server before the request is looked at: the answer comes when the body is wanted."""
+        """Called by http.server before the request is handled. 100 Continue is sent later, by _invite_body."""
         return True
 
     @staticmethod
@@ -5068,11 +5071,11 @@ class Handler(BaseHTTPRequestHandler):
                         note=f"{error.code}: {error.detail}")
 
     def version_string(self) -> str:
-        """The Server header; the stock one ends in a space."""
+        """Return the Server header, without the trailing space of the inherited version."""
         return self.server_version
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Called by http.server for what it can't parse: the same JSON form as any other error."""
+        """Called by http.server for a request that it cannot parse. Sends an error like any other, as JSON."""
         error = RegistryError("REQUEST_INVALID", message or "bad request")
         self.close_connection = True
         self.command = getattr(self, "command", None) or "GET"
@@ -5083,7 +5086,7 @@ class Handler(BaseHTTPRequestHandler):
     # ---- writing
 
     def reply(self, response: Response, started: float) -> None:
-        """Write a response and one line in the log: the only place that writes to the socket."""
+        """Write a response to the socket, and one line to the log."""
         body = response.body
         length = response.length
         if length is None:
@@ -5098,10 +5101,10 @@ class Handler(BaseHTTPRequestHandler):
                     raise RegistryError("ENGINE_FAILED", "the content ended early")
             self.wfile.flush()
         except OSError as e:
-            problem = f"the client went away ({e})"
+            problem = f"the client went away: {e}"
         except RegistryError as e:
             problem = f"closed early: {e}"
-        except Exception as e:  # a boundary, like that of handle_any
+        except Exception as e:  # last resort, as in _handle
             log.exception("%s %s: a bug in this program", self.command, printable(self.path))
             problem = f"closed early: {type(e).__name__}"
         finally:
@@ -5125,7 +5128,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _write_body(self, body: bytes | Body) -> Iterator[int]:
-        """Write a body piece by piece, and yield the number of bytes of each."""
+        """Write a body, and yield the number of bytes of each piece."""
         if isinstance(body, bytes):
             self.wfile.write(body)
             yield len(body)
@@ -5140,7 +5143,7 @@ class Handler(BaseHTTPRequestHandler):
             data = part if body.length is not None else b"%x\r\n%s\r\n" % (len(part), part)
             if len(data) < self.wbufsize // 4:
                 self.wfile.write(data)
-            else:  # past the buffer, which would copy it
+            else:  # bypass the buffer, which would copy the data
                 self.wfile.flush()
                 self.connection.sendall(data)
             yield len(part)
@@ -5151,7 +5154,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, part: FileBody) -> Iterator[int]:
         self.wfile.flush()
-        if isinstance(self.connection, ssl.SSLSocket):  # its own sendfile moves the position of a file that many read
+        if isinstance(self.connection, ssl.SSLSocket):  # its sendfile would move the position of the shared file
             for data in part:
                 self.connection.sendall(data)
                 yield len(data)
@@ -5163,33 +5166,33 @@ class Handler(BaseHTTPRequestHandler):
     # ---- the log
 
     def _log(self, response: Response, sent: int, seconds: float, note: str) -> None:
-        """One line for a request: what, status, bytes of the body, time, who, and what went wrong."""
+        """Log a request: method, path, status, bytes of the body, time, client, and what went wrong."""
         level = logging.INFO if response.status < 400 else logging.WARNING if response.status < 500 else logging.ERROR
         if self.command == "HEAD" and response.status == 404:
-            level = logging.INFO  # a question, as before each push, and its answer
+            level = logging.INFO  # normal: clients ask before each push
         if self.raw_requestline.startswith(b"\x16\x03"):
-            level, note = logging.DEBUG, "a TLS handshake, on a port without TLS"
+            level, note = logging.DEBUG, "a TLS handshake on a port without TLS"
         log.log(level, "%s %s %d %s %s %s%s", self.command, printable(getattr(self, "path", "")), response.status,
                 human_bytes(sent), human_seconds(seconds), self.client_address[0], note and f" - {printable(note)}")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """What http.server itself has to say, as when an idle connection is closed: of no interest."""
+        """Called by http.server, for example when an idle connection times out. Logged for debugging only."""
         log.debug("%s: %s", self.client_address[0], printable(format % args))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Called by send_response; `reply` writes that line."""
+        """Called by send_response. Does nothing, because `_log` logs the request."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen. An empty host means all interfaces; port 0, any free port."""
+    """An address to listen on. An empty host means all interfaces, port 0 means any free port."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Parse HOST:PORT, :PORT or [IPV6]:PORT, as the official registry image does; or ValueError."""
+        """Parse HOST:PORT, :PORT or [IPV6]:PORT, like the official registry image. Raises ValueError."""
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]*):([0-9]{1,5})", text)
         if not match or int(match[2]) > 65535:
             raise ValueError(f"{text!r} is not an address: use HOST:PORT, :PORT or [::1]:PORT")
@@ -5203,17 +5206,17 @@ class Address:
 
 
 class Server(ThreadingHTTPServer):
-    """The registry as an HTTP server: a thread for each connection."""
+    """The HTTP server of the registry, with one thread per connection."""
 
     request_queue_size = LISTEN_BACKLOG
-    daemon_threads = True       # a download under way must not keep the process alive
+    daemon_threads = True       # a running download must not keep the process alive
     block_on_close = False
 
     def __init__(self, address: Address, registry: Registry, policy: Policy | None = None,
                  tls: ssl.SSLContext | None = None):
-        """Bind the address, or raise OSError. Serve with serve_forever, end with shutdown and server_close.
+        """Bind the address. Raises OSError. Serve with serve_forever, end with shutdown and server_close.
 
-        With a tls context every connection has to be one.
+        With a tls context, all connections must use TLS.
         """
         self.endpoints, self.policy, self._tls = Endpoints(registry), policy or Policy(), tls
         self._change = threading.Condition()  # guards _under_way
@@ -5224,13 +5227,13 @@ class Server(ThreadingHTTPServer):
         super().__init__((address.host, address.port), Handler)
 
     def server_bind(self) -> None:
-        """Bind, for IPv4 too on all interfaces, and without the look-up of our name in the stock version."""
+        """Bind IPv6 and IPv4 if on all interfaces. Unlike the inherited version, does not look up the host's name."""
         if self._all_interfaces:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Hands are shaken in its own thread, at the first read."""
+        """Accept a connection. The TLS handshake happens in its own thread, at the first read."""
         connection, address = super().get_request()
         if self._tls:
             connection.settimeout(IDLE_TIMEOUT)
@@ -5239,7 +5242,7 @@ class Server(ThreadingHTTPServer):
 
     @contextlib.contextmanager
     def request_under_way(self) -> Iterator[None]:
-        """To be held while a request is answered."""
+        """Count a request as running during the `with`."""
         with self._change:
             self._under_way += 1
         try:
@@ -5250,18 +5253,18 @@ class Server(ThreadingHTTPServer):
                 self._change.notify_all()
 
     def finish_requests(self, seconds: float) -> None:
-        """Wait until the requests under way are answered, but not for longer than some seconds."""
+        """Wait until all running requests are answered, at most for some seconds."""
         with self._change:
             if not self._change.wait_for(lambda: not self._under_way, seconds):
-                log.warning("%d requests were cut off", self._under_way)
+                log.warning("%d requests were aborted", self._under_way)
 
     @property
     def address(self) -> Address:
-        """Where it listens: with the real port when any was asked for."""
+        """The address that the server listens on, with the actual port instead of 0."""
         return Address(str(self.server_address[0]), int(self.server_address[1]))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke outside of a request: a line, not a traceback."""
+        """Log an error outside of a request: a lost connection in one line, a bug with its traceback."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             log.debug("%s: %s", client_address[0], error)
