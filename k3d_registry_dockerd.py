@@ -5280,52 +5280,52 @@ DEFAULT_ADDRESS = ":5000"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the stock one prints the usage before."""
+    """Reports errors in one line, without the usage that argparse prints first."""
 
     def error(self, message: str) -> Any:
-        """Exit with status 2."""
+        """Print the message and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def argument_parser() -> ArgumentParser:
-    """The command line. One dash or two, as Go's flags have it."""
+    """Return the parser. Options take one dash or two, like Go's flags."""
     parser = ArgumentParser(prog="k3d-registry-dockerd", allow_abbrev=False, description=(
-        "An OCI registry that serves the images of the local Docker daemon. Docker is found through DOCKER_HOST, "
-        "DOCKER_TLS_VERIFY and DOCKER_CERT_PATH, as the docker command does."))
+        "An OCI registry that serves the images of the local Docker daemon. Like the docker command, it finds Docker "
+        "through DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH."))
     parser.add_argument("-addr", "--addr", metavar="ADDRESS", help=(
-        "listen on HOST:PORT, or on :PORT of all interfaces (default: REGISTRY_HTTP_ADDR, or else :5000)"))
+        "listen on HOST:PORT, or on :PORT for all interfaces (default: REGISTRY_HTTP_ADDR or :5000)"))
     parser.add_argument("-store", "--store", metavar="DIR", help=(
-        "keep pushed and exported images here (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or else a folder in "
+        "the folder for pushed and exported images (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or a folder in "
         "the user's cache)"))
     parser.add_argument("-docker-root", "--docker-root", metavar="DIR", help=(
-        "read images from Docker's data folder, which is here (default: where Docker says, if it can be read)"))
+        "read images from this data folder of Docker (default: the folder that Docker reports, if it is readable)"))
     parser.add_argument("-allow", "--allow", metavar="PATTERN", action="append", default=[], help=(
-        "have Docker pull from registries of this name only, like docker.io or *.corp.example; can be given several "
-        "times (default: from all)"))
+        "only pull from registries that match, like docker.io or *.corp.example; can be repeated (default: pull from "
+        "all)"))
     parser.add_argument("-pull", "--pull", choices=Origins.POLICIES, default="missing", help=(
-        "when Docker is to pull an image: when it is missing, always (when its tag has moved at its registry, which is "
-        "asked each time), or never (default: missing)"))
+        "when to pull an image: if Docker does not have it (missing), also if its tag has changed in its registry, "
+        "which is asked each time (always), or never (default: missing)"))
     parser.add_argument("-read-only", "--read-only", action="store_true", help=(
         "refuse pushes and deletions (default: REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED)"))
     parser.add_argument("-tls-certificate", "--tls-certificate", metavar="FILE", help=(
-        "listen with TLS, with this certificate chain in PEM (default: REGISTRY_HTTP_TLS_CERTIFICATE)"))
+        "listen with TLS and this certificate chain in PEM (default: REGISTRY_HTTP_TLS_CERTIFICATE)"))
     parser.add_argument("-tls-key", "--tls-key", metavar="FILE", help=(
         "the private key of the certificate, in PEM (default: REGISTRY_HTTP_TLS_KEY)"))
     parser.add_argument("-check", "--check", action="store_true", help=(
-        "ask the registry that runs at this address whether it is well; exit with 0 or 1"))
+        "check that a registry answers at this address; exit with 0 if it does, 1 if not"))
     parser.add_argument("-version", "--version", action="version", version=f"k3d-registry-dockerd {__version__}")
     return parser
 
 
 def first_set(*candidates: tuple[str, str | None]) -> tuple[str, str]:
-    """The first of (source, value) that has a value, and in words where it comes from and what is ignored."""
+    """Return the first value that is set, and a text that names its source and the ignored values."""
     (source, value), *rest = [(source, value) for source, value in candidates if value]
     ignored = [f"{name}={other} is ignored" for name, other in rest if name != "the default"]
     return value or "", ", ".join([f"from {source}", *ignored])
 
 
 def boolean(environ: Mapping[str, str], name: str, default: bool) -> bool:
-    """A variable that is true or false, as Go's strconv.ParseBool takes it; ValueError for anything else."""
+    """Parse a boolean variable like Go's strconv.ParseBool. Raises ValueError."""
     text = environ.get(name, "")
     if text.lower() not in ("", "true", "false", "1", "0", "t", "f"):
         raise ValueError(f"{name}={text!r} is neither true nor false")
@@ -5334,7 +5334,7 @@ def boolean(environ: Mapping[str, str], name: str, default: bool) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that can be set, validated."""
+    """All settings, validated."""
 
     address: Address
     address_origin: str
@@ -5349,7 +5349,7 @@ class Settings:
 
     @classmethod
     def read(cls, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-        """Flags win over the environment, that over the defaults. ValueError says in a line what is wrong."""
+        """Read flags, then the environment, then defaults. Raises ValueError with a message of one line."""
         empty = [name for name, value in vars(arguments).items() if value == ""]
         if empty:
             raise ValueError(f"-{empty[0].replace('_', '-')} is empty")
@@ -5378,7 +5378,7 @@ class Settings:
     def _patterns(patterns: list[str]) -> tuple[str, ...]:
         for pattern in patterns:
             if not re.fullmatch(r"localhost|(?=.*[.:*])[a-zA-Z0-9.:*?-]+", pattern):
-                raise ValueError(f"-allow {pattern!r} matches no registry: use a host, docker.io or *.corp.example say")
+                raise ValueError(f"-allow {pattern!r} matches no registry: use a host (docker.io, *.corp.example)")
         return tuple(patterns)
 
     @staticmethod
@@ -5386,68 +5386,68 @@ class Settings:
         if not certificate and not key:
             return None
         if not certificate or not key:
-            raise ValueError("TLS takes both -tls-certificate and -tls-key, or both REGISTRY_HTTP_TLS_CERTIFICATE and "
+            raise ValueError("TLS needs both -tls-certificate and -tls-key, or both REGISTRY_HTTP_TLS_CERTIFICATE and "
                              "REGISTRY_HTTP_TLS_KEY")
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(certificate, key)
-        except OSError as e:  # ssl.SSLError is one as well
+        except OSError as e:  # includes ssl.SSLError
             raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: "
                              f"{e.strerror or e}") from None
         return context
 
     @staticmethod
     def _check_store(store: Path, origin: str) -> str | None:
-        """The folder need not exist, but nothing on the way to it may be in the way; what to warn of, if anything."""
+        """Return a warning, or None. Raises ValueError if the store is not a folder and cannot be created."""
         try:
             existing = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
             if not existing.is_dir():
-                raise ValueError(f"the store {store} ({origin}) cannot be a folder: {existing} is not one")
+                raise ValueError(f"the store {store} ({origin}) cannot be created: {existing} is not a folder")
         except OSError as e:
             raise ValueError(f"the store {store} ({origin}) cannot be used: {e.strerror or e}") from None
         if not os.access(existing, os.W_OK | os.X_OK):
-            return f"nothing can be written to the store {store} ({origin}): pushes and exports will fail"
+            return f"the store {store} ({origin}) is not writable: pushes and exports will fail"
         return None
 
     @staticmethod
     def _proxy_notes(environ: Mapping[str, str]) -> Iterator[str]:
-        """What to say about the variables that k3d sets for the official registry image."""
+        """Yield warnings about variables that k3d sets for the official registry image."""
         url = environ.get("REGISTRY_PROXY_REMOTEURL", "")
         if url and url != "*":
             parts = urllib.parse.urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("REGISTRY_PROXY_REMOTEURL is neither * nor the URL of a registry")
-            yield ("REGISTRY_PROXY_REMOTEURL names one registry, but this one serves images of all: "
-                   "each request says which")
+                raise ValueError("REGISTRY_PROXY_REMOTEURL must be * or the URL of a registry")
+            yield ("REGISTRY_PROXY_REMOTEURL is not used: this registry serves the images of all registries, "
+                   "and each request names one")
         if environ.get("REGISTRY_PROXY_USERNAME") or environ.get("REGISTRY_PROXY_PASSWORD"):
-            yield ("REGISTRY_PROXY_USERNAME and _PASSWORD are not used: credentials come with each pull "
+            yield ("REGISTRY_PROXY_USERNAME and _PASSWORD are not used: each pull sends its own credentials "
                    "(imagePullSecrets)")
 
 
 def check(address: Address, tls: bool) -> int:
-    """Ask the registry at an address for its state, print that, and return 0 when it is well, 1 when not."""
+    """Check the registry at an address, print the result, and return 0 if it is healthy, 1 if not."""
     host = address.host or "localhost"
     connection = http.client.HTTPConnection(host, address.port, timeout=ENGINE_TIMEOUT)
-    if tls:  # the certificate is for the names that others use: it is not this question's concern
+    if tls:  # the certificate need not name this address
         connection = http.client.HTTPSConnection(host, address.port, timeout=ENGINE_TIMEOUT,
                                                  context=ssl._create_unverified_context())  # noqa: S323
     try:
         connection.request("GET", "/v2/")
-        well = connection.getresponse().status == 200
+        healthy = connection.getresponse().status == 200
     except (OSError, http.client.HTTPException) as e:
-        print(f"nothing answers on {address}: {e}")
+        print(f"no answer from {address}: {e}")
         return 1
     finally:
         connection.close()
-    print("well" if well else "not well")
-    return 0 if well else 1
+    print("healthy" if healthy else "unhealthy")
+    return 0 if healthy else 1
 
 
 def serve(settings: Settings) -> int:
     """Run the registry until SIGTERM or SIGINT, and return the exit status."""
-    # Blocked in every thread, the signals wait until sigwait takes them. A handler would run in this thread
-    # only when it wakes up, which a signal that another thread got does not bring about; and without a
-    # handler a process with PID 1 does not get signals that are not blocked.
+    # The signals are blocked in all threads and taken by sigwait. A handler would not do: it runs in this thread,
+    # which does not wake up if the signal is delivered to another thread. And a process with PID 1 and no
+    # handler only receives signals that are blocked.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     registry = Registry(Engine(settings.engine), Store(settings.store), settings.origins, settings.docker_root)
@@ -5468,25 +5468,25 @@ def serve(settings: Settings) -> int:
 
 
 def introduce(settings: Settings, registry: Registry, server: Server) -> None:
-    """Log what this is, what it found, and last that it listens: k3d waits for that line."""
+    """Log the version, the settings and the sources, then "listening on", which k3d waits for."""
     log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
     log.info("store: %s (%s)", settings.store, settings.store_origin)
     config = settings.origins.config
     if config and config.path.exists():
-        log.info("credentials for pulls that bring none: %s", config.path)
+        log.info("credentials for pulls without their own: %s", config.path)
     for note in settings.notes:
         log.warning("%s", note)
     try:
         registry.sources()
     except RegistryError as e:
-        log.error("%s; trying again at each request", e.detail)
+        log.error("%s; this is tried again on each request", e.detail)
     else:
         registry.tidy_up()
     log.info("listening on %s (%s)%s", server.address, settings.address_origin, " with TLS" if settings.tls else "")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit status is 0 after a good end, 1 on failure, 2 for nonsense."""
+    """Run the program. Returns the exit status: 0 on success, 1 on failure, 2 for invalid arguments."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     parser = argument_parser()
     arguments = parser.parse_args(argv)

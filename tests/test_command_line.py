@@ -51,9 +51,9 @@ class TestNonsense(CommandCase):
                 ([], {"DOCKER_HOST": "tcp://host:port"}, "DOCKER_HOST"),
                 ([], {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(self.folder)},
                  "DOCKER_CERT_PATH"),
-                (["-store", str(file)], {}, "is not one"),
-                (["-store", str(file / "below")], {}, "is not one"),
-                ([], {"REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(file)}, "is not one"),
+                (["-store", str(file)], {}, "is not a folder"),
+                (["-store", str(file / "below")], {}, "is not a folder"),
+                ([], {"REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(file)}, "is not a folder"),
                 (["-tls-key", str(file)], {}, "-tls-certificate"),
                 (["-tls-key", str(file), "-tls-certificate", str(file)], {}, "cannot be used"),
                 ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": str(file)}, "REGISTRY_HTTP_TLS_KEY"),
@@ -91,7 +91,7 @@ class TestNonsense(CommandCase):
         self.assertEqual(1, result.stderr.count("\n"), result.stderr)
         running = self.program("unix:///nowhere", command=command, store=self.folder / "readable/store",
                                env={"HOME": "/nowhere"})
-        running.wait_for_line(f"nothing can be written to the store {running.store} (from -store)")
+        running.wait_for_line(f"the store {running.store} (from -store) is not writable")
 
     def test_an_address_in_use(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -132,7 +132,7 @@ class TestRunning(CommandCase):
         program = self.program("unix:///nowhere", env={
             "REGISTRY_PROXY_REMOTEURL": "https://registry.example", "REGISTRY_PROXY_USERNAME": "joe",
             "REGISTRY_PROXY_PASSWORD": "hunter2", "REGISTRY_STORAGE_DELETE_ENABLED": "true"})
-        program.wait_for_line("REGISTRY_PROXY_REMOTEURL names one registry")
+        program.wait_for_line("REGISTRY_PROXY_REMOTEURL is not used")
         program.wait_for_line("REGISTRY_PROXY_USERNAME and _PASSWORD are not used")
         self.assertEqual([], program.lines("hunter2"))
         program = self.program("unix:///nowhere", env={"REGISTRY_PROXY_REMOTEURL": "*"})
@@ -158,8 +158,8 @@ class TestRunning(CommandCase):
 
     def test_the_check(self):
         program = self.program("unix:///nowhere")
-        for address, status, output in ((program.address, 0, "well\n"),
-                                        ("127.0.0.1:1", 1, "nothing answers on 127.0.0.1:1")):
+        for address, status, output in ((program.address, 0, "healthy\n"),
+                                        ("127.0.0.1:1", 1, "no answer from 127.0.0.1:1")):
             with self.subTest(address):
                 result = run("-check", "-addr", address)
                 self.assertEqual(status, result.returncode)

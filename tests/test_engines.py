@@ -356,7 +356,7 @@ class InContainer:
         kind, command, *arguments = self.engine.inspect(image)["Config"]["Healthcheck"]["Test"]
         self.assertEqual("CMD", kind)
         return self.engine.docker("run", "--rm", "--no-healthcheck", "--network", "host", "--entrypoint", command,
-                                  "-e", f"REGISTRY_HTTP_ADDR={address}", image, *arguments) == "well"
+                                  "-e", f"REGISTRY_HTTP_ADDR={address}", image, *arguments) == "healthy"
 
     def test_the_image(self):
         """Built, run as PID 1 with the socket mounted, healthy, pulled from, and stopped in good order."""
