@@ -109,7 +109,7 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
-# What a registry may answer with when it is asked for a manifest or an index.
+# The Accept header of a request for a manifest or an index.
 MANIFEST_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
                             "application/vnd.docker.distribution.manifest.v2+json", "*/*"))
 
@@ -117,38 +117,38 @@ KIB, MIB = 1024, 1024 * 1024
 
 MANIFEST_LIMIT = 4 * MIB    # bytes of a manifest; the distribution spec asks for at least 4 MiB
 TAG_LIMIT = 100             # tags that one push of a manifest may set; the spec's development version asks for 10
-SIZE_LIMIT = 2**63          # bytes of content: more can't be
-BLOBS_LIMIT = 1000          # blobs of one manifest that are fetched; Docker's own images have at most 127 layers
-JSON_LIMIT = 64 * MIB       # bytes of one answer of the engine (a list of images can be long)
+SIZE_LIMIT = 2**63          # bytes of content: sizes have to be smaller
+BLOBS_LIMIT = 1000          # blobs fetched for one manifest; Docker's own images have at most 127 layers
+JSON_LIMIT = 64 * MIB       # bytes of an answer of the engine (lists of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
-EARLY_EXPORT = 16 * MIB     # bytes of an export still to come for which it pays to serve what is there already
-BODY_LIMIT = 16 * MIB       # bytes of an unwanted request body that are read, so that the client sees the answer
-CHUNK_LINE = 4 * KIB        # bytes of a line of the chunked coding: a chunk's size with its extensions, a trailer
-TRAILER_LIMIT = 100         # lines of trailers behind a chunked body
+EARLY_EXPORT = 16 * MIB     # minimum bytes of an export still to arrive for which it is served early
+BODY_LIMIT = 16 * MIB       # bytes of an unused request body that are read, so that the client gets the answer
+CHUNK_LINE = 4 * KIB        # bytes of a line of the chunked coding: a chunk size with extensions, or a trailer
+TRAILER_LIMIT = 100         # trailer lines after a chunked body
 
 ENGINE_TIMEOUT = 15         # seconds Docker may take to begin an answer; nodes give up after 30
-PULL_TIMEOUT = 300          # seconds without a sign of life from a pull or an export
-EARLY_ANSWER = 5            # seconds in which a pull shows most of its failures: so long its outcome is waited for
-LAST_ANSWER = 18            # seconds after which a request is answered in any case, with whatever there is by then
-ARRIVAL_INTERVAL = 0.2      # seconds between two looks for content that a pull is bringing
-IDLE_TIMEOUT = 120          # seconds an unused client connection is kept
-STALL_TIMEOUT = 300         # seconds a client may take no byte of a body; the kubelet has the same rule
-ORIGIN_TIMEOUT = 30         # seconds without a sign of life from a registry that we ask ourselves
-ENGINE_FRESH = 10           # seconds for which the engine's description is believed
-PRESENCE_FRESH = 5          # seconds for which content that was here is believed to be here
+PULL_TIMEOUT = 300          # seconds without data from a pull or an export
+EARLY_ANSWER = 5            # seconds that a request waits for the result of a pull; most failures occur within
+LAST_ANSWER = 18            # seconds after which a request gets an answer in any case, from what is known then
+ARRIVAL_INTERVAL = 0.2      # seconds between two checks for content of a running pull
+IDLE_TIMEOUT = 120          # seconds after which an idle client connection is closed
+STALL_TIMEOUT = 300         # seconds for which a client may read nothing of a body; the kubelet has a similar limit
+ORIGIN_TIMEOUT = 30         # seconds without data from an image's own registry
+ENGINE_FRESH = 10           # seconds for which the engine's description is cached
+PRESENCE_FRESH = 5          # seconds for which content that was found is assumed to exist
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
-STOP_GRACE = 5              # seconds that requests under way get to finish at the end
-EVICTION_AGE = 3600         # seconds that content nothing refers to stays after its last use
-FETCHED_AGE = 7 * 24 * 3600  # seconds that content fetched for Docker, which has it not, stays after its last use
-UPLOAD_AGE = 24 * 3600      # seconds an upload stays after its last byte, and a blob until its manifest is pushed
-TIDY_INTERVAL = 3600        # seconds between two looks for what can be freed
+STOP_GRACE = 5              # seconds that running requests get to finish on shutdown
+EVICTION_AGE = 3600         # seconds that unreferenced content is kept after its last use
+FETCHED_AGE = 7 * 24 * 3600  # seconds that fetched content, which Docker lacks, is kept after its last use
+UPLOAD_AGE = 24 * 3600      # seconds that an upload is kept after its last byte, and a blob without a manifest
+TIDY_INTERVAL = 3600        # seconds between two cleanups of the store
 
-FETCHES = 10                # blobs of one manifest that begin to be fetched at once
-MEMORY_LIMIT = 10_000       # digests of which it is remembered that their content was here
-MANIFESTS_LIMIT = 200       # manifests that are remembered
-MANIFEST_REMEMBERED = 32 * KIB  # bytes of the largest of them
-LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at once
-IDLE_CALLS = 8              # connections to the content service that are kept for reuse
+FETCHES = 10                # fetches of blobs of one manifest that are started at once
+MEMORY_LIMIT = 10_000       # digests whose content is remembered as found
+MANIFESTS_LIMIT = 200       # manifests that are cached
+MANIFEST_REMEMBERED = 32 * KIB  # bytes of the largest cached manifest
+LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at the same time
+IDLE_CALLS = 8              # idle connections to the content service that are kept for reuse
 
 API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
 
@@ -159,7 +159,7 @@ log = logging.getLogger("k3d-registry-dockerd")
 
 
 def human_bytes(count: float) -> str:
-    """Bytes for a person: 999 B, 1.2 kB, 3.4 MB (powers of 1000, as docker prints them)."""
+    """Format a number of bytes: 999 B, 1.2 kB, 3.4 MB (powers of 1000, like docker)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -168,14 +168,14 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Seconds for a person: 0.4 ms, 23 ms, 1.3 s."""
+    """Format a number of seconds: 0.4 ms, 23 ms, 1.3 s."""
     if seconds < 0.01:
         return f"{seconds * 1000:.1f} ms"
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def printable(text: str) -> str:
-    """Text from outside on one line of the log: control characters escaped, not too long."""
+    """Escape control characters in text from outside and shorten it, for one line of the log."""
     escaped = repr(text)[1:-1]
     return escaped if len(escaped) <= 1000 else f"{escaped[:1000]}…"
 
@@ -185,7 +185,7 @@ def printable(text: str) -> str:
 # =====================================================================================================
 
 # Code -> HTTP status and message. The first group is the table of OCI Distribution Spec v1.1, "Error
-# Codes"; the second is what a registry in front of an engine needs besides.
+# Codes"; the second group is specific to this registry.
 ERRORS: Mapping[str, tuple[int, str]] = {
     "BLOB_UNKNOWN":          (404, "blob unknown to registry"),
     "BLOB_UPLOAD_INVALID":   (400, "blob upload invalid"),
@@ -218,10 +218,10 @@ ERRORS: Mapping[str, tuple[int, str]] = {
 
 
 class RegistryError(Exception):
-    """A failure with a code of ERRORS and a reason; raised anywhere, answered in one place.
+    """An error with a code of ERRORS and a reason. Raised anywhere, converted to a response in Handler.
 
-    detail is for people: what went wrong and, where that is known, what to do about it. It goes to
-    the client and into the log, so it must never hold a credential. headers are extra HTTP headers.
+    detail tells the user what went wrong and, if known, what to do about it. It goes to the client and to the
+    log, so it must never contain a credential. headers are additional HTTP headers.
     """
 
     def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None):
@@ -230,41 +230,41 @@ class RegistryError(Exception):
         self.status, self.message = ERRORS[code]
 
     def body(self) -> bytes:
-        """The error in the JSON form of OCI Distribution Spec v1.1, "Error Codes"."""
-        # Most clients show the message alone.
+        """Return the error as JSON (OCI Distribution Spec v1.1, "Error Codes")."""
+        # Most clients only show the message, so it includes the detail.
         error = {"code": self.code, "message": f"{self.message}: {self.detail}", "detail": self.detail}
         return json.dumps({"errors": [error]}).encode()
 
 
 # =====================================================================================================
-# 3. References: what a request names. Pure, no I/O
+# 3. References: names, digests and manifests. No I/O
 # =====================================================================================================
 
-# OCI Distribution Spec v1.1, "Pulling manifests": <name> and <reference>. At most 255 characters with
-# the registry's host, a limit that many clients impose.
+# OCI Distribution Spec v1.1, "Pulling manifests": <name> and <reference>. Many clients limit a name with the
+# registry's host to 255 characters.
 REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 NAME_LENGTH = 255
-# OCI Image Spec v1.1, "Digests": algorithm ":" encoded; these are the registered algorithms.
+# OCI Image Spec v1.1, "Digests": algorithm ":" encoded, and the registered algorithms.
 DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
 HEX_LENGTH = {"sha256": 64, "sha512": 128}
 MEDIA_TYPE = re.compile(r"[\w.+-]{1,127}/[\w.+-]{1,127}", re.ASCII)
 # Layers that a registry need not hold (OCI Image Spec v1.1, "Non-Distributable Layers"; Docker's foreign ones).
 NON_DISTRIBUTABLE = re.compile(r"\.nondistributable\.|\.foreign\.")
-# The host part of an image name, as Docker's reference grammar has it (github.com/distribution/reference).
+# The host of an image name in Docker's grammar (github.com/distribution/reference).
 HOST = re.compile(r"(?:(?!-)[a-zA-Z0-9-]+(?<!-)(?:\.(?!-)[a-zA-Z0-9-]+(?<!-))*|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
 class Digest:
-    """The address of some content: a hash algorithm and the hash in lower-case hexadecimal."""
+    """The address of content: a hash algorithm and the hash in lower-case hexadecimal."""
 
     algorithm: str
     hex: str
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Parse "sha256:..." or "sha512:..."; anything else is a ValueError."""
+        """Parse "sha256:..." or "sha512:...". Raises ValueError."""
         algorithm, _, encoded = text.partition(":")
         length = HEX_LENGTH.get(algorithm)
         if length is None and DIGEST.fullmatch(text):
@@ -275,7 +275,7 @@ class Digest:
 
     @classmethod
     def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
-        """The digest of bytes."""
+        """Compute the digest of bytes."""
         return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
 
     def __str__(self) -> str:
@@ -283,7 +283,7 @@ class Digest:
 
 
 def requested_digest(text: str | None) -> Digest:
-    """The digest that a request has to name; DIGEST_INVALID."""
+    """Parse the digest that a request must have. Raises DIGEST_INVALID."""
     try:
         return Digest.parse(text or "")
     except ValueError as e:
@@ -291,9 +291,9 @@ def requested_digest(text: str | None) -> Digest:
 
 
 def is_host(text: str) -> bool:
-    """Whether Docker takes text for a registry's host when it stands before the first slash of a name.
+    """Return True if Docker treats text before the first slash of a name as a registry's host.
 
-    A single word is not one for Docker (`foo/app` is `docker.io/foo/app`), unless it is localhost.
+    A single word other than localhost is not a host: `foo/app` is `docker.io/foo/app`.
     """
     return bool(HOST.fullmatch(text)) and (text == "localhost" or bool(set(text) & set(".:")))
 
@@ -302,17 +302,17 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def names_us(namespace: str, own_name: str | None) -> bool:
-    """Whether a namespace may well be this registry, which the client calls own_name (the Host header).
+    """Return True if a namespace probably is this registry, whose name in the Host header is own_name.
 
-    It has other names too: k3d maps its port, so that nodes reach k3d-x:12345 as k3d-x:5000; and what a
-    developer pushes to localhost:12345, the manifests of pods may call by that name.
+    The registry has several names. k3d maps its port, so that nodes reach k3d-x:12345 as k3d-x:5000. And pods
+    may use the name localhost:12345, to which a developer has pushed.
     """
     name, own = (re.sub(r":\d+$", "", text) for text in (namespace, own_name or ""))
     return name == own or name in LOOPBACK
 
 
 def docker_name(name: str) -> tuple[str, str]:
-    """The registry and the repository of an image name as Docker shows it: alpine is docker.io, library/alpine."""
+    """Split an image name as Docker shows it into registry and repository: alpine is docker.io, library/alpine."""
     host, slash, rest = name.partition("/")
     if slash and is_host(host):
         return host, rest
@@ -321,7 +321,7 @@ def docker_name(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a request asks for: a repository, a tag or a digest in it, and maybe a namespace."""
+    """The name of a manifest or blob: a repository, a tag or digest (target), and a namespace or None."""
 
     repository: str
     target: str | Digest
@@ -329,10 +329,10 @@ class Reference:
 
     @classmethod
     def parse(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
-        """Validate the three parts as a request for a manifest brings them.
+        """Validate the parts of a request for a manifest.
 
-        Raises NAME_INVALID for a bad repository or namespace, DIGEST_INVALID for a bad digest, and
-        MANIFEST_UNKNOWN for a bad tag: no manifest can have such a name.
+        Raises NAME_INVALID for an invalid repository or namespace, DIGEST_INVALID for an invalid digest, and
+        MANIFEST_UNKNOWN for an invalid tag, because no manifest can have it.
         """
         if ":" in target:
             return cls.parse_digest(repository, target, namespace)
@@ -343,39 +343,39 @@ class Reference:
 
     @classmethod
     def parse_pushed(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
-        """Validate the parts of a request that brings a manifest; a bad tag is MANIFEST_INVALID."""
+        """Validate the parts of a push of a manifest. Like parse(), but MANIFEST_INVALID for an invalid tag."""
         if ":" not in target and not TAG.fullmatch(target):
             raise RegistryError("MANIFEST_INVALID", f"{target!r} is not a tag")
         return cls.parse(repository, target, namespace)
 
     @classmethod
     def parse_digest(cls, repository: str, digest: str, namespace: str | None = None) -> Reference:
-        """Validate the parts of a request that has to name a digest; errors as in parse()."""
+        """Validate the parts of a request that must have a digest. Raises the same errors as parse()."""
         cls.check_repository(repository, namespace)
         return cls(repository, requested_digest(digest), namespace)
 
     @classmethod
     def check_repository(cls, repository: str, namespace: str | None) -> None:
-        """Raise NAME_INVALID unless both follow their grammars."""
+        """Raise NAME_INVALID if the repository or the namespace is invalid."""
         if not REPOSITORY.fullmatch(repository) or len(repository) + len(namespace or "") >= NAME_LENGTH:
             raise RegistryError("NAME_INVALID", f"{repository!r} is not a repository name")
         cls.check_namespace(namespace)
 
     @staticmethod
     def check_namespace(namespace: str | None) -> None:
-        """Raise NAME_INVALID unless a namespace, if there is one, is the host of a registry."""
+        """Raise NAME_INVALID if there is a namespace that is not the host of a registry."""
         if namespace is not None and not is_host(namespace):
             raise RegistryError("NAME_INVALID", f"the ns parameter {namespace!r} is not a registry's host: "
                                                 "a domain with a dot, a port, or localhost")
 
     def docker_repository(self) -> str:
-        """The repository as Docker writes it: docker.io/library/alpine."""
+        """Return the repository with its namespace: docker.io/library/alpine."""
         return f"{self.namespace}/{self.repository}" if self.namespace else self.repository
 
     def aliases(self, own_name: str | None) -> Iterator[Reference]:
-        """The names under which Docker may have what this means, the likeliest first.
+        """Yield the references by which Docker may know this image, the most likely first.
 
-        Without a namespace the registry itself is meant, or an image that Docker shows by that very name.
+        Without a namespace, the image is one of this registry, or one that Docker shows by the same name.
         """
         yield from (self.under(host) for host in self._hosts(self.namespace or own_name, own_name))
         if self.namespace is None:
@@ -391,7 +391,7 @@ class Reference:
                         if host != name)
 
     def under(self, namespace: str | None) -> Reference:
-        """The same repository and target in another namespace."""
+        """Return the same repository and target in another namespace."""
         return Reference(self.repository, self.target, namespace)
 
     def __str__(self) -> str:
@@ -400,10 +400,10 @@ class Reference:
 
 
 def manifest_type(data: bytes) -> str | None:
-    """The media type of a manifest or an index, or None when data is neither.
+    """Return the media type of a manifest or an index, or None if data is neither.
 
-    The `mediaType` in the JSON is the truth; where it is left out, as OCI Image Spec v1.1 allows, the
-    other properties tell.
+    It is the `mediaType` in the JSON, or is derived from the other properties if that is missing, as OCI Image
+    Spec v1.1 allows.
     """
     try:
         document = json.loads(data)
@@ -424,7 +424,7 @@ def manifest_type(data: bytes) -> str | None:
 
 
 def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[Mapping[str, Any]]:
-    """The descriptors that a parsed manifest or index holds under the given property names."""
+    """Yield the descriptors in the named properties of a parsed manifest or index."""
     for name in names:
         value = document.get(name)
         for descriptor in value if isinstance(value, list) else [value]:
@@ -434,7 +434,7 @@ def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[Mapping[st
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest or index, with its exact bytes."""
+    """A manifest or index with its exact bytes."""
 
     digest: Digest
     media_type: str
@@ -442,10 +442,10 @@ class Manifest:
 
     @classmethod
     def accept(cls, data: bytes, content_type: str | None, algorithm: str) -> Manifest:
-        """Take what a client pushes: a JSON object, whatever its media type, with digests where they belong.
+        """Validate a pushed manifest. It may have any media type, but its descriptors must be valid.
 
-        The media type is that of the Content-Type header, which must not contradict the JSON's own
-        (OCI Image Spec v1.1, "mediaType"). MANIFEST_INVALID says what is wrong.
+        The media type is that of the Content-Type header, which must not contradict the `mediaType` in the JSON
+        (OCI Image Spec v1.1, "mediaType"). Raises MANIFEST_INVALID.
         """
         declared = (content_type or "").partition(";")[0].strip()
         own = manifest_type(data)
@@ -454,7 +454,7 @@ class Manifest:
             raise RegistryError("MANIFEST_INVALID", f"Content-Type: {declared!r} is not a manifest's media type")
         manifest = cls(Digest.of(data, algorithm), media_type, data)
         if own == DOCKER_SCHEMA1:
-            raise RegistryError("MANIFEST_INVALID", "manifests of schema version 1 are not taken")
+            raise RegistryError("MANIFEST_INVALID", "manifests of schema version 1 are not supported")
         stated = manifest.document.get("mediaType")
         if stated is not None and str(stated).lower() != media_type.lower():
             raise RegistryError("MANIFEST_INVALID", f"the Content-Type is {media_type}, but the manifest's own "
@@ -464,7 +464,7 @@ class Manifest:
 
     @functools.cached_property
     def document(self) -> Mapping[str, Any]:
-        """The manifest parsed; MANIFEST_INVALID unless it is a JSON object."""
+        """The parsed manifest. Raises MANIFEST_INVALID if it is not a JSON object."""
         try:
             document = json.loads(self.data)
         except (ValueError, RecursionError) as e:
@@ -474,7 +474,7 @@ class Manifest:
         return document
 
     def check(self) -> None:
-        """MANIFEST_INVALID when something that should be a descriptor is none, or of another form than we know."""
+        """Raise MANIFEST_INVALID if a property that holds descriptors is malformed."""
         for name in ("config", "subject", "layers", "blobs", "manifests"):
             value = self.document.get(name)
             many = name in ("layers", "blobs", "manifests")
@@ -487,7 +487,7 @@ class Manifest:
         self._check_referrer()
 
     def _check_referrer(self) -> None:
-        """MANIFEST_INVALID when what a list of referrers shows of this is of another type than clients expect."""
+        """Raise MANIFEST_INVALID if a property that lists of referrers show has the wrong type."""
         config, annotations = self.document.get("config"), self.document.get("annotations")
         kinds = (self.document.get("artifactType"), config.get("mediaType") if isinstance(config, dict) else None)
         if not all(kind is None or isinstance(kind, str) for kind in kinds):
@@ -498,28 +498,28 @@ class Manifest:
 
     @staticmethod
     def _check_descriptor(name: str, descriptor: Any) -> None:
-        """MANIFEST_INVALID unless it is a descriptor (OCI Image Spec v1.1, "Properties")."""
+        """Raise MANIFEST_INVALID if a descriptor is malformed (OCI Image Spec v1.1, "Properties")."""
         fields = descriptor if isinstance(descriptor, dict) else {}
         try:
             Digest.parse(fields["digest"])
         except MALFORMED_ERRORS as e:
-            raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a good digest: {e}") from None
+            raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a valid digest: {e}") from None
         size = fields.get("size")
         if type(size) is not int or size < 0:
-            raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a good size: {size!r}")
+            raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a valid size: {size!r}")
 
     def blobs(self) -> list[Digest]:
-        """The blobs without which this can't be served.
+        """Return the digests of the blobs that must be available to serve this manifest.
 
-        Layers that may not be distributed come from elsewhere. So do manifests that an index lists: the
-        image spec lets an index have platforms that a registry does not hold.
+        Non-distributable layers are not among them, nor are the manifests of an index: the image spec allows an
+        index to list platforms that a registry does not have.
         """
         return list(self.sizes("config", "layers", "blobs"))
 
     def sizes(self, *names: str) -> dict[Digest, int]:
-        """What this refers to by these properties, as far as a registry holds that, with the sizes in bytes.
+        """Return the digests in the named properties with their sizes in bytes, without non-distributable content.
 
-        A descriptor that is none (see check()) does not count: manifests that Docker has are as they are.
+        Malformed descriptors are ignored: unlike pushed manifests, those of Docker are not validated.
         """
         found = {}
         for descriptor in descriptors(self.document, *names):
@@ -531,9 +531,9 @@ class Manifest:
         return found
 
     def platforms(self) -> list[Digest]:
-        """The manifests of an index that are images: those of attestations have an unknown platform.
+        """Return the manifests of an index that are images. Attestations have an unknown platform.
 
-        (docs.docker.com/build/metadata/attestations/attestation-storage)
+        See docs.docker.com/build/metadata/attestations/attestation-storage.
         """
         found = []
         for descriptor in descriptors(self.document, "manifests"):
@@ -544,17 +544,17 @@ class Manifest:
         return found
 
     def listed(self) -> list[Digest]:
-        """All content that this refers to, the manifests of an index included."""
+        """Return the digests of all content that this refers to, including the manifests of an index."""
         return [Digest.parse(descriptor["digest"])
                 for descriptor in descriptors(self.document, "config", "layers", "blobs", "manifests")]
 
     @property
     def subject(self) -> Digest | None:
-        """The manifest that this one is about, if it says so."""
+        """The digest of the `subject`, or None."""
         return next((Digest.parse(descriptor["digest"]) for descriptor in descriptors(self.document, "subject")), None)
 
     def referrer(self) -> dict[str, Any]:
-        """The descriptor for a list of referrers (OCI Distribution Spec v1.1, "Listing Referrers")."""
+        """Return the descriptor for a list of referrers (OCI Distribution Spec v1.1, "Listing Referrers")."""
         config = self.document.get("config")
         fallback = config.get("mediaType") if isinstance(config, dict) else None
         artifact_type = self.document.get("artifactType") or fallback
