@@ -615,7 +615,7 @@ class TestTls(EngineCase):
     def test_bad_certificates(self):
         for what, host, reason in (
                 ("Docker's is of a stranger", self.host(self.stranger, self.authority), "certificate verify failed"),
-                ("ours is of a stranger", self.host(self.authority, self.stranger), "UNKNOWN_CA|unknown ca|broke"),
+                ("ours is of a stranger", self.host(self.authority, self.stranger), "UNKNOWN_CA|unknown ca|was lost"),
                 ("no TLS on our side", EngineHost(host="127.0.0.1", port=self.proxy.port), "was lost")):
             with self.subTest(what):
                 error = self.error_of(Engine(host).info)
