@@ -1422,7 +1422,7 @@ class DockerConfig:
         except FileNotFoundError:
             return None
         except (OSError, subprocess.SubprocessError, *MALFORMED_ERRORS) as e:
-            log.warning("ignoring the credentials in %s, which cannot be read: %s", self.path, type(e).__name__)
+            log.warning("ignoring the credentials in %s, which cannot be used: %s", self.path, type(e).__name__)
             return None
 
     @staticmethod
