@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import threading
 import urllib.parse
+from pathlib import Path
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -120,6 +121,28 @@ class Image:
                        "manifest.json": json.dumps(listing).encode()})
 
 
+class Index:
+    """An image of several platforms, as the containerd store has it: all its blobs, but for the platforms left out."""
+
+    def __init__(self, images, left_out=()):
+        """images are those of each platform, by the name of its architecture; left_out are such names."""
+        self.layer = next(iter(images.values())).layer
+        self.manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+            {"mediaType": OCI_MANIFEST, "digest": image.digest, "size": len(image.manifest),
+             "platform": {"os": "linux", "architecture": name}} for name, image in images.items()]}).encode()
+        self.digest = sha256(self.manifest)
+        self.blobs = {self.digest: self.manifest}
+        for name, image in images.items():
+            self.blobs.update({} if name in left_out else image.blobs)
+
+    def export(self):
+        """What `docker save` gives: an OCI layout."""
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+            {"mediaType": OCI_INDEX, "digest": self.digest, "size": len(self.manifest)}]}
+        return tar_of({**{f"blobs/{digest.replace(':', '/')}": data for digest, data in sorted(self.blobs.items())},
+                       "index.json": json.dumps(index).encode(), "oci-layout": b'{"imageLayoutVersion":"1.0.0"}'})
+
+
 def tar_of(files):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
@@ -152,6 +175,8 @@ class FakeDaemon:
     store     "containerd" or "classic"
     grpc      how the content service is reached: "upgrade", "prior" knowledge, or None
     pulls     reference -> what the pull answers: raw bytes of HTTP, or a callable that gives them
+    origins   reference -> the digest that its registry has for it now, as Docker finds out
+    info      more fields of /info
     faults    text in the request line -> raw bytes to answer, or a callable that gets the socket
     reading   a callable that gets (socket, stream, digest, part asked for) and answers Read instead of us
     requests  the request lines so far; `read` the digests asked of Read; `heads` the whole heads
@@ -160,7 +185,7 @@ class FakeDaemon:
     def __init__(self, store="containerd", grpc="upgrade"):
         self.store, self.grpc = store, grpc
         self.images, self.content, self.pulls, self.faults = {}, {}, {}, {}
-        self.exports = {}
+        self.exports, self.origins, self.info = {}, {}, {}
         self.reading = None
         self.requests, self.heads, self.read = [], [], []
         self.connections = 0
@@ -199,9 +224,19 @@ class FakeDaemon:
         self.server = Server(self.path, Connection)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
-    def __exit__(self, *error):
+    def stop(self):
         self.server.shutdown()
         self.server.server_close()
+        Path(self.path).unlink()
+
+    def restart(self, store):
+        """Begin again at the same socket with another image store, which has nothing yet."""
+        self.stop()
+        self.store, self.images, self.content = store, {}, {}
+        self.start()
+
+    def __exit__(self, *error):
+        self.stop()
         self._stack.close()
 
     @property
@@ -243,7 +278,8 @@ class FakeDaemon:
         if path == "info":
             status = [["driver-type", "io.containerd.snapshotter.v1"]] if self.store == "containerd" else [
                 ["Backing Filesystem", "extfs"], ["Supports d_type", "true"]]
-            return http_answer(200, {"ID": "5c9fd3f1", "DriverStatus": status, "DockerRootDir": "/nowhere"})
+            known = {"ID": "5c9fd3f1", "DriverStatus": status, "DockerRootDir": "/nowhere"}
+            return http_answer(200, {**known, **self.info})
         if path == "grpc":
             if self.grpc == "upgrade":
                 sock_answer = b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
@@ -254,6 +290,10 @@ class FakeDaemon:
                                      for name, image in self.images.items()])
         if path == "images/create":
             return self._pull(query)
+        if path.startswith("distribution/"):
+            digest = self.origins.get(path.removeprefix("distribution/").removesuffix("/json"))
+            if digest:
+                return http_answer(200, {"Descriptor": {"mediaType": OCI_MANIFEST, "digest": digest, "size": 1}})
         name = path.removeprefix("images/")
         if name.endswith("/json"):
             return self._inspect(name.removesuffix("/json"))

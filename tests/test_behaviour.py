@@ -1,0 +1,432 @@
+"""Behaviour that clients rely on, checked on the running program: over HTTP, and by what it asks of Docker."""
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+from pathlib import Path
+from unittest import mock
+
+from fake_daemon import OCI_MANIFEST, FakeDaemon, Image, Index, chunked, http_answer, sha256, varint
+from program import MODULE, Program
+
+OCTETS = "application/octet-stream"
+SECOND_REGISTRY = "localhost:5999"
+
+# Runs the program with other values for some of its constants, so that what takes long is short.
+IMPATIENT = """
+import json, os, sys
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import k3d_registry_dockerd as module
+for name, value in json.loads(os.environ["CONSTANTS"]).items():
+    assert hasattr(module, name), f"there is no constant {name} any more"
+    setattr(module, name, value)
+sys.exit(module.main(sys.argv[1:]))
+"""
+
+
+def basic(username, password):
+    return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+def descriptor(data, media_type=OCTETS):
+    return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
+
+
+def encode(document):
+    return json.dumps(document).encode()
+
+
+def wait_until(condition):
+    """Wait for what is about to happen; AssertionError after a minute."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+class BehaviourCase(unittest.TestCase):
+    """A fake daemon, and the program on it."""
+
+    def enter(self, manager):
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def folder(self):
+        return Path(self.enter(tempfile.TemporaryDirectory()))
+
+    def event(self):
+        """An event that is set at the end of the test, so that nothing waits for it any longer."""
+        event = threading.Event()
+        self.addCleanup(event.set)
+        return event
+
+    def start(self, *arguments, constants=None, **more):
+        """Start a daemon, unless there is one, and the program."""
+        if not hasattr(self, "daemon"):
+            self.daemon = self.enter(FakeDaemon())
+        if constants:
+            more.update(command=[sys.executable, "-c", IMPATIENT, str(MODULE)],
+                        env={"CONSTANTS": json.dumps(constants)})
+        self.program = self.enter(Program(self.daemon.host, *arguments, **more))
+        return self.program
+
+    def tearDown(self):
+        self.assertEqual([], self.program.lines("a bug in this program"))
+
+    def asked(self, *texts):
+        """The requests to Docker so far that hold all these texts."""
+        return [line for line in self.daemon.requests if all(text in line for text in texts)]
+
+    def pulls(self, name):
+        """The requests to Docker so far to pull an image of a repository."""
+        return self.asked("POST ", "/images/create?", urllib.parse.urlencode({"fromImage": name}))
+
+    def ask(self, method, path, status, body=None, **headers):
+        """One request that must have this status."""
+        answer = self.program.request(method, path, {k.replace("_", "-"): v for k, v in headers.items()}, body)
+        self.assertEqual(status, answer.status, (method, path, answer.body))
+        return answer
+
+    def push_blob(self, repository, data):
+        self.ask("POST", f"/v2/{repository}/blobs/uploads/?digest={sha256(data)}", 201, data, Content_Type=OCTETS)
+        return sha256(data)
+
+    def push(self, repository, target, text="pushed"):
+        """Push an image, and return it."""
+        image = Image(text)
+        for blob in (image.layer, image.config):
+            self.push_blob(repository, blob)
+        self.ask("PUT", f"/v2/{repository}/manifests/{target}", 201, image.manifest, Content_Type=OCI_MANIFEST)
+        return image
+
+
+class TestPullFailures(BehaviourCase):
+    """A registry does not tell strangers what exists, so a node has to come again with the credentials of the pod."""
+
+    def test_not_found_and_denied(self):
+        denied = http_answer(404, {"message": "pull access denied for team/secret, repository does not exist"})
+        table = (("app", None, 401, True), ("app", basic("user", "password"), 404, False),
+                 ("secret", None, 401, True), ("secret", basic("user", "wrong"), 401, False))
+        for store in ("containerd", "classic"):
+            self.daemon = self.enter(FakeDaemon(store))
+            for host in ("registry.example", "docker.io"):
+                self.daemon.pulls[f"{host}/team/secret:1"] = denied
+            self.start()
+            for host in ("registry.example", "docker.io"):
+                for name, authorization, status, challenge in table:
+                    for method in ("GET", "HEAD"):
+                        with self.subTest(store=store, host=host, name=name, method=method, by=authorization):
+                            headers = {"Authorization": authorization} if authorization else {}
+                            answer = self.ask(method, f"/v2/team/{name}/manifests/1?ns={host}", status, **headers)
+                            self.assertEqual(f'Basic realm="{host}"' if challenge else None,
+                                             answer.headers["WWW-Authenticate"])
+                            self.assertTrue(self.pulls(f"{host}/team/{name}"))
+
+
+class TestPullAlways(BehaviourCase):
+    NAME = "registry.example/team/app:1"
+    PATH = "/v2/team/app/manifests/1?ns=registry.example"
+
+    def test_a_registry_that_does_not_answer_in_time(self):
+        """Docker's own image is served, and the log says so."""
+        for store in ("containerd", "classic"):
+            with self.subTest(store):
+                self.daemon = self.enter(FakeDaemon(store))
+                image, go_on = self.daemon.add(self.NAME, Image()), self.event()
+                self.daemon.faults["/distribution/"] = lambda _, go_on=go_on: go_on.wait(60) and None
+                self.start("-pull", "always", constants={"EARLY_ANSWER": 0.3})
+                self.assertEqual(image.manifest, self.ask("GET", self.PATH, 200).body)
+                self.assertIn("WARNING", self.program.wait_for_line("Docker's own image is served"))
+                self.assertTrue(self.asked(f"/distribution/{self.NAME}/json"))
+                self.assertEqual([], self.asked("/images/create"))
+
+    def test_a_tag_that_has_moved(self):
+        self.daemon = self.enter(FakeDaemon())
+        new = Image("new")
+        for moved in (False, True):
+            with self.subTest(moved=moved):
+                old = self.daemon.add(self.NAME, Image("old"))
+                self.daemon.origins[self.NAME] = (new if moved else old).digest
+                self.daemon.pulls[self.NAME] = lambda: self.daemon.add(self.NAME, new) and chunked(b"{}")
+                self.start("-pull", "always")
+                self.assertEqual((new if moved else old).manifest, self.ask("GET", self.PATH, 200).body)
+                self.assertEqual(int(moved), len(self.asked("/images/create")))
+                self.assertEqual([], self.program.lines("Docker's own image is served"))
+
+
+class TestBlobsWithoutManifest(BehaviourCase):
+    def test_head_renews_the_time_for_which_a_blob_stays(self):
+        """A client that was told that a blob is here does not send it, so the blob has to stay for a while."""
+        self.start()
+        digest = self.push_blob("team/app", b"some layer")
+        path = self.program.store / "repositories/team/app/_blobs" / digest.replace(":", "/")
+        old = time.time() - 23 * 3600
+        for method in ("HEAD", "GET"):
+            with self.subTest(method):
+                os.utime(path, (old, old))
+                self.ask(method, f"/v2/team/app/blobs/{digest}", 200)
+                self.assertLess(old + 3600, path.stat().st_mtime)
+        with self.subTest("of another repository"):
+            os.utime(path, (old, old))
+            self.ask("HEAD", f"/v2/other/app/blobs/{digest}", 404)
+            self.assertGreater(old + 3600, path.stat().st_mtime)
+
+    def test_it_stays_for_a_day(self):
+        """The program tidies up when it starts."""
+        self.start()
+        digests = [self.push_blob("team/app", data) for data in (b"young", b"old", b"asked for")]
+        folder = self.program.store / "repositories/team/app/_blobs/sha256"
+        for digest, hours in zip(digests, (23, 25, 25), strict=True):
+            path = folder / digest.partition(":")[2]
+            os.utime(path, (time.time() - hours * 3600,) * 2)
+        self.ask("HEAD", f"/v2/team/app/blobs/{digests[2]}", 200)
+        store = self.program.store
+        self.program.stop()
+        self.start(store=store)
+        for digest, status in zip(digests, (200, 404, 200), strict=True):
+            self.ask("HEAD", f"/v2/team/app/blobs/{digest}", status)
+
+
+class TestMissingPlatform(BehaviourCase):
+    def test_it_is_not_pulled(self):
+        """Docker was told which platforms to get: a node has to look for others elsewhere."""
+        self.start()
+        images = {name: Image(name) for name in ("amd64", "arm64")}
+        index = self.daemon.add("app:1", Index(images, left_out=["arm64"]))
+        path = "/v2/library/app/manifests/{}?ns=docker.io"
+        self.assertEqual(index.manifest, self.ask("GET", path.format("1"), 200).body)
+        self.assertEqual(images["amd64"].manifest, self.ask("GET", path.format(images["amd64"].digest), 200).body)
+        for authorization in ({}, {"Authorization": basic("user", "password")}):
+            answer = self.ask("GET", path.format(images["arm64"].digest), 404, **authorization)
+            self.assertEqual("MANIFEST_UNKNOWN", answer.code)
+            self.assertIn("linux/arm64", answer.detail)
+        self.assertEqual([], self.asked("/images/create"))
+        with self.subTest("what no index lists is pulled"):
+            self.ask("GET", path.format(sha256(b"another")), 401)
+            self.assertEqual(1, len(self.pulls("docker.io/library/app")))
+
+
+class TestSecondLocalRegistry(BehaviourCase):
+    """A namespace on localhost with another port: this registry by another name, or another registry."""
+
+    def test_pushed_then_docker_then_pulled(self):
+        for store in ("containerd", "classic"):
+            with self.subTest(store):
+                self.daemon = self.enter(FakeDaemon(store))
+                name = f"{SECOND_REGISTRY}/team/app:1"
+                pulled, of_docker = Image("pulled"), Image("of Docker")
+                self.daemon.pulls[name] = lambda name=name, pulled=pulled: (
+                    self.daemon.add(name, pulled) and chunked(b"{}"))
+                self.start()
+                path = f"/v2/team/app/manifests/1?ns={SECOND_REGISTRY}"
+                self.assertEqual(pulled.manifest, self.ask("GET", path, 200).body)
+                self.assertEqual(1, len(self.pulls(f"{SECOND_REGISTRY}/team/app")))
+                self.daemon.add(name, of_docker)
+                self.assertEqual(of_docker.manifest, self.ask("GET", path, 200).body)
+                pushed = self.push("team/app", "1")
+                self.assertEqual(pushed.manifest, self.ask("GET", path, 200).body)
+                self.assertEqual(1, len(self.asked("/images/create")))
+                for blob in (pushed.layer, pushed.config):
+                    self.assertEqual(blob, self.ask(
+                        "GET", f"/v2/team/app/blobs/{sha256(blob)}?ns={SECOND_REGISTRY}", 200).body)
+
+
+class TestChangedEngine(BehaviourCase):
+    def test_a_restart_with_another_image_store(self):
+        for before, after, source in (("containerd", "classic", "content from: store, export"),
+                                      ("classic", "containerd", "content from: store, content service")):
+            with self.subTest(f"{before} to {after}"):
+                self.daemon = self.enter(FakeDaemon(before))
+                self.start(constants={"ENGINE_FRESH": 0})
+                for store in (before, after):
+                    if store == after:
+                        self.daemon.restart(after)
+                    image = self.daemon.add("app:1", Image(store))
+                    for kind, target, data in (("manifests", "1", image.manifest),
+                                               ("blobs", sha256(image.layer), image.layer)):
+                        path = f"/v2/library/app/{kind}/{target}?ns=docker.io"
+                        self.assertEqual(data, self.ask("GET", path, 200).body)
+                self.assertIn(source, self.program.wait_for_line("content from", 2))
+                self.assertEqual(1, len(self.asked("/get ")), "the export of the classic store's image")
+
+    def test_the_data_folder_of_another_docker(self):
+        """It is not used, and the log says why."""
+        image = Image()
+        for store, folder in (("containerd", "containerd/daemon/io.containerd.content.v1.content/blobs/sha256"),
+                              ("classic", "image/overlay2/layerdb/sha256")):
+            for identity, used in (("another", False), ("5c9fd3f1", store == "containerd")):
+                with self.subTest(store=store, identity=identity):
+                    self.daemon = self.enter(FakeDaemon(store))
+                    self.daemon.add("app:1", image)
+                    root = self.folder()
+                    (root / folder).mkdir(parents=True)
+                    (root / "engine-id").write_text(identity + "\n")
+                    for digest, data in image.blobs.items() if store == "containerd" else ():
+                        (root / folder / digest.partition(":")[2]).write_bytes(data)
+                    self.start("-docker-root", str(root))
+                    layer = sha256(image.layer)
+                    self.assertEqual(image.manifest, self.ask(
+                        "GET", "/v2/library/app/manifests/1?ns=docker.io", 200).body)
+                    self.assertEqual(image.layer, self.ask(
+                        "GET", f"/v2/library/app/blobs/{layer}?ns=docker.io", 200).body)
+                    lines = self.program.lines("the data folder of another Docker")
+                    self.assertEqual(identity == "another", bool(lines))
+                    self.assertTrue(all("WARNING" in line and str(root) in line for line in lines))
+                    asked = layer in self.daemon.read if store == "containerd" else bool(self.asked("/get "))
+                    self.assertEqual(not used, asked, "whether the content came from Docker's API")
+
+
+class TestSharedReads(BehaviourCase):
+    """The containerd store, read through Docker's API."""
+
+    def test_small_content_is_not_shared(self):
+        """Below 1 MiB a file costs more than it saves: each reader reads for itself, and nothing is written."""
+        self.start()
+        image = self.daemon.add("app:1", Image("x" * 1_000_000))
+        digest, both, reads, bodies = sha256(image.layer), self.event(), [], []
+
+        def reading(sock, stream, asked, part):
+            if asked == digest and len(part) == len(image.layer):
+                reads.append(asked)
+                if len(reads) == 2:
+                    both.set()
+                both.wait(30)  # the first one is not done before there is a second one
+            self.daemon.answer_call(sock, stream, b"\x12" + varint(len(part)) + part)
+
+        self.daemon.reading = reading
+        path = f"/v2/library/app/blobs/{digest}?ns=docker.io"
+        clients = [threading.Thread(target=lambda: bodies.append(self.program.get(path).body)) for _ in range(2)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(60)
+        self.assertEqual([digest] * 2, [sha256(body) for body in bodies])
+        self.assertEqual(2, len(reads))
+        self.assertLessEqual(2, self.daemon.read.count(digest))
+        self.assertFalse(self.program.store.exists())
+
+
+class TestHandshake(BehaviourCase):
+    def test_tls_on_the_plain_port(self):
+        """A client that tries TLS first recognizes an HTTP answer and goes on without TLS. That is not worth a line."""
+        self.start()
+        outgoing = ssl.MemoryBIO()
+        client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="registry")
+        with self.assertRaises(ssl.SSLWantReadError):
+            client.do_handshake()
+        hello, answer = outgoing.read(), b""
+        self.assertTrue(hello.startswith(b"\x16\x03"))
+        before = len(self.program.log)
+        with socket.create_connection(("127.0.0.1", self.program.port), timeout=60) as sock:
+            sock.sendall(hello)
+            sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                while data := sock.recv(4096):
+                    answer += data
+        self.assertTrue(answer.startswith(b"HTTP/1.1 400 "), answer)
+        self.ask("GET", "/v2/?the-next-one", 200)
+        self.program.wait_for_line("the-next-one")
+        self.assertEqual([], [line for line in self.program.log[before:] if "the-next-one" not in line])
+
+
+class TestRequests(BehaviourCase):
+    def test_if_range(self):
+        """Answers have no validator, so a range that depends on one is not known to be right: all is sent."""
+        self.start()
+        data = os.urandom(5000)
+        of_docker = self.daemon.add("app:1", Image()).layer
+        digest = self.push_blob("team/app", data)
+        for path, content in ((f"/v2/team/app/blobs/{digest}", data),
+                              (f"/v2/library/app/blobs/{sha256(of_docker)}?ns=docker.io", of_docker)):
+            self.assertEqual(content[100:200], self.ask("GET", path, 206, Range="bytes=100-199").body)
+            for condition in ('"etag"', 'W/"etag"', "Sat, 01 Jan 2022 00:00:00 GMT"):
+                with self.subTest(path=path, condition=condition):
+                    answer = self.ask("GET", path, 200, Range="bytes=100-199", If_Range=condition)
+                    self.assertEqual((content, None), (answer.body, answer.headers["Content-Range"]))
+
+    def test_the_namespace_is_repeated(self):
+        self.start()
+        image = self.daemon.add("app:1", Image())
+        for path in ("manifests/1", f"manifests/{image.digest}", f"blobs/{sha256(image.layer)}", "tags/list"):
+            for method in ("GET", "HEAD"):
+                with self.subTest(path=path, method=method):
+                    answer = self.ask(method, f"/v2/library/app/{path}?ns=docker.io", 200)
+                    self.assertEqual("docker.io", answer.headers["OCI-Namespace"])
+        self.push("library/app", "1")
+        self.assertIsNone(self.ask("GET", "/v2/library/app/manifests/1", 200).headers["OCI-Namespace"])
+
+    def test_the_range_of_an_upload(self):
+        """Nothing is 0-0, as clients of the first registries expect; and so is one byte."""
+        self.start()
+        begun = self.ask("POST", "/v2/team/app/blobs/uploads/", 202)
+        location = begun.headers["Location"]
+        self.assertEqual("0-0", begun.headers["Range"])
+        self.assertEqual("0-0", self.ask("GET", location, 204).headers["Range"])
+        for count, expected in ((1, "0-0"), (1, "0-1"), (8, "0-9")):
+            self.assertEqual(expected, self.ask("PATCH", location, 202, b"x" * count).headers["Range"])
+            self.assertEqual(expected, self.ask("GET", location, 204).headers["Range"])
+
+    def test_many_tags_at_once(self):
+        self.start()
+        for count, status in ((100, 201), (101, 414)):
+            with self.subTest(count):
+                repository, image = f"tags/{count}", Image(str(count))
+                for blob in (image.layer, image.config):
+                    self.push_blob(repository, blob)
+                tags = [f"t{number:03}" for number in range(count)]
+                query = urllib.parse.urlencode([("tag", tag) for tag in tags])
+                with mock.patch("http.client._MAXHEADERS", 200):  # each tag is a header of the answer
+                    answer = self.ask("PUT", f"/v2/{repository}/manifests/{image.digest}?{query}", status,
+                                      image.manifest, Content_Type=OCI_MANIFEST)
+                if status == 201:
+                    self.assertEqual(tags, answer.headers.get_all("OCI-Tag"))
+                    self.assertEqual(tags, self.ask("GET", f"/v2/{repository}/tags/list", 200).json["tags"])
+                    self.assertEqual(image.manifest, self.ask("GET", f"/v2/{repository}/manifests/t099", 200).body)
+                else:
+                    self.assertEqual("TOO_MANY_TAGS", answer.code)
+                    self.ask("GET", f"/v2/{repository}/manifests/{image.digest}", 404)
+                    self.ask("GET", f"/v2/{repository}/manifests/t000", 404)
+                    self.ask("GET", f"/v2/{repository}/tags/list", 404)
+
+    def test_artifacts_of_any_type(self):
+        """They are served with the type with which they were pushed, even after a restart."""
+        self.start()
+        config, layer = b"not even JSON", b"a layer"
+        odd = "application/vnd.example.Odd-1.x+yaml"
+        image = {"schemaVersion": 2, "config": descriptor(config, odd), "layers": [descriptor(layer, "text/x-y")]}
+        table = {"own-type": (encode({**image, "mediaType": odd}), odd),
+                 "header-only": (encode({"entries": [1, 2]}), odd),
+                 "image-without-type": (encode(image), odd),
+                 "docker-type": (encode(image), "application/vnd.docker.distribution.manifest.v2+json"),
+                 "artifact": (encode({**image, "mediaType": OCI_MANIFEST, "artifactType": odd}), OCI_MANIFEST)}
+        pushed = {}
+        for tag, (data, media_type) in table.items():
+            for blob in (config, layer):
+                self.push_blob(f"artifacts/{tag}", blob)
+            self.ask("PUT", f"/v2/artifacts/{tag}/manifests/{tag}", 201, data, Content_Type=media_type)
+            pushed[tag] = sha256(data)
+        for restarted in (False, True):
+            if restarted:
+                store = self.program.store
+                self.program.stop()
+                self.start(store=store)
+            for tag, (data, media_type) in table.items():
+                for reference in (tag, pushed[tag]):
+                    with self.subTest(tag=tag, reference=reference, restarted=restarted):
+                        answer = self.ask("GET", f"/v2/artifacts/{tag}/manifests/{reference}", 200)
+                        self.assertEqual((data, media_type), (answer.body, answer.headers["Content-Type"]))
+
+
+if __name__ == "__main__":
+    unittest.main()
