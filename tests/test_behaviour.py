@@ -2,8 +2,11 @@
 
 import base64
 import contextlib
+import hashlib
+import http.client
 import json
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -16,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 from fake_daemon import OCI_MANIFEST, FakeDaemon, Image, Index, chunked, http_answer, sha256, varint
+from fake_origin import INSECURE, Origin
 from program import MODULE, Program
 
 OCTETS = "application/octet-stream"
@@ -426,6 +430,180 @@ class TestRequests(BehaviourCase):
                     with self.subTest(tag=tag, reference=reference, restarted=restarted):
                         answer = self.ask("GET", f"/v2/artifacts/{tag}/manifests/{reference}", 200)
                         self.assertEqual((data, media_type), (answer.body, answer.headers["Content-Type"]))
+
+
+class TestUploads(BehaviourCase):
+    DATA = bytes(range(256)) * 40
+    LOCATION = "/v2/team/app/blobs/uploads/"
+
+    def begin(self):
+        return self.ask("POST", self.LOCATION, 202).headers["Location"]
+
+    def restart(self, how=signal.SIGTERM):
+        self.program.stop(how)
+        self.start(store=self.program.store)
+
+    def test_it_goes_on_after_a_restart(self):
+        """The hash of what came before the restart is made again."""
+        self.start(store=self.folder() / "store")
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            for algorithm in ("sha256", "sha512"):
+                with self.subTest(how=how, algorithm=algorithm):
+                    location = self.begin()
+                    self.ask("PATCH", location, 202, self.DATA[:1000])
+                    self.ask("PATCH", location, 202, self.DATA[1000:3000])
+                    self.restart(how)
+                    self.assertEqual("0-2999", self.ask("GET", location, 204).headers["Range"])
+                    self.ask("PATCH", location, 416, self.DATA[:1000], Content_Range="0-999")
+                    self.ask("PATCH", location, 202, self.DATA[3000:9000], Content_Range="3000-8999")
+                    digest = f"{algorithm}:{hashlib.new(algorithm, self.DATA).hexdigest()}"
+                    self.ask("PUT", f"{location}?digest={digest}", 201, self.DATA[9000:])
+                    self.assertEqual(self.DATA, self.ask("GET", f"/v2/team/app/blobs/{digest}", 200).body)
+
+    def test_other_bytes_after_a_restart(self):
+        """They are refused as they would be without one."""
+        self.start(store=self.folder() / "store")
+        location = self.begin()
+        self.ask("PATCH", location, 202, b"x" + self.DATA[1:1000])
+        self.restart()
+        answer = self.ask("PUT", f"{location}?digest={sha256(self.DATA)}", 400, self.DATA[1000:])
+        self.assertEqual("DIGEST_INVALID", answer.code)
+        self.ask("GET", f"/v2/team/app/blobs/{sha256(self.DATA)}", 404)
+
+    def test_a_second_request_to_a_busy_upload(self):
+        self.start()
+        location = self.begin()
+        with socket.create_connection(("127.0.0.1", self.program.port), timeout=60) as sock:
+            sock.sendall(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n".encode()
+                         + self.DATA[:2000])
+            wait_until(lambda: self.ask("GET", location, 204).headers["Range"] == "0-1999")
+            for method, path in (("PATCH", location), ("PUT", f"{location}?digest={sha256(b'x')}"),
+                                 ("DELETE", location)):
+                with self.subTest(method):
+                    self.assertEqual("UPLOAD_BUSY", self.ask(method, path, 409, b"x").code)
+            sock.sendall(self.DATA[2000:4000])
+            self.assertTrue(sock.recv(4096).startswith(b"HTTP/1.1 202 "))
+        self.ask("PUT", f"{location}?digest={sha256(self.DATA)}", 201, self.DATA[4000:])
+        self.assertEqual(self.DATA, self.ask("GET", f"/v2/team/app/blobs/{sha256(self.DATA)}", 200).body)
+
+    def test_an_upload_that_is_a_blob_already(self):
+        """A process that is killed at the end of an upload may leave it under both names: the blob must not grow."""
+        self.start(store=self.folder() / "store")
+        digest = sha256(self.DATA)
+        for method in ("PATCH", "PUT", "DELETE"):
+            with self.subTest(method):
+                location = self.begin()
+                self.ask("PATCH", location, 202, self.DATA)
+                self.program.stop(signal.SIGKILL)
+                repository = self.program.store / "repositories/team/app"
+                upload = repository / "_uploads" / location.rpartition("/")[2]
+                for folder in (repository / "_blobs", self.program.store / "blobs"):
+                    name = folder / digest.replace(":", "/")
+                    name.parent.mkdir(parents=True, exist_ok=True)
+                    name.unlink(missing_ok=True)
+                    os.link(upload, name)
+                self.start(store=self.program.store)
+                query = f"?digest={sha256(self.DATA + b'x')}" if method == "PUT" else ""
+                self.assertEqual("BLOB_UPLOAD_UNKNOWN", self.ask(method, location + query, 404, b"x").code)
+                self.assertFalse(upload.exists())
+                self.assertEqual(self.DATA, self.ask("GET", f"/v2/team/app/blobs/{digest}", 200).body)
+
+
+class TestArriving(BehaviourCase):
+    """What is arriving was promised, and may yet fail: then it is not taken for something that is here."""
+
+    def start_fetching(self, image):
+        """The classic store, which has no content of registries: the program fetches it from the image's registry."""
+        self.daemon = self.enter(FakeDaemon("classic"))
+        self.daemon.info = INSECURE
+        self.origin = self.enter(Origin(image))
+        self.start(env={"NO_PROXY": "127.0.0.2", "no_proxy": "127.0.0.2"})
+        self.manifest = f"/v2/team/app/manifests/{image.digest}?ns={self.origin.host}"
+        self.layer = f"/v2/team/app/blobs/{sha256(image.layer)}?ns={self.origin.host}"
+
+    def check_read_fails(self, response):
+        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+
+    def test_a_pull_that_fails(self):
+        """The containerd store: Docker gets the manifest and the config, and then its connection breaks."""
+        image, go_on, host = Image("x" * 5000), self.event(), "127.0.0.2:1"
+        name = f"{host}/team/app:1"
+        failure = encode({"errorDetail": {}, "error": "failed to copy: read tcp: connection reset by peer"})
+        layer = f"/v2/team/app/blobs/{sha256(image.layer)}?ns={host}"
+        by_tag, by_digest = (f"/v2/team/app/manifests/{target}?ns={host}" for target in ("1", image.digest))
+
+        def pull(sock):
+            sock.sendall(chunked(b'{"status":"Pulling from team/app"}\n')[:-len(b"0\r\n\r\n")])
+            self.daemon.content.update({digest: data for digest, data in image.blobs.items() if data != image.layer})
+            go_on.wait(60)
+            sock.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(failure), failure))
+
+        self.start(constants={"EARLY_ANSWER": 0.2})
+        self.daemon.origins[name] = image.digest
+        self.daemon.pulls[name] = lambda: pull
+        self.assertEqual(image.manifest, self.ask("GET", by_tag, 200).body)
+        self.assertEqual(image.config, self.ask(
+            "GET", f"/v2/team/app/blobs/{image.config_digest}?ns={host}", 200).body)
+        reader = self.program.begin_get(layer)
+        self.assertEqual((200, str(len(image.layer))), (reader.status, reader.headers["Content-Length"]))
+        go_on.set()
+        self.check_read_fails(reader)
+        self.assertIn("closed early", self.program.wait_for_line(f"blobs/{sha256(image.layer)}"))
+        for _ in range(2):
+            self.ask("GET", by_digest, 404)
+            self.ask("GET", layer, 404)
+            self.ask("GET", by_tag, 502)
+        self.daemon.pulls[name] = lambda: self.daemon.add(name, image) and chunked(b"{}")
+        self.assertEqual(image.manifest, self.ask("GET", by_tag, 200).body)
+        self.assertEqual(image.layer, self.ask("GET", layer, 200).body)
+
+    def test_a_fetch_that_fails(self):
+        """In the middle of a blob: its readers are cut off, nothing is kept of it, and nothing is promised again."""
+        for what, rest in (("it breaks off", lambda rest: rest[:100]), ("other bytes", lambda rest: b"y" * len(rest))):
+            with self.subTest(what):
+                image, go_on = Image("x" * 5000), self.event()
+                self.start_fetching(image)
+                self.origin.hold(image.layer, go_on, rest)
+                self.assertEqual(image.manifest, self.ask("GET", self.manifest, 200).body)
+                reader = self.program.begin_get(self.layer)
+                self.assertEqual((200, str(len(image.layer))), (reader.status, reader.headers["Content-Length"]))
+                go_on.set()
+                self.check_read_fails(reader)
+                del self.origin.content[sha256(image.layer)]
+                for _ in range(2):
+                    self.assertEqual("MANIFEST_UNKNOWN", self.ask("GET", self.manifest, 404).code)
+                    self.ask("GET", self.layer, 404)
+                hexadecimal = sha256(image.layer).partition(":")[2]
+                self.assertEqual([], list(self.program.store.rglob(hexadecimal)))
+                self.origin.content.update(image.blobs)
+                self.origin.answers.clear()
+                self.assertEqual(image.manifest, self.ask("GET", self.manifest, 200).body)
+                self.assertEqual(image.layer, self.ask("GET", self.layer, 200).body)
+
+    def test_credentials_of_another_client(self):
+        """What is fetched with the credentials of one client is not shown to others while it arrives."""
+        image, go_on = Image("x" * 5000), self.event()
+        good, wrong = basic("user", "password"), basic("user", "wrong")
+        self.start_fetching(image)
+        self.origin.authorization = good
+        self.origin.hold(image.layer, go_on)
+        strangers = ({}, {"Authorization": wrong})
+        for headers, challenge in zip(strangers, (f'Basic realm="{self.origin.host}"', None), strict=True):
+            answer = self.ask("GET", self.manifest, 401, **headers)
+            self.assertEqual(challenge, answer.headers["WWW-Authenticate"])
+        self.assertEqual(image.manifest, self.ask("GET", self.manifest, 200, Authorization=good).body)
+        reader = self.program.begin_get(self.layer, Authorization=good)
+        self.assertEqual(200, reader.status)
+        self.assertTrue(reader.read(1000))
+        for headers in strangers:
+            for method in ("GET", "HEAD"):
+                with self.subTest(headers=headers, method=method):
+                    self.ask(method, self.layer, 404, **headers)
+        go_on.set()
+        self.assertEqual(image.layer[1000:], reader.read())
+        self.assertEqual(2, self.origin.requests.count(f"blobs/{sha256(image.layer)}"), "a 401, and the transfer")
+        self.assertEqual([], self.program.lines("password"))
 
 
 if __name__ == "__main__":
