@@ -14,7 +14,6 @@ import os
 import sys
 import tarfile
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
@@ -243,11 +242,28 @@ class TestStore(unittest.TestCase):
             self.assertEqual(needed, (self.store / "blobs" / digest.replace(":", "/")).exists())
         self.ask("GET", f"/v2/long/digests/blobs/{sha256(LONG_CONFIG)}", 200)
 
+    def age(self, hours):
+        """Make all of the store older."""
+        for path in self.store.rglob("*"):
+            old = path.stat().st_mtime - hours * 3600
+            os.utime(path, (old, old))
+
+    def test_use_renews_the_time_of_what_was_fetched(self):
+        """It stays for a week after its last use."""
+        for kept in (True, True, False):
+            with self.subTest(kept=kept):
+                self.age(hours=6 * 24 if kept else 8 * 24)
+                self.start_with_docker()
+                if kept:
+                    self.check_fetched(FETCHED, "fetched")
+                else:
+                    self.ask("GET", f"/v2/fetched/blobs/{sha256(FETCHED.layer)}?ns=registry.example", 404)
+                self.check_fetched(EXPORTED, "exported")
+                self.program.stop()
+
     def test_it_is_tidied_up(self):
         """The records count: what Docker does not have any more goes after its time, what was fetched stays longer."""
-        old = time.time() - 2 * 3600
-        for path in self.store.rglob("*"):
-            os.utime(path, (old, old))
+        self.age(hours=2)
         with FakeDaemon("classic") as daemon:  # without the exported image
             self.start(daemon.host)
             self.check_pushed()
