@@ -2,22 +2,27 @@
 """k3d-registry-dockerd: an OCI registry that answers out of the local Docker daemon.
 
 Kubernetes in Docker (k3d) pulls its images from here, and gets what Docker already has: no download,
-no import, no second copy.
+no import, no second copy. It is also a complete registry to push to.
 
-    containerd --HTTP--> Handler --> Registry --+-- resolve --> pushed tags | Docker inspect | Docker pull
-                                                |
-                                                +-- content --> pushed blobs | exported ones
-                                                                | content directory | content service
-                                                                | layer directory | an image's own registry
+The program is two registries behind one address:
 
-Everything that a pull needs is two questions:
+    Handler -- Front --+-- Hosted    what was pushed here: repositories on our own disk. Knows nothing of Docker.
+                       |      ^
+                       |      |      Adoption, the only bridge: a manifest that is pushed brings what it refers to
+                       |      |
+                       +-- Mirror    what Docker has, or gets now. Knows nothing of pushes.
+                              |
+                              +-- ContainerdImages    content directory | content service | pulls under way
+                              +-- ClassicImages       layer directory | export | an image's own registry
+
+Everything that a pull needs is two questions, which Mirror answers:
 
     resolve(reference) -> digest      which content does this name mean, right now?
     content(digest)    -> bytes       who has these bytes?
 
-The first is asked of Docker at every request by tag, so an image that was rebuilt a moment ago is
-what the node gets. The second is asked of a short list of providers; content is addressed by digest,
-so it does not matter which of them answers.
+The first is asked of Docker at every request by tag, so a node gets an image that was rebuilt a moment ago. The
+second is asked of a short list of providers; content is addressed by digest, so it does not matter which of them
+answers.
 
 The life of one pull by a node, of an image that Docker has:
 
@@ -25,16 +30,17 @@ The life of one pull by a node, of an image that Docker has:
     GET  /v2/library/app/manifests/sha256:...        the manifest is read, by digest
     GET  /v2/library/app/blobs/sha256:...            config and layers are streamed, by digest
 
-The life of one push: blobs arrive in uploads, are hashed on the way, and belong to their repository from
-then on; the manifest comes last, and with it the image is there.
+The life of one push: a client asks with HEAD what is here, and without `ns` that is only what was pushed. Blobs arrive
+in uploads, are hashed on the way, and then belong to their repository. The manifest comes last. Whatever it refers
+to that its repository lacks is brought from Docker first; then the image is there, whole.
 
     POST /v2/app/blobs/uploads/                      a session begins
     PATCH, PUT /v2/app/blobs/uploads/<session>       the bytes, and the digest that they must have
-    PUT  /v2/app/manifests/1                         all blobs have to be there: then so is the image
+    PUT  /v2/app/manifests/1                         the image
 
-On Docker's containerd image store the bytes come straight out of Docker's content store. The classic
-store has no manifests and no compressed layers. Where its folder can be read, layers are put together
-out of that; otherwise the image is exported once, into our own store, and served as soon as it comes in.
+Docker's containerd image store has manifests and layers as they were pulled, and their bytes come straight out of
+it. Its classic store has neither. Where its folder can be read, layers are put together from that; otherwise the image
+is exported once, into our own store.
 
 Glossary, as in the OCI Distribution Specification:
 
@@ -47,10 +53,31 @@ Glossary, as in the OCI Distribution Specification:
     index        the JSON that lists manifests, one for each platform
     blob         any other content: a config, a layer
     upload       a blob that is arriving, known by its session
-    referrer     a manifest about another one, its subject: a signature, say
+    referrer     a manifest about another one, its subject: a signature, for example
 
-Sections: 1 vocabulary, 2 errors, 3 references, 4 store, 5 engine, 6 content, 7 registry, 8 HTTP,
-9 command line. A section names only sections above it.
+Chapters, in the order of what uses what; each says at its head which others it uses. All may use the first three.
+
+     1 vocabulary        media types, limits and timeouts; the table of errors
+     2 references        digests, repository names, and the names that mean the same
+     3 manifests         what a manifest refers to
+     4 configuration     where Docker is (DOCKER_HOST), the credentials of docker login
+     5 waiting           the deadline of a request; jobs that many wait for
+     6 engine            the Docker Engine API
+     7 transfers         what a provider gives; content on its way
+     8 store             content by digest, on our own disk
+     9 hosted            repositories, uploads, tags, referrers
+    10 content service   Docker's content by way of its socket: HTTP/2, gRPC, protobuf
+    11 layers            the files of Docker's classic store
+    12 export            the tar of docker save
+    13 origin            an image's own registry
+    14 images            how Docker's image stores differ
+    15 pulls             images that Docker pulls, and what they bring while they arrive
+    16 mirror            names to content: look up, pull, recover
+    17 front             who answers; adoption
+    18 requests          parsed requests, responses as values
+    19 end-points        one method for each end-point of the specification
+    20 server            connections, the log's lines
+    21 command line      settings, signals
 """
 
 from __future__ import annotations
@@ -59,6 +86,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import gzip
@@ -69,9 +97,11 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -95,14 +125,18 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
 
 __version__ = "0.9"
-__all__ = ["Digest", "Engine", "EngineHost", "Reference", "Registry", "RegistryError", "Server", "Store", "main"]
+__all__ = ["Digest", "Engine", "EngineHost", "Front", "Hosted", "Mirror", "Reference", "RegistryError", "Server",
+           "Store", "main"]
 
-# =====================================================================================================
-# 1. Vocabulary: media types, limits, timeouts
-# =====================================================================================================
+T = TypeVar("T")
+
+
+# =====================================================================================================================
+# 1. Vocabulary: media types, limits, timeouts, and errors
+# =====================================================================================================================
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -121,7 +155,7 @@ SIZE_LIMIT = 2**63          # bytes of content: sizes have to be smaller
 BLOBS_LIMIT = 1000          # blobs fetched for one manifest; Docker's own images have at most 127 layers
 JSON_LIMIT = 64 * MIB       # bytes of an answer of the engine (lists of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
-EARLY_EXPORT = 16 * MIB     # minimum bytes of an export still to arrive for which it is served early
+SENDFILE_STEP = 16 * MIB    # bytes per system call when a file is sent
 BODY_LIMIT = 16 * MIB       # bytes of an unused request body that are read, so that the client gets the answer
 CHUNK_LINE = 4 * KIB        # bytes of a line of the chunked coding: a chunk size with extensions, or a trailer
 TRAILER_LIMIT = 100         # trailer lines after a chunked body
@@ -180,10 +214,6 @@ def printable(text: str) -> str:
     return escaped if len(escaped) <= 1000 else f"{escaped[:1000]}…"
 
 
-# =====================================================================================================
-# 2. Errors: one table, one exception
-# =====================================================================================================
-
 # Code -> HTTP status and message. The first group is the table of OCI Distribution Spec v1.1, "Error
 # Codes"; the second group is specific to this registry.
 ERRORS: Mapping[str, tuple[int, str]] = {
@@ -236,21 +266,25 @@ class RegistryError(Exception):
         return json.dumps({"errors": [error]}).encode()
 
 
-# =====================================================================================================
-# 3. References: names, digests and manifests. No I/O
-# =====================================================================================================
+# =====================================================================================================================
+# 2. References: what a request names
+# Uses: vocabulary.
+# =====================================================================================================================
 
-# OCI Distribution Spec v1.1, "Pulling manifests": <name> and <reference>. Many clients limit a name with the
-# registry's host to 255 characters.
+# OCI Distribution Spec v1.1, "Pulling manifests": <name> and <reference>. A name without its registry's host has at
+# most 255 characters (github.com/distribution/reference).
 REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 NAME_LENGTH = 255
+
 # OCI Image Spec v1.1, "Digests": algorithm ":" encoded, and the registered algorithms.
 DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
 HEX_LENGTH = {"sha256": 64, "sha512": 128}
 MEDIA_TYPE = re.compile(r"[\w.+-]{1,127}/[\w.+-]{1,127}", re.ASCII)
+
 # Layers that a registry need not hold (OCI Image Spec v1.1, "Non-Distributable Layers"; Docker's foreign ones).
 NON_DISTRIBUTABLE = re.compile(r"\.nondistributable\.|\.foreign\.")
+
 # The host of an image name in Docker's grammar (github.com/distribution/reference).
 HOST = re.compile(r"(?:(?!-)[a-zA-Z0-9-]+(?<!-)(?:\.(?!-)[a-zA-Z0-9-]+(?<!-))*|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 
@@ -293,9 +327,10 @@ def requested_digest(text: str | None) -> Digest:
 def is_host(text: str) -> bool:
     """Return True if Docker treats text before the first slash of a name as a registry's host.
 
-    A single word other than localhost is not a host: `foo/app` is `docker.io/foo/app`.
+    A word other than localhost is not a host (`foo/app` is `docker.io/foo/app`), unless it has a dot, a port or a
+    capital letter (github.com/distribution/reference, splitDockerDomain).
     """
-    return bool(HOST.fullmatch(text)) and (text == "localhost" or bool(set(text) & set(".:")))
+    return bool(HOST.fullmatch(text)) and (text == "localhost" or bool(set(text) & set(".:")) or text != text.lower())
 
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -317,6 +352,13 @@ def docker_name(name: str) -> tuple[str, str]:
     if slash and is_host(host):
         return host, rest
     return "docker.io", name if slash else f"library/{name}"
+
+
+def repository_of(name: str) -> str:
+    """Return an image name without its tag or digest: alpine for alpine:3 and for alpine@sha256:..."""
+    name = name.partition("@")[0]
+    repository, _, tag = name.rpartition(":")
+    return repository if repository and "/" not in tag else name
 
 
 @dataclass(frozen=True)
@@ -357,7 +399,7 @@ class Reference:
     @classmethod
     def check_repository(cls, repository: str, namespace: str | None) -> None:
         """Raise NAME_INVALID if the repository or the namespace is invalid."""
-        if not REPOSITORY.fullmatch(repository) or len(repository) + len(namespace or "") >= NAME_LENGTH:
+        if not REPOSITORY.fullmatch(repository) or len(repository) > NAME_LENGTH:
             raise RegistryError("NAME_INVALID", f"{repository!r} is not a repository name")
         cls.check_namespace(namespace)
 
@@ -366,7 +408,24 @@ class Reference:
         """Raise NAME_INVALID if there is a namespace that is not the host of a registry."""
         if namespace is not None and not is_host(namespace):
             raise RegistryError("NAME_INVALID", f"the ns parameter {namespace!r} is not a registry's host: "
-                                                "a domain with a dot, a port, or localhost")
+                                                "a domain with a dot, a port or a capital letter, or localhost")
+
+    @property
+    def digest(self) -> Digest:
+        """The target of a reference that is known to have a digest."""
+        assert isinstance(self.target, Digest)
+        return self.target
+
+    def of_path(self) -> Reference | None:
+        """Return what this means if its repository begins with a registry's host: quay.io/a is a, of quay.io; or None.
+
+        CRI-O, Podman and skopeo ask a mirror that way, and containerd with `override_path`, which also sends a
+        namespace.
+        """
+        host, slash, rest = self.repository.partition("/")
+        if slash and is_host(host) and self.namespace in (None, host):
+            return Reference(rest, self.target, host)
+        return None
 
     def docker_repository(self) -> str:
         """Return the repository with its namespace: docker.io/library/alpine."""
@@ -397,6 +456,12 @@ class Reference:
     def __str__(self) -> str:
         separator = "@" if isinstance(self.target, Digest) else ":"
         return f"{self.docker_repository()}{separator}{self.target}"
+
+
+# =====================================================================================================================
+# 3. Manifests: what an image consists of
+# Uses: vocabulary, references.
+# =====================================================================================================================
 
 
 def manifest_type(data: bytes) -> str | None:
@@ -430,6 +495,12 @@ def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[Mapping[st
         for descriptor in value if isinstance(value, list) else [value]:
             if isinstance(descriptor, dict) and isinstance(descriptor.get("digest"), str):
                 yield descriptor
+
+
+def platform_of(platform: Any) -> str:
+    """Return an object with os, architecture and variant as Docker writes it: linux/arm64/v8. Empty if it has none."""
+    parts = [platform.get(key) for key in ("os", "architecture", "variant")] if isinstance(platform, dict) else []
+    return "/".join(str(part) for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -530,6 +601,10 @@ class Manifest:
                     found[Digest.parse(descriptor["digest"])] = size
         return found
 
+    def undistributed(self) -> list[Digest]:
+        """Return the digests of the layers that a registry need not have: they have other places to come from."""
+        return [digest for digest in self.listed("config", "layers", "blobs") if digest not in self.blobs()]
+
     def platforms(self) -> list[Digest]:
         """Return the manifests of an index that are images. Attestations have an unknown platform.
 
@@ -543,10 +618,18 @@ class Manifest:
                     found.append(Digest.parse(descriptor["digest"]))
         return found
 
-    def listed(self) -> list[Digest]:
-        """Return the digests of all content that this refers to, including the manifests of an index."""
-        return [Digest.parse(descriptor["digest"])
-                for descriptor in descriptors(self.document, "config", "layers", "blobs", "manifests")]
+    def listed(self, *names: str) -> list[Digest]:
+        """Return the digests in the named properties, each once. Malformed ones are ignored."""
+        found: dict[Digest, None] = {}
+        for descriptor in descriptors(self.document, *names):
+            with contextlib.suppress(ValueError):
+                found[Digest.parse(descriptor["digest"])] = None
+        return list(found)
+
+    def child(self, digest: Digest) -> Mapping[str, Any] | None:
+        """Return the descriptor by which an index lists a manifest, or None."""
+        return next((descriptor for descriptor in descriptors(self.document, "manifests")
+                     if descriptor["digest"] == str(digest)), None)
 
     @property
     def subject(self) -> Digest | None:
@@ -566,622 +649,23 @@ class Manifest:
         return descriptor
 
 
-# =====================================================================================================
-# 4. Store: our own disk
-# =====================================================================================================
+def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> bytes:
+    """Make a manifest from the digests and sizes (bytes) of a config and its layers.
 
-
-@contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn what the operating system says about our disk into STORE_FAILED."""
-    try:
-        yield
-    except OSError as e:
-        raise RegistryError("STORE_FAILED", f"cannot {what}: {e.strerror or e}") from e
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is kept for one image: its manifest's digest, and the size in bytes of all content."""
-
-    target: Digest
-    content: Mapping[Digest, int]
-
-    @classmethod
-    def load(cls, path: Path) -> Record:
-        """Read a record; OSError when it is not there, ValueError when it makes no sense."""
-        try:
-            document = json.loads(path.read_bytes())
-            content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
-            return cls(Digest.parse(document["target"]), content)
-        except MALFORMED_ERRORS as e:
-            raise ValueError(f"not a record of an image: {e}") from e
-
-    def dump(self) -> bytes:
-        """The record as bytes that load() understands."""
-        content = {str(digest): size for digest, size in self.content.items()}
-        return json.dumps({"target": str(self.target), "content": content}).encode()
-
-
-def write_all(write: Callable[[memoryview], int | None], data: bytes | memoryview) -> Iterator[memoryview]:
-    """Write with a call that may take less than all at a time; yields each part when it is written."""
-    rest = memoryview(data)
-    while rest:
-        count = write(rest) or 0
-        yield rest[:count]
-        rest = rest[count:]
-
-
-def make_link(source: Path, target: Path) -> None:
-    """Give a file a second name, unless one of its size has that name. FileNotFoundError without the file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            return os.link(source, target)
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):  # removed a moment ago: then there is room now
-                if target.stat().st_size == source.stat().st_size:
-                    return None
-                target.unlink()  # what a crash of the machine left
-
-
-class Links:
-    """The content that belongs to one owner, by digest: a folder of hard links to the store's content.
-
-    The bytes are there once, however many owners they have. The file system counts these: content that
-    only the store itself holds belongs to nobody. Linking is atomic, so neither a reader nor a process
-    that is killed ever sees half of it, and no lock is needed.
+    It is identical to the manifest in an export of Docker 25 and newer (github.com/moby/moby,
+    image/tarexport/save.go), so that the digest of an image does not depend on how it is served.
     """
-
-    def __init__(self, store: Store, folder: Path):
-        self._store, self._folder = store, folder
-
-    def path(self, digest: Digest) -> Path:
-        """Where the content is, if it belongs here at all."""
-        return self._folder / digest.algorithm / digest.hex
-
-    def size(self, digest: Digest) -> int | None:
-        """The size of the content in bytes, or None when it does not belong here."""
-        try:
-            return self.path(digest).stat().st_size
-        except OSError:
-            return None
-
-    def digests(self) -> Iterator[Digest]:
-        """All that belongs here."""
-        for path in self._folder.glob("*/[0-9a-f]*"):
-            yield Digest(path.parent.name, path.name)
-
-    def touch(self, digest: Digest) -> bool:
-        """Count content as used a moment ago; whether it belongs here."""
-        try:
-            os.utime(self.path(digest))
-        except OSError:
-            return False
-        return True
-
-    def adopt(self, digest: Digest, size: int | None = None) -> bool:
-        """Make content of the store belong here too, as used a moment ago; whether the store has it.
-
-        With another size than the given one, in bytes, it counts as lost: a machine may have crashed.
-        """
-        source = self._store.blob_path(digest)
-        with disk_errors(f"link {source}"):
-            try:
-                os.utime(source)
-                if size is not None and source.stat().st_size != size:
-                    return False
-                self._link(source, digest)
-            except FileNotFoundError:
-                return False
-            return True
-
-    def take(self, file: Path, digest: Digest) -> None:
-        """Make a finished file, whose digest was verified, belong here, under its digest. The file stays.
-
-        It is linked here first, so that the store's own link never looks like one that nobody needs.
-        """
-        with disk_errors(f"write to {self._folder}"):
-            os.utime(file)
-            if not self.adopt(digest, file.stat().st_size):
-                self._link(file, digest)
-                make_link(file, self._store.blob_path(digest))
-
-    def _link(self, source: Path, digest: Digest) -> None:
-        make_link(source, self.path(digest))
-
-    def drop(self, digest: Digest) -> bool:
-        """Make content no longer belong here, and free it when it belongs to nobody else; whether it did."""
-        with disk_errors(f"remove {digest}"):
-            try:
-                self.path(digest).unlink()
-            except FileNotFoundError:
-                return False
-            self._store.release(digest)
-            return True
-
-
-class Repository:
-    """What was pushed under one name: blobs, manifests and tags.
-
-        <name>/_blobs/sha256/<hex>                  a link to a blob
-        <name>/_manifests/sha256/<hex>              a link to a manifest: from then on it is there
-        <name>/_types/sha256/<hex>                  its media type, where the manifest itself does not say
-        <name>/_tags/<tag>                          the digest of a manifest
-        <name>/_referrers/sha256/<hex>/<digest>     an empty file: this manifest has that subject
-        <name>/_uploads/<session>                   what has arrived of an upload
-
-    Path components of a repository's name never begin with an underscore, so nested names do not clash.
-    A tag or a referrer counts only while its manifest is there, so the order of two writes is enough for
-    a push to be there whole or not at all, whenever the process is killed.
-    """
-
-    def __init__(self, store: Store, name: str):
-        self._store, self.name = store, name
-        self.folder = store.repositories / name
-        self.blobs = Links(store, self.folder / "_blobs")
-        self.manifests = Links(store, self.folder / "_manifests")
-
-    # ---- manifests
-
-    def _type_path(self, digest: Digest) -> Path:
-        return self.folder / "_types" / digest.algorithm / digest.hex
-
-    def _referrers_folder(self, subject: Digest) -> Path:
-        return self.folder / "_referrers" / subject.algorithm / subject.hex
-
-    def manifest(self, target: str | Digest) -> Manifest | None:
-        """The manifest that a tag or a digest means here, or None."""
-        digest = target if isinstance(target, Digest) else self.tag(target)
-        if digest is None:
-            return None
-        try:
-            data = self.manifests.path(digest).read_bytes()
-        except OSError:
-            return None
-        media_type = manifest_type(data)
-        with contextlib.suppress(OSError):
-            media_type = self._type_path(digest).read_text()
-        return Manifest(digest, media_type or OCI_MANIFEST, data)
-
-    def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
-        """Keep a manifest, and then the tags for it. STORE_FAILED when the disk won't."""
-        digest = manifest.digest
-        with self._store.changing:
-            if manifest.media_type != manifest_type(manifest.data):
-                self._store.write(self._type_path(digest), manifest.media_type.encode())
-            else:
-                self._store.remove(self._type_path(digest))  # of another push of the same bytes
-            if manifest.subject:
-                self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
-            with BlobWriter(self._store, digest.algorithm) as writer:
-                writer.write(manifest.data)
-                writer.keep(self.manifests)
-            for tag in tags:
-                self._store.write(self.folder / "_tags" / tag, str(digest).encode())
-
-    def delete_manifest(self, digest: Digest) -> bool:
-        """Remove a manifest with all its tags; whether it was here."""
-        with self._store.changing:
-            manifest = self.manifest(digest)
-            if manifest is None:
-                return False
-            for tag in self.tags():
-                if self.tag(tag) == digest:
-                    self.delete_tag(tag)
-            gone = self.manifests.drop(digest)
-            self._store.remove(self._type_path(digest))
-            if manifest.subject:
-                self._store.remove(self._referrers_folder(manifest.subject) / str(digest))
-            return gone
-
-    def referrers(self, subject: Digest) -> Iterator[Manifest]:
-        """The manifests here whose subject has a digest, in the order of their own digests."""
-        for path in sorted(self._referrers_folder(subject).glob("sha*:*")):
-            manifest = self.manifest(Digest.parse(path.name))
-            if manifest:
-                yield manifest
-
-    # ---- tags
-
-    def tag(self, tag: str) -> Digest | None:
-        """The digest of the manifest that a tag names, or None when there is no such tag or manifest."""
-        try:
-            digest = Digest.parse((self.folder / "_tags" / tag).read_text())
-        except (OSError, ValueError):
-            return None
-        return digest if self.manifests.size(digest) is not None else None
-
-    def tags(self) -> list[str]:
-        """All tags, sorted."""
-        return sorted(path.name for path in (self.folder / "_tags").glob("[!.]*") if self.tag(path.name))
-
-    def delete_tag(self, tag: str) -> bool:
-        """Remove a tag; whether there was one. Its manifest stays."""
-        return self._store.remove(self.folder / "_tags" / tag)
-
-    # ---- uploads
-
-    def begin_upload(self) -> str:
-        """Begin an upload, and return its session: a name that nobody can guess."""
-        session = secrets.token_hex(16)
-        path = self.folder / "_uploads" / session
-        with disk_errors(f"write {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        return session
-
-    def upload_size(self, session: str) -> int:
-        """How much of an upload has arrived, in bytes, even while somebody is writing to it. BLOB_UPLOAD_UNKNOWN."""
-        try:
-            if re.fullmatch(r"[0-9a-f]{32}", session):
-                return (self.folder / "_uploads" / session).stat().st_size
-        except FileNotFoundError:
-            pass
-        raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
-
-    @contextlib.contextmanager
-    def upload(self, session: str) -> Iterator[Upload]:
-        """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
-        path = self.folder / "_uploads" / session
-        unknown = RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
-        if not re.fullmatch(r"[0-9a-f]{32}", session):
-            raise unknown
-        with self._store.reserved(path):
-            if not path.exists():
-                raise unknown
-            if path.stat().st_nlink > 1:  # it is a blob already: the process was killed before this name was removed
-                self._store.remove(path)
-                raise unknown
-            with contextlib.closing(Upload(self._store, path)) as upload:
-                yield upload
-
-    # ---- tidying up
-
-    def tidy_up(self, now: float) -> None:
-        """Remove abandoned uploads, and blobs that no manifest here refers to any more."""
-        for path in self.folder.glob("_uploads/*"):
-            if self._store.is_old(path, now, UPLOAD_AGE):
-                self._store.remove(path)
-                self._store.hashes.pop(path, None)
-        unused = set(self.blobs.digests())
-        for digest in self.manifests.digests():
-            manifest = self.manifest(digest)
-            with contextlib.suppress(RegistryError):  # what is no JSON refers to nothing
-                unused.difference_update(manifest.listed() if manifest else ())
-        for digest in unused:
-            if self._store.is_old(self.blobs.path(digest), now, UPLOAD_AGE):
-                self.blobs.drop(digest)
-
-
-class Store:
-    """Our own disk: content by digest, and to whom it belongs.
-
-        blobs/sha256/<hex>          content, whole and verified
-        docker/sha256/<hex>         links to what was exported from Docker, or fetched for it
-        exports/sha256/<hex>        the record of one exported image, named by the image's ID
-        fetched/sha256/<hex>        the record of what Docker lacked of an image, named by its manifest
-        repositories/<name>/...     what was pushed: see Repository
-        .../.<random>               any of them while it is being written
-
-    The folder is made at the first write: with Docker's containerd image store there is none. Every
-    write goes to a temporary name in the same folder and is renamed or linked when it is whole and
-    verified, so a reader never sees part of a blob. Nothing waits for the disk to sync; instead a record
-    holds the size of every blob it needs, and counts only while all of them are there in that size.
-    """
-
-    def __init__(self, root: Path):
-        self.root, self.repositories = root, root / "repositories"
-        self.docker = Links(self, root / "docker")
-        # The size and the hash of uploads between two requests; an entry is only touched by who reserved its path.
-        self.hashes: dict[Path, tuple[int, Any]] = {}
-        # Held while a manifest is pushed or deleted: it is several small files, and two such changes must not mix.
-        self.changing = threading.Lock()
-        self._recording = threading.Lock()  # held while a record of what was fetched is read and written: a small file
-        self._lock = threading.Lock()  # guards _unfinished and _reserved
-        self._unfinished: set[Path] = set()
-        self._reserved: set[Path] = set()
-
-    def blob_path(self, digest: Digest) -> Path:
-        """Where content is, if it is here at all."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
-
-    def release(self, digest: Digest) -> int:
-        """Free content that belongs to nobody, and return its size in bytes, 0 when it is still needed."""
-        path = self.blob_path(digest)
-        try:
-            status = path.stat()
-            if status.st_nlink > 1:
-                return 0
-            path.unlink()
-        except FileNotFoundError:
-            return 0
-        return status.st_size
-
-    # ---- writing
-
-    def begin(self, folder: Path) -> Path:
-        """A temporary name in folder, to be renamed when whole; call end() with it in any case."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f".{secrets.token_hex(8)}"
-        with self._lock:
-            self._unfinished.add(path)
-        return path
-
-    def end(self, path: Path) -> None:
-        """Remove what is left under a temporary name."""
-        path.unlink(missing_ok=True)
-        with self._lock:
-            self._unfinished.discard(path)
-
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
-        with disk_errors(f"write {path}"):
-            temporary = self.begin(path.parent)
-            try:
-                temporary.write_bytes(data)
-                temporary.rename(path)
-            finally:
-                self.end(temporary)
-
-    def remove(self, path: Path) -> bool:
-        """Remove a file; whether there was one."""
-        with disk_errors(f"remove {path}"):
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                return False
-            return True
-
-    @contextlib.contextmanager
-    def reserved(self, path: Path) -> Iterator[None]:
-        """Have a path for oneself; UPLOAD_BUSY when somebody else does."""
-        with self._lock:
-            if path in self._reserved:
-                raise RegistryError("UPLOAD_BUSY", "another request is writing to this upload: ask where it stands, "
-                                                   "and go on from there")
-            self._reserved.add(path)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reserved.discard(path)
-
-    def close(self) -> None:
-        """Remove everything half-written; for the end of the process."""
-        with self._lock:
-            unfinished = list(self._unfinished)
-        for path in unfinished:
-            self.end(path)
-
-    # ---- repositories
-
-    def repository(self, name: str) -> Repository:
-        """The repository of that name, which need not be there yet. The name has to be a valid one."""
-        return Repository(self, name)
-
-    def repository_names(self) -> list[str]:
-        """The names of the repositories that anything was ever pushed to, sorted."""
-        found = []
-        for folder, names, _ in os.walk(self.repositories):
-            if any(name in ("_manifests", "_blobs", "_uploads") for name in names):
-                found.append(str(Path(folder).relative_to(self.repositories)))
-            names[:] = [name for name in names if not name.startswith("_")]
-        return sorted(found)
-
-    def owns(self, digest: Digest) -> bool:
-        """Whether content belongs to any repository: it may be mounted from there."""
-        return any(self.repository(name).blobs.size(digest) is not None for name in self.repository_names())
-
-    # ---- exports, and what was fetched
-
-    def _record_path(self, image_id: Digest) -> Path:
-        return self.root / "exports" / image_id.algorithm / image_id.hex
-
-    def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
-        """Note that the image's manifest is `target`, and the content that has to be here with it."""
-        with disk_errors(f"read {self.root}"):
-            sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
-        self.write(self._record_path(image_id), Record(target, sizes).dump())
-
-    def exported(self, image_id: Digest) -> Digest | None:
-        """The digest of an exported image's manifest, or None unless all of its content is here."""
-        path = self._record_path(image_id)
-        try:
-            record = Record.load(path)
-            os.utime(path)  # eviction goes by the last use
-        except (OSError, ValueError):
-            return None
-        whole = all(self.docker.size(digest) == size for digest, size in record.content.items())
-        return record.target if whole else None
-
-    def _fetched_path(self, manifest: Digest) -> Path:
-        return self.root / "fetched" / manifest.algorithm / manifest.hex
-
-    def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
-        """Note that some content, with its size in bytes, is to stay here for a manifest, as long as that is used.
-
-        That may be content that is elsewhere now: what is named here stays when it is here.
-        """
-        path, known = self._fetched_path(manifest), {}
-        with self._recording:
-            with contextlib.suppress(OSError, ValueError):
-                known = dict(Record.load(path).content)
-            if content.items() <= known.items():
-                os.utime(path)
-            else:
-                self.write(path, Record(manifest, {**known, **content}).dump())
-
-    def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
-        """If anything was fetched for a manifest, count it as used a moment ago, and all its content as needed."""
-        if self._fetched_path(manifest).exists():
-            self.record_fetch(manifest, content)
-
-    # ---- tidying up
-
-    def is_old(self, path: Path, now: float, age: float) -> bool:
-        """Whether a file was last used more than `age` seconds before now, and nobody is writing to it."""
-        with self._lock:
-            if path in self._unfinished or path in self._reserved:
-                return False
-        try:
-            return path.stat().st_mtime < now - age
-        except FileNotFoundError:
-            return False
-
-    def evict(self, in_docker: Callable[[Digest], bool], now: float) -> int:
-        """Remove what nothing refers to any more, and return the number of bytes that were freed.
-
-        That is: exports of images that Docker no longer has, what was fetched and not used for FETCHED_AGE
-        seconds, content of no manifest, abandoned uploads, and what a killed process left half-written. What
-        was used within the last EVICTION_AGE seconds stays, for the sake of a node in the middle of a pull,
-        and of an export or a push that is still arriving. now is in seconds since the epoch.
-        """
-        if not self.root.exists():
-            return 0
-        with disk_errors(f"tidy up {self.root}"):
-            before = self._pool()
-            for name in self.repository_names():
-                self.repository(name).tidy_up(now)
-            needed = self._needed("exports", now, EVICTION_AGE, in_docker)
-            needed |= self._needed("fetched", now, FETCHED_AGE, lambda _: False)
-            for digest in set(self.docker.digests()) - needed:
-                if self.is_old(self.docker.path(digest), now, EVICTION_AGE):
-                    self.docker.drop(digest)
-            for path in self.root.rglob(".*"):
-                if self.is_old(path, now, EVICTION_AGE):
-                    path.unlink(missing_ok=True)
-            for digest in self._pool():
-                if self.is_old(self.blob_path(digest), now, EVICTION_AGE):
-                    self.release(digest)
-            after = self._pool()
-            return sum(size for digest, size in before.items() if digest not in after)
-
-    def _pool(self) -> dict[Digest, int]:
-        """All content that is here, and its size in bytes."""
-        pool = {}
-        for path in self.root.glob("blobs/*/[0-9a-f]*"):
-            with contextlib.suppress(FileNotFoundError):  # it was deleted a moment ago
-                pool[Digest(path.parent.name, path.name)] = path.stat().st_size
-        return pool
-
-    def _needed(self, folder: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
-        """Remove the old records that nobody needs, and return the content of the others."""
-        needed: set[Digest] = set()
-        for path in self.root.glob(f"{folder}/*/[0-9a-f]*"):
-            try:
-                record = Record.load(path)
-            except ValueError as e:
-                log.warning("store: %s is %s", path, e)
-                record = None
-            gone = self.is_old(path, now, age) and (
-                record is None or not is_needed(Digest(path.parent.name, path.name)))
-            if gone:
-                path.unlink(missing_ok=True)
-            elif record:
-                needed.update(record.content)
-        return needed
-
-
-class BlobWriter:
-    """Content that is being written to a store. Unless it is kept, nothing remains of it."""
-
-    def __init__(self, store: Store, algorithm: str = "sha256"):
-        self._store, self._hash = store, hashlib.new(algorithm)
-        self._folder = store.root / "blobs" / algorithm
-        with disk_errors(f"write to {self._folder}"):
-            self.path = store.begin(self._folder)
-            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
-
-    def __enter__(self) -> BlobWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.discard()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes, which who reads the file sees at once; STORE_FAILED when the disk won't take them."""
-        with disk_errors(f"write to {self._folder}"):
-            for part in write_all(self._file.write, data):
-                self._hash.update(part)
-
-    def finish(self) -> Digest:
-        """Close the file, and return the digest of all that was written."""
-        with disk_errors(f"write to {self._folder}"):
-            self._file.close()
-        return Digest(self._hash.name, self._hash.hexdigest())
-
-    def keep(self, owner: Links) -> Digest:
-        """Finish, and make the content belong to an owner, under its digest, which is returned."""
-        digest = self.finish()
-        owner.take(self.path, digest)
-        self._store.end(self.path)
-        return digest
-
-    def discard(self) -> None:
-        """Forget the content, unless it was kept."""
-        with contextlib.suppress(OSError):  # a full disk says so again here
-            self._file.close()
-        self._store.end(self.path)
-
-
-class Upload:
-    """An upload in the course of one request: a file that grows, and the hash of what is in it.
-
-    The hash is kept in the store's memory from one request to the next. After a restart it is made anew
-    out of the file.
-    """
-
-    def __init__(self, store: Store, path: Path):
-        self._store, self._path = store, path
-        with disk_errors(f"write {path}"):
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-            self.size = self._file.tell()
-        size, self._hash = store.hashes.pop(path, (0, None))
-        if self._hash is None or size != self.size:
-            self._hash = self._hash_file("sha256")
-
-    def _hash_file(self, algorithm: str) -> Any:
-        digest = hashlib.new(algorithm)
-        with disk_errors(f"read {self._path}"), open(self._path, "rb") as file:
-            while data := file.read(MIB):
-                digest.update(data)
-        return digest
-
-    def write(self, data: bytes) -> None:
-        """Append bytes; STORE_FAILED when the disk won't take them."""
-        with disk_errors(f"write {self._path}"):
-            for part in write_all(self._file.write, data):
-                self._hash.update(part)
-                self.size += len(part)
-
-    def keep(self, expected: Digest, owner: Links) -> None:
-        """End the upload: its content belongs to an owner now. DIGEST_INVALID, and nothing is kept of it."""
-        algorithm = expected.algorithm
-        content = self._hash if algorithm == self._hash.name else self._hash_file(algorithm)
-        try:
-            if content.hexdigest() != expected.hex:
-                raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest "
-                                                      f"{algorithm}:{content.hexdigest()}, not {expected}")
-            owner.take(self._path, expected)
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """End the upload, and forget what arrived of it."""
-        self._store.remove(self._path)
-        self._hash = None
-
-    def close(self) -> None:
-        """To be called at the end of each request."""
-        self._file.close()
-        if self._hash is not None:
-            self._store.hashes[self._path] = (self.size, self._hash)
-
-
-# =====================================================================================================
-# 5. Engine: the Docker Engine API
-# =====================================================================================================
+    (config_part, *layer_parts) = (
+        {"mediaType": OCI_CONFIG if digest == config[0] else OCI_LAYER_TAR, "digest": str(digest), "size": size}
+        for digest, size in (config, *layers))
+    document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config_part, "layers": layer_parts}
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+# =====================================================================================================================
+# 4. Configuration: where Docker is, and the credentials of docker login
+# Uses: vocabulary, references.
+# =====================================================================================================================
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 
@@ -1260,116 +744,6 @@ class EngineHost:
 
     def __str__(self) -> str:
         return f"unix://{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
-
-
-class EngineConnection(http.client.HTTPConnection):
-    """An HTTP connection to the Docker daemon at an EngineHost."""
-
-    def __init__(self, host: EngineHost, timeout: float):
-        super().__init__("docker", timeout=timeout)
-        self._engine_host, self._seconds = host, timeout
-
-    def connect(self) -> None:
-        """Open the socket. Called by http.client before the first request."""
-        self.sock = self._engine_host.connect(self._seconds)
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """A description of an engine: its versions, its image store ("containerd" or "classic"), its data folder."""
-
-    version: str
-    api: tuple[int, int]
-    store: str
-    root: Path
-    identity: str
-    indexes: tuple[tuple[str, bool], ...] = ()  # configured registry, True if it is secure
-    insecure_networks: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"Docker {self.version}, API {self.api[0]}.{self.api[1]}, {self.store} image store"
-
-
-@dataclass(frozen=True)
-class EngineImage:
-    """An image as `docker inspect` shows it. size is the unpacked size in bytes.
-
-    id is the digest of the manifest or index on the containerd store, and of the config on the classic store.
-    layers are the diff IDs of the root file system. origins are the image's RepoDigests: name@digest.
-    """
-
-    id: Digest
-    size: int
-    layers: tuple[str, ...]
-    origins: tuple[str, ...] = ()
-
-
-class PullProgress:
-    """The progress of a pull, computed from Docker's JSON messages."""
-
-    def __init__(self, now: float):
-        self._started = now
-        self._done: dict[str, int] = {}
-        self._total: dict[str, int] = {}
-        self.status = "waiting for Docker"
-
-    def update(self, message: Mapping[str, Any]) -> None:
-        """Process one message of `POST /images/create`."""
-        layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
-        if not isinstance(status, str):
-            return
-        self.status = status.lower()
-        if not isinstance(layer, str) or not isinstance(detail, dict):
-            return
-        current, total = detail.get("current"), detail.get("total")
-        if status == "Downloading" and isinstance(current, int) and isinstance(total, int) and total > 0:
-            self._done[layer], self._total[layer] = current, total
-        elif status in ("Download complete", "Pull complete", "Extracting") and layer in self._total:
-            self._done[layer] = self._total[layer]
-
-    def line(self, now: float) -> str:
-        """Format as "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading". now is in seconds, as in the constructor."""
-        total, done = sum(self._total.values()), sum(self._done.values())
-        if not total:
-            return self.status
-        rate = done / max(now - self._started, 0.001)
-        return (f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}, "
-                f"{human_bytes(rate)}/s, {self.status}")
-
-
-# Phrases in Docker's messages about failed pulls, on both image stores. The first row with a phrase that
-# occurs in the message wins. Taken from Docker 26.1 and 28.5 and from the sources of moby and containerd.
-PULL_FAILURES = (
-    ("TOOMANYREQUESTS", ("toomanyrequests", "too many requests", "rate limit")),
-    ("DENIED", ("pull access denied", "unauthorized", "authentication required", "authorization failed",
-                "no basic auth credentials", "access denied", "access to the resource is denied",
-                "insufficient_scope", "403 forbidden", "access forbidden", ": denied")),
-    ("ORIGIN_UNAVAILABLE", ("dial tcp", "connection refused", "connection reset", "no such host", "timeout",
-                            "deadline exceeded", "x509:", "tls:", "server gave http response", "eof",
-                            "failed to do request", "could not fetch content", "network is unreachable",
-                            "500 internal server error", "502 bad gateway", "503 service unavailable",
-                            "504 gateway")),
-    ("MANIFEST_UNKNOWN", ("manifest unknown", "not found", "name unknown", "no matching manifest",
-                          "no match for platform", "name not known", "does not exist")),
-    ("NAME_INVALID", ("invalid reference format",)),
-    ("ENGINE_FAILED", ("",)),
-)
-
-
-def pull_failure(message: str, status: int, name: str) -> str:
-    """Map Docker's message about a failed pull of the repository `name` to a code of ERRORS.
-
-    status is the HTTP status of the response, 200 if the message was part of the progress. The name and the
-    tag are removed from the message first, in all forms in which Docker prints them, because a repository
-    may be called "unauthorized".
-    """
-    if status == 429:
-        return "TOOMANYREQUESTS"
-    host, _, path = name.lower().partition("/")
-    names = "|".join(re.escape(form) for form in (name.lower(), path, path.removeprefix("library/")) if form)
-    text = re.sub(rf"""(?<![\w.-])(?:{names})(?:[:@][\w.:+-]+|/manifests/[^\s"]+|(?=[,"'/]))""", "", message.lower())
-    text = text.replace(host, "") if path else text
-    return next(code for code, phrases in PULL_FAILURES if any(phrase in text for phrase in phrases))
 
 
 # The user name that credential helpers return if the secret is an identity token.
@@ -1452,6 +826,378 @@ class DockerConfig:
         return Credentials(str(document["Username"]), str(document["Secret"]))
 
 
+# =====================================================================================================================
+# 5. Waiting: deadlines, and work that many wait for
+# Uses: configuration.
+# =====================================================================================================================
+
+
+class ClientGone(Exception):
+    """The client that sent a request has closed its connection: nobody wants the answer any more."""
+
+
+# What poll() reports when the other side has closed its connection; macOS knows no POLLRDHUP.
+HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Deadline:
+    """How long a request may wait: until a moment, and for as long as its client is connected.
+
+    Each request has one, which is passed down to everything that waits on its behalf, so no sum of delays is
+    longer than the one.
+    """
+
+    CHECK_INTERVAL = 0.5  # seconds between two checks that the client is still there
+
+    def __init__(self, seconds: float = math.inf, connection: socket.socket | None = None):
+        """seconds are from now on. connection is the client's, or None if no client waits."""
+        self._moment, self._connection = time.monotonic() + seconds, connection
+        self._cancelled = False
+
+    def left(self) -> float:
+        """The seconds that are left; 0 when the moment has passed."""
+        return max(self._moment - time.monotonic(), 0)
+
+    def within(self, seconds: float) -> Deadline:
+        """A deadline for the same client, at most this many seconds from now."""
+        return Deadline(min(seconds, self.left()), self._connection)
+
+    def unlimited(self) -> Deadline:
+        """A deadline for the same client that never passes: for a body, which may take its time."""
+        return Deadline(math.inf, self._connection)
+
+    def cancel(self) -> None:
+        """End every wait, as if the client had gone: it has its answer."""
+        self._cancelled = True
+
+    def wait(self, wait_for: Callable[[float], T]) -> T:
+        """Wait for something: the one function that waits on behalf of a client.
+
+        wait_for waits for some seconds, as threading.Event.wait does, and returns a true value if it happened. That
+        value is returned, or the last false one when the deadline has passed. Raises ClientGone.
+        """
+        while True:
+            left = self.left()
+            value = wait_for(min(left, self.CHECK_INTERVAL))
+            if value or not left:
+                return value
+            self._check_client()
+
+    def _check_client(self) -> None:
+        if self._cancelled:
+            raise ClientGone
+        if self._connection is None:
+            return
+        poll = select.poll()
+        try:
+            poll.register(self._connection, HANG_UP)
+        except ValueError:  # closed on our side
+            raise ClientGone from None
+        if poll.poll(0):
+            raise ClientGone
+
+
+@dataclass(frozen=True)
+class Client:
+    """The client that sent a request, as far as the answer depends on it.
+
+    own_name is the name by which it knows this registry: its Host header.
+    """
+
+    own_name: str | None = None
+    credentials: Credentials | None = None
+    deadline: Deadline = field(default_factory=Deadline)
+    user_agent: str = ""
+    accept: str = ""
+
+    # Nodes, Docker and BuildKit: all of them use containerd's library, or push without such a question.
+    CONTAINERD: ClassVar[re.Pattern[str]] = re.compile(r"(?:^|[ /-])(?:containerd|docker|buildkit|nerdctl)/")
+
+    def is_about_to_pull(self) -> bool:
+        """True if a HEAD of a manifest by this client comes before a pull, and not before a push.
+
+        Most clients that push ask first whether the manifest is here, whatever they accept. containerd's library
+        accepts one type before a push, and all types that it knows before a pull.
+        """
+        types = {part.partition(";")[0].strip() for part in self.accept.split(",")} - {"", "*/*"}
+        return len(types) >= 2 and bool(self.CONTAINERD.search(self.user_agent))
+
+
+def start_thread(job: Callable[..., None], *arguments: Any) -> None:
+    """Run a job in a thread that does not keep the process alive; UNAVAILABLE when no thread can be started."""
+    try:
+        threading.Thread(target=job, args=arguments, daemon=True).start()
+    except RuntimeError as e:
+        raise RegistryError("UNAVAILABLE", f"no thread can be started: {e}") from e
+
+
+@contextlib.contextmanager
+def on_failure(action: Callable[[], Any]) -> Iterator[None]:
+    """Call an action if the body of the `with` raises."""
+    try:
+        yield
+    except BaseException:
+        action()
+        raise
+
+
+def without_frames(error: Exception) -> Exception:
+    """The same error without tracebacks, which would keep everything alive that its job had in hand: files, say."""
+    link: BaseException | None = error
+    while link:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+class Job:
+    """Work in a thread of its own, and its outcome for everybody who waits for it."""
+
+    def __init__(self, what: str):
+        """what names the work in an error: "pulling alpine:3"."""
+        self.what, self.done = what, threading.Event()
+        self._result: Any = None
+        self.error: Exception | None = None
+
+    def run(self, work: Callable[[], Any]) -> None:
+        """Do the work, and keep its result or its error."""
+        try:
+            self._result = work()
+        except Exception as e:  # a boundary: the waiting threads raise it
+            self.error = without_frames(e)
+
+    def outcome(self, deadline: Deadline) -> Any:
+        """Wait for the end, and return the result or raise the error. STILL_PULLING when the deadline passes before."""
+        if not deadline.wait(self.done.wait):
+            raise RegistryError("STILL_PULLING", f"Docker is still {self.what}: ask again")
+        if self.error:
+            raise self.error.with_traceback(None)
+        return self._result
+
+
+class Jobs:
+    """Runs at most one job for a key at a time; whoever asks meanwhile gets the same job.
+
+    The key has to hold everything that changes the outcome. A job goes on when the client that started it has
+    gone, and a retry joins it or finds its work done.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _jobs
+        self._jobs: dict[Hashable, Job] = {}
+
+    def start(self, key: Hashable, work: Callable[[], Any], what: str) -> Job:
+        """The job under way for a key, or a new one that does this work."""
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None:
+                job = self._jobs[key] = Job(what)
+                with on_failure(lambda: self._jobs.pop(key)):
+                    start_thread(self._run, key, job, work)
+        return job
+
+    def _run(self, key: Hashable, job: Job, work: Callable[[], Any]) -> None:
+        job.run(work)
+        with self._lock:
+            del self._jobs[key]
+        job.done.set()
+
+
+class ProgressLog:
+    """Logs the beginning and the end of some long work, and a line every PROGRESS_INTERVAL seconds in between."""
+
+    def __init__(self, what: str):
+        self._what, self._next = what, time.monotonic() + PROGRESS_INTERVAL
+        self.started = time.monotonic()
+        log.info("%s: started", what)
+
+    def __enter__(self) -> ProgressLog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error:
+            self.failed(error)
+
+    def tell(self, line: Callable[[float], str]) -> None:
+        """Log a line if it is time for one: line(seconds of the monotonic clock) returns the text."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + PROGRESS_INTERVAL
+            log.info("%s: %s", self._what, line(now))
+
+    def tell_rate(self, count: int) -> None:
+        """Tell how many bytes have been read so far."""
+        self.tell(lambda now: f"{human_bytes(count)}, {human_bytes(count / (now - self.started))}/s")
+
+    def done(self, how: str) -> None:
+        """Log the last line of work that succeeded."""
+        log.info("%s: done in %s, %s", self._what, human_seconds(time.monotonic() - self.started), how)
+
+    def failed(self, error: BaseException) -> None:
+        """Log the last line of work that failed; leaving the `with` by an exception calls this."""
+        log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started), error)
+
+
+# =====================================================================================================================
+# 6. Engine: the Docker Engine API
+# Uses: configuration.
+# =====================================================================================================================
+
+
+class EngineConnection(http.client.HTTPConnection):
+    """An HTTP connection to the Docker daemon at an EngineHost."""
+
+    def __init__(self, host: EngineHost, timeout: float):
+        super().__init__("docker", timeout=timeout)
+        self._engine_host, self._seconds = host, timeout
+
+    def connect(self) -> None:
+        """Open the socket. Called by http.client before the first request."""
+        self.sock = self._engine_host.connect(self._seconds)
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """A description of an engine: its versions, its image store ("containerd" or "classic"), its data folder."""
+
+    version: str
+    api: tuple[int, int]
+    store: str
+    root: Path
+    identity: str
+    indexes: tuple[tuple[str, bool], ...] = ()  # configured registry, True if it is secure
+    insecure_networks: tuple[str, ...] = ()
+    platform: str = ""          # linux/amd64
+    is_podman: bool = False
+    user_agent: str = ""        # how it begins, when the engine asks registries for anything
+
+    def __str__(self) -> str:
+        name = "Podman" if self.is_podman else "Docker"
+        return f"{name} {self.version}, API {self.api[0]}.{self.api[1]}, {self.store} image store"
+
+
+@dataclass(frozen=True)
+class EngineImage:
+    """An image as `docker inspect` shows it. size is the unpacked size in bytes.
+
+    id is the digest of the manifest or index on the containerd store, and of the config on the classic store.
+    layers are the diff IDs of the root file system. origins are the image's RepoDigests: name@digest.
+    """
+
+    id: Digest
+    size: int
+    layers: tuple[str, ...]
+    origins: tuple[str, ...] = ()
+    platform: str = ""      # linux/arm64/v8
+    details: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all that inspect shows
+
+    # What a container runtime takes from a config (OCI Image Spec v1.1, "Image Configuration", and Docker's additions).
+    CONFIG: ClassVar[tuple[str, ...]] = (
+        "User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "Labels", "StopSignal",
+        "ArgsEscaped", "Healthcheck", "OnBuild", "Shell")
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> EngineImage:
+        """Parse an answer of inspect. Raises one of MALFORMED_ERRORS."""
+        root = document.get("RootFS") or {}
+        platform = {"os": document.get("Os"), "architecture": document.get("Architecture"),
+                    "variant": document.get("Variant")}
+        return cls(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(root.get("Layers") or ()),
+                   tuple(str(name) for name in document.get("RepoDigests") or ()), platform_of(platform), document)
+
+    @property
+    def is_bare(self) -> bool:
+        """True if the image is known to have no layers."""
+        return not self.layers and (self.details.get("RootFS") or {}).get("Type") == "layers"
+
+    def bare_config(self) -> bytes:
+        """Return a config that means the same as that of an image without layers: Docker does not show its bytes."""
+        shown = self.details.get("Config") or {}
+        config = {key: shown[key] for key in self.CONFIG if shown.get(key)}
+        more = {key: self.details[name] for key, name in (
+            ("created", "Created"), ("author", "Author"), ("variant", "Variant")) if self.details.get(name)}
+        document = {"architecture": self.details.get("Architecture") or "", "os": self.details.get("Os") or "",
+                    "config": config, "rootfs": {"type": "layers", "diff_ids": []}, **more}
+        return json.dumps(document, sort_keys=True).encode()
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image in Docker's list of images, with its tags (name:tag) and its origins (name@digest)."""
+
+    id: Digest
+    tags: tuple[str, ...]
+    origins: tuple[str, ...]
+
+
+class PullProgress:
+    """The progress of a pull, computed from Docker's JSON messages."""
+
+    def __init__(self, now: float):
+        self._started = now
+        self._done: dict[str, int] = {}
+        self._total: dict[str, int] = {}
+        self.status = "waiting for Docker"
+
+    def update(self, message: Mapping[str, Any]) -> None:
+        """Process one message of `POST /images/create`."""
+        layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
+        if not isinstance(status, str):
+            return
+        self.status = status.lower()
+        if not isinstance(layer, str) or not isinstance(detail, dict):
+            return
+        current, total = detail.get("current"), detail.get("total")
+        if status == "Downloading" and isinstance(current, int) and isinstance(total, int) and total > 0:
+            self._done[layer], self._total[layer] = current, total
+        elif status in ("Download complete", "Pull complete", "Extracting") and layer in self._total:
+            self._done[layer] = self._total[layer]
+
+    def line(self, now: float) -> str:
+        """Format as "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading". now is in seconds, as in the constructor."""
+        total, done = sum(self._total.values()), sum(self._done.values())
+        if not total:
+            return self.status
+        rate = done / max(now - self._started, 0.001)
+        return (f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}, "
+                f"{human_bytes(rate)}/s, {self.status}")
+
+
+# Phrases in Docker's messages about failed pulls, on both image stores. The first row with a phrase that
+# occurs in the message wins. Taken from Docker 26.1 and 28.5 and from the sources of moby and containerd.
+PULL_FAILURES = (
+    ("TOOMANYREQUESTS", ("toomanyrequests", "too many requests", "rate limit")),
+    ("DENIED", ("pull access denied", "unauthorized", "authentication required", "authorization failed",
+                "no basic auth credentials", "access denied", "access to the resource is denied",
+                "insufficient_scope", "403 forbidden", "access forbidden", ": denied")),
+    ("ORIGIN_UNAVAILABLE", ("dial tcp", "connection refused", "connection reset", "no such host", "timeout",
+                            "deadline exceeded", "x509:", "tls:", "server gave http response", "eof",
+                            "failed to do request", "could not fetch content", "network is unreachable",
+                            "500 internal server error", "502 bad gateway", "503 service unavailable",
+                            "504 gateway")),
+    ("MANIFEST_UNKNOWN", ("manifest unknown", "not found", "name unknown", "no matching manifest",
+                          "no match for platform", "name not known", "does not exist")),
+    ("NAME_INVALID", ("invalid reference format",)),
+    ("ENGINE_FAILED", ("",)),
+)
+
+
+def pull_failure(message: str, status: int, name: str) -> str:
+    """Map Docker's message about a failed pull of the repository `name` to a code of ERRORS.
+
+    status is the HTTP status of the response, 200 if the message was part of the progress. The name and the
+    tag are removed from the message first, in all forms in which Docker prints them, because a repository
+    may be called "unauthorized".
+    """
+    if status == 429:
+        return "TOOMANYREQUESTS"
+    host, _, path = name.lower().partition("/")
+    names = "|".join(re.escape(form) for form in (name.lower(), path, path.removeprefix("library/")) if form)
+    text = re.sub(rf"""(?<![\w.-])(?:{names})(?:[:@][\w.:+-]+|/manifests/[^\s"]+|(?=[,"'/]))""", "", message.lower())
+    text = text.replace(host, "") if path else text
+    return next(code for code, phrases in PULL_FAILURES if any(phrase in text for phrase in phrases))
+
+
 class PullFailed(Exception):
     """A pull failed. `code` is one of ERRORS; the message is Docker's or the registry's."""
 
@@ -1470,6 +1216,9 @@ class Engine:
 
     def __init__(self, host: EngineHost):
         self.host = host
+        # Docker repeats the User-Agent of its caller to registries, and so perhaps to us. Nobody can guess this one.
+        self.token = secrets.token_hex(16)
+        self.user_agent = f"k3d-registry-dockerd/{__version__} {self.token}"
         self._described: tuple[float, EngineInfo] | None = None  # replaced atomically: needs no lock
 
     @contextlib.contextmanager
@@ -1489,9 +1238,24 @@ class Engine:
         """Send a request. The response must be read within the `with`. timeout is in seconds, per read."""
         connection = EngineConnection(self.host, timeout)
         with self.connection_errors(), contextlib.closing(connection):
-            connection.request(method, path, body, dict(headers or {}))
+            connection.request(method, path, body, {"User-Agent": self.user_agent, **(headers or {})})
             with connection.getresponse() as response:
+                self._check_refusal(method, path, response.status, response.headers.get("Content-Type", ""))
                 yield response
+
+    @staticmethod
+    def _check_refusal(method: str, path: str, status: int, content_type: str) -> None:
+        """Raise ENGINE_FAILED if something in front of Docker, and not Docker, refuses a call.
+
+        Docker's own errors are JSON. The advice is for docker-socket-proxy and its like.
+        """
+        if status not in (401, 403, 405) or content_type.startswith("application/json"):
+            return
+        call = re.sub(r"^/v[\d.]+|\?.*$", "", path)
+        section = call.split("/")[1].upper()
+        raise RegistryError("ENGINE_FAILED", (
+            f"{method} {call} was refused with status {status}, not by Docker but by a proxy in front of its socket: "
+            f"allow that call (docker-socket-proxy: {section}=1{' POST=1' if method == 'POST' else ''})"))
 
     def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
         """Return the status and the parsed JSON of a GET."""
@@ -1552,10 +1316,15 @@ class Engine:
             snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
             registries = info.get("RegistryConfig") or {}
             indexes = (registries.get("IndexConfigs") or {}).items()
+            components = [component.get("Name") for component in version.get("Components") or ()]
+            names = ("Version", "GoVersion", "GitCommit", "KernelVersion", "Os", "Arch")
             return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
                               Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]),
                               tuple((str(name), bool(index.get("Secure"))) for name, index in indexes),
-                              tuple(str(network) for network in registries.get("InsecureRegistryCIDRs") or ()))
+                              tuple(str(network) for network in registries.get("InsecureRegistryCIDRs") or ()),
+                              platform_of({"os": version.get("Os"), "architecture": version.get("Arch")}),
+                              "Podman Engine" in components,
+                              "docker/{} go/{} git-commit/{} kernel/{} os/{} arch/{}".format(*map(version.get, names)))
 
     def is_insecure(self, registry: str) -> bool:
         """Return True if Docker accepts plain HTTP and any certificate from a registry.
@@ -1590,16 +1359,15 @@ class Engine:
         if document is None:
             return None
         with self._malformed_answers(path):
-            layers = (document.get("RootFS") or {}).get("Layers") or []
-            return EngineImage(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(layers),
-                               tuple(str(name) for name in document.get("RepoDigests") or ()))
+            return EngineImage.parse(document)
 
-    def images_of(self, repository: str) -> list[Digest]:
-        """Return the IDs of all images that Docker has of a repository.
+    def images_of(self, repositories: Iterable[str]) -> list[Digest]:
+        """Return the IDs of all images that Docker has in some repositories.
 
         The classic store only matches the short form of a name: alpine, not docker.io/library/alpine.
         """
-        names = [repository, repository.removeprefix("docker.io/"), repository.removeprefix("docker.io/library/")]
+        full = ["/".join(docker_name(name)) for name in repositories]
+        names = [name.removeprefix(prefix) for name in full for prefix in ("", "docker.io/", "docker.io/library/")]
         path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"reference": names})))
         with self._malformed_answers(path):
             return [Digest.parse(image["Id"]) for image in self._list_images(path)]
@@ -1616,13 +1384,19 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
         return document
 
-    def names(self) -> list[tuple[str, str]]:
-        """Return the name and the tag of every tagged image, as Docker shows them."""
+    def listed(self) -> list[ListedImage]:
+        """Return all images that Docker lists."""
         path = self._path("/images/json")
         document = self._list_images(path)
         with self._malformed_answers(path):
-            names = [str(name) for image in document for name in image.get("RepoTags") or ()]
-        return [(name, tag) for name, _, tag in (text.rpartition(":") for text in names) if TAG.fullmatch(tag)]
+            return [ListedImage(Digest.parse(image["Id"]), *(tuple(str(name) for name in image.get(key) or ())
+                                                             for key in ("RepoTags", "RepoDigests")))
+                    for image in document]
+
+    def names(self) -> list[tuple[Digest, str, str]]:
+        """Return the ID, the name and the tag of every tagged image, as Docker shows them."""
+        named = ((image.id, *tag.rpartition(":")[::2]) for image in self.listed() for tag in image.tags)
+        return [(image_id, name, tag) for image_id, name, tag in named if TAG.fullmatch(tag)]
 
     def origin_digest(self, reference: Reference, credentials: Credentials | None) -> Digest:
         """Return the current digest of an image in its own registry. Raises PullFailed.
@@ -1716,15 +1490,24 @@ class Engine:
         with self.connection_errors():
             sock = self.host.connect(ENGINE_TIMEOUT)
             try:
-                sock.sendall(f"POST {path} HTTP/1.1\r\nHost: docker\r\nConnection: Upgrade\r\n"
-                             "Upgrade: h2c\r\n\r\n".encode())
-                if self._read_head(sock).split(b" ", 2)[1:2] == [b"101"]:
+                sock.sendall(f"POST {path} HTTP/1.1\r\nHost: docker\r\nUser-Agent: {self.user_agent}\r\n"
+                             "Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n".encode())
+                status, content_type = self._parse_head(self._read_head(sock))
+                if status == 101:
                     return sock
+                self._check_refusal("POST", path, status, content_type)
                 sock.close()
                 return self.host.connect(ENGINE_TIMEOUT)
             except BaseException:
                 sock.close()
                 raise
+
+    @staticmethod
+    def _parse_head(head: bytes) -> tuple[int, str]:
+        """Return the status and the Content-Type of an HTTP response; 0 if it is not one."""
+        status = re.match(rb"HTTP/1\.\d (\d{3}) ", head)
+        content_type = re.search(rb"(?mi)^content-type:\s*(\S+)", head)
+        return int(status[1]) if status else 0, content_type[1].decode("latin-1") if content_type else ""
 
     @staticmethod
     def _read_head(sock: socket.socket) -> bytes:
@@ -1738,9 +1521,11 @@ class Engine:
         return bytes(head)
 
 
-# =====================================================================================================
-# 6. Content: who has the bytes of a digest
-# =====================================================================================================
+# =====================================================================================================================
+# 7. Transfers: what a provider gives, and content on its way
+# Uses: waiting.
+# =====================================================================================================================
+
 
 # ---- what a provider gives
 
@@ -1773,10 +1558,10 @@ Part = Data | FileBody
 
 
 class StreamBody:
-    """length bytes as an iterator of pieces, some of which may be slices of files.
+    """length bytes as an iterator of pieces, some of which may be slices of files. It has to be closed.
 
-    Such a slice is valid until the next piece. It holds a resource until it is closed. length is None when nobody
-    knows it yet. waits says that the first piece may take long, so that what was said before should not wait for it.
+    length is None if it is not known yet. waits says that the first piece may take long, so headers should be sent
+    before it is asked for.
     """
 
     def __init__(self, parts: Iterator[Part], length: int | None, close: Callable[[], None],
@@ -1784,7 +1569,7 @@ class StreamBody:
         self._parts, self.length, self.close, self.waits = parts, length, close, waits
 
     def parts(self) -> Iterator[Part]:
-        """The pieces; a slice of a file is valid until the next one is taken."""
+        """The pieces. A slice of a file is valid until the next piece is taken."""
         return self._parts
 
     def __iter__(self) -> Iterator[Data]:
@@ -1803,8 +1588,11 @@ class Blob(Protocol):
 
     size: int
 
-    def open(self, start: int, length: int) -> Body:
-        """The bytes from start on; raises RegistryError before the first one rather than after."""
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
+        """length bytes from start on, for the client of a deadline.
+
+        Raises RegistryError, here rather than while the body is read wherever that is possible.
+        """
 
 
 class Provider(Protocol):
@@ -1813,31 +1601,30 @@ class Provider(Protocol):
     name: str
 
     def find(self, digest: Digest) -> Blob | None:
-        """The content, or None when it is not here, which must be cheap to tell."""
+        """The content, or None if it is not here. That has to be cheap to tell."""
 
 
 def read_blob(blob: Blob, limit: int) -> bytes:
     """The first bytes of a blob, at most limit of them."""
-    body = blob.open(0, min(blob.size, limit))
-    with contextlib.closing(body):
+    with contextlib.closing(blob.open(0, min(blob.size, limit), Deadline())) as body:
         return b"".join(body)
-
-
-# ---- files
 
 
 class FileBlob:
     """Content that is a file of its own."""
 
     def __init__(self, path: Path):
+        """Raises OSError if there is no such file."""
         self.path, self.size = path, path.stat().st_size
 
-    def open(self, start: int, length: int) -> Body:
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
         try:
             return FileBody(open(self.path, "rb"), start, length)
-        except OSError as e:
+        except FileNotFoundError as e:
             raise RegistryError("BLOB_UNKNOWN", f"{self.path.name} was removed a moment ago") from e
+        except OSError as e:
+            raise RegistryError("STORE_FAILED", f"cannot read {self.path}: {e.strerror or e}") from e
 
 
 class BytesBlob:
@@ -1846,7 +1633,7 @@ class BytesBlob:
     def __init__(self, data: bytes):
         self._data, self.size = data, len(data)
 
-    def open(self, start: int, length: int) -> Body:
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
         return StreamBody(iter([self._data[start:start + length]]), length, lambda: None)
 
@@ -1855,14 +1642,14 @@ class FolderProvider:
     """Files named by digest: our store, or the content folder of Docker's containerd.
 
     containerd's local content store puts a file under its final name only when it is complete and
-    verified (github.com/containerd/containerd, plugins/content/local), and so do we.
+    verified (github.com/containerd/containerd, plugins/content/local), and so does our store.
     """
 
     def __init__(self, name: str, path_of: Callable[[Digest], Path]):
         self.name, self._path_of = name, path_of
 
     def find(self, digest: Digest) -> Blob | None:
-        """See Provider. A file that may not be read is not here."""
+        """See Provider. A file that this process may not read counts as absent."""
         path = self._path_of(digest)
         try:
             return FileBlob(path) if os.access(path, os.R_OK) else None
@@ -1870,43 +1657,35 @@ class FolderProvider:
             return None
 
 
-def content_folder(root: Path) -> Path | None:
-    """containerd's content folder, or None where it can't be read from here.
-
-    It is under Docker's data folder, unless Docker uses the system's containerd, or is Docker Desktop.
-    """
-    folders = (root / "containerd/daemon", root, root / "daemon", Path("/var/lib/containerd"),
-               Path("/var/lib/desktop-containerd/daemon"))
-    found = (folder / "io.containerd.content.v1.content/blobs" for folder in folders)
-    return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
-
-
-# ---- what many read at once
-
-
-def start_thread(job: Callable[..., None], *arguments: Any) -> None:
-    """Run a job in a thread that does not keep the process alive; UNAVAILABLE when there can't be another one."""
-    try:
-        threading.Thread(target=job, args=arguments, daemon=True).start()
-    except RuntimeError as e:
-        raise RegistryError("UNAVAILABLE", f"no thread can be started: {e}") from e
+# ---- content on its way
 
 
 @contextlib.contextmanager
-def on_failure(action: Callable[[], Any]) -> Iterator[None]:
-    """Call an action if the body of the `with` raises an exception."""
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn errors of the operating system about our own disk into STORE_FAILED; what continues "cannot"."""
     try:
         yield
-    except BaseException:
-        action()
-        raise
+    except OSError as e:
+        raise RegistryError("STORE_FAILED", f"cannot {what}: {e.strerror or e}") from e
 
 
-class Relay:
-    """Content on its way from a slow source: written once, to a file, and read by many while that grows.
+def write_all(write: Callable[[memoryview], int | None], data: Data) -> Iterator[memoryview]:
+    """Write with a call that may take less than all at a time; yields each part when it is written."""
+    rest = memoryview(data)
+    while rest:
+        count = write(rest) or 0
+        yield rest[:count]
+        rest = rest[count:]
 
-    Each reader goes at his own pace. The last byte is held back until the digest was verified, so nobody
-    takes bad content for good. The file may lose its name meanwhile: it is held open until nobody needs it.
+
+class Transfer:
+    """Content on its way: one source fills it, many readers follow it, each at its own pace.
+
+    It has a size in bytes, and a file that grows; or the source says in which blob the content has turned up. The
+    last byte is held back until the source has verified the digest, so nobody takes bad content for good. The file
+    may lose its name meanwhile: it stays open until nobody needs it.
+
+    The source calls begin() or found(), then advance(), and end() in any case.
     """
 
     def __init__(self, size: int):
@@ -1914,311 +1693,987 @@ class Relay:
         self.count = 0  # bytes that have arrived
         self._change = threading.Condition()  # guards count, and all that follows
         self._file: BinaryIO | None = None
+        self._blob: Blob | None = None
         self._ended = False
-        # Not the error itself: its traceback would hold this relay, and with it the file, until the next collection.
+        # Not the exception itself: its traceback would keep this transfer, and so the file, alive.
         self._error: tuple[str, str, Mapping[str, str]] | None = None
 
-    # ---- for who brings the content
+    # ---- for the source
 
     def begin(self, file: BinaryIO) -> None:
-        """The source gives the content, and it will grow in this file, which is closed when nobody needs it."""
+        """The content has begun to arrive, and will grow in this file, which is closed when nobody needs it."""
         weakref.finalize(self, file.close)
         with self._change:
             self._file = file
             self._change.notify_all()
 
     def begin_at(self, path: Path) -> None:
-        """The same, with a file that is at a path now, whatever becomes of its name; STORE_FAILED."""
+        """The same with a path, whatever becomes of its name later; STORE_FAILED."""
         with disk_errors(f"read {path}"):
             self.begin(open(path, "rb"))  # noqa: SIM115 - closed when nobody needs it
 
     def advance(self, count: int) -> None:
-        """The file has grown by some bytes."""
+        """The file has grown by this many bytes."""
         with self._change:
             self.count += count
             self._change.notify_all()
 
-    def end(self, error: BaseException | None = None) -> None:
-        """All of it is there and verified, or there will be no more of it. Other errors than ours are UNKNOWN.
+    def found(self, blob: Blob) -> None:
+        """All of the content is in this blob; readers go on there."""
+        with self._change:
+            self._blob, self._ended = blob, True
+            self._change.notify_all()
 
-        The first end counts.
+    def end(self, error: BaseException | None = None) -> None:
+        """All of it has arrived and is verified, or no more will. The first end counts.
+
+        Errors other than RegistryError are UNKNOWN to readers.
         """
         known = error if error is None or isinstance(error, RegistryError) else (
             RegistryError("UNKNOWN", type(error).__name__))
         with self._change:
+            if known is None and self._blob is None and self.count != self.size:
+                known = RegistryError("ENGINE_FAILED", f"the content ended {self.size - self.count} bytes early")
             if not self._ended:
                 self._ended, self._error = True, (known.code, known.detail, known.headers) if known else None
                 self._change.notify_all()
 
-    # ---- for who wants it
+    # ---- for readers
 
-    def begun(self, timeout: float) -> None:
-        """Wait until the source gives the content; its error, or STILL_PULLING after some seconds."""
+    @property
+    def failed(self) -> bool:
+        """True if it has ended with an error."""
         with self._change:
-            if not self._change.wait_for(lambda: self._file is not None or self._ended, timeout):
-                raise RegistryError("STILL_PULLING", "the image's registry does not answer yet: ask again")
+            return self._error is not None
+
+    def wait_for_start(self, deadline: Deadline) -> None:
+        """Wait until the content has begun to arrive. Raises the source's error, or STILL_PULLING."""
+        with self._change:
+            if not self._wait(deadline, lambda: self._file is not None or self._ended):
+                raise RegistryError("STILL_PULLING", "the image's registry has not answered yet: ask again")
             self._raise()
+
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
+        """See Blob; but errors that are not known yet are raised while the body is read."""
+        with self._change:
+            self._raise()
+        parts = self.follow(start, length, deadline)
+        return StreamBody(parts, length, parts.close, waits=True)
+
+    def follow(self, start: int, length: int, deadline: Deadline) -> Generator[Part, None, None]:
+        """length bytes from start on, as they arrive, for as long as the client of a deadline is there."""
+        position, end = start, start + length
+        while position < end:
+            part = self._await(position, deadline.unlimited())
+            if not isinstance(part, FileBody):
+                with contextlib.closing(part.open(position, end - position, deadline)) as body:
+                    yield from body.parts()
+                return
+            count = min(part.length, end - position)
+            yield FileBody(part.file, position, count)
+            position += count
+
+    def _await(self, position: int, deadline: Deadline) -> FileBody | Blob:
+        """What has arrived from a position on, as soon as there is something; or the blob that has all of it."""
+        with self._change:
+            self._wait(deadline, lambda: self._readable() > position or self._ended)
+            self._raise()
+            if self._blob:
+                return self._blob
+            assert self._file is not None
+            return FileBody(self._file, position, self._readable() - position)
+
+    def _wait(self, deadline: Deadline, condition: Callable[[], bool]) -> bool:
+        return deadline.wait(lambda seconds: self._change.wait_for(condition, seconds))
 
     def _raise(self) -> None:
         if self._error:
             raise RegistryError(*self._error)
 
-    def open(self, start: int, length: int) -> Body:
-        """See Blob; but errors that are not known yet come while the body is read."""
-        with self._change:
-            self._raise()
-        parts = self.follow(start, length)
-        return StreamBody(parts, length, parts.close, waits=True)
-
-    def follow(self, start: int, length: int) -> Generator[FileBody, None, None]:
-        """length bytes from start on, as they come."""
-        position, end = start, start + length
-        while position < end:
-            file, there = self._await(position)
-            count = min(there, end) - position
-            yield FileBody(file, position, count)
-            position += count
-
-    def _await(self, position: int) -> tuple[BinaryIO, int]:
-        """The file as soon as it has the byte at a position, and the number of bytes that may be read of it."""
-        with self._change:
-            self._change.wait_for(lambda: self._readable() > position or self._ended)
-            self._raise()
-            assert self._file is not None
-            return self._file, self._readable()
-
     def _readable(self) -> int:
         return self.count if self._ended else min(self.count, self.size - 1)
 
 
-class SharedRead:
-    """Some content while it is read: by one reader straight from its source, by several through files.
+class Transfers:
+    """The transfers that are under way, by a key that holds everything that changes what they bring."""
 
-    When a second reader comes, the source goes on into a file that all of them follow, each at his own pace. What
-    the first one has got until then is read once more, into a file for the others. So the source gives everything
-    once but for that beginning, and a slow reader holds up nobody. The files never have a name, and are gone with
-    their last reader. Where they fail, each reader goes on for himself.
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _transfers
+        self._transfers: dict[Hashable, Transfer] = {}
+
+    def get(self, key: Hashable) -> Transfer | None:
+        """The transfer under way for a key, or None."""
+        with self._lock:
+            return self._transfers.get(key)
+
+    def join(self, key: Hashable, size: int, fill: Callable[[Transfer], None]) -> Transfer:
+        """The transfer under way for a key, or a new one that fill() fills in a thread of its own."""
+        with self._lock:
+            transfer = self._transfers.get(key)
+            if transfer is None:
+                transfer = self._transfers[key] = Transfer(size)
+                with on_failure(lambda: self._transfers.pop(key)):
+                    start_thread(self._run, key, transfer, fill)
+        return transfer
+
+    def _run(self, key: Hashable, transfer: Transfer, fill: Callable[[Transfer], None]) -> None:
+        error: Exception | None = None
+        try:
+            fill(transfer)
+        except Exception as e:  # a boundary: the readers raise it
+            error = e
+        with self._lock:
+            del self._transfers[key]
+        transfer.end(error)  # last: whoever learns of the end finds it gone from the table
+
+
+def in_turn(*actions: Callable[[], None]) -> Callable[[], None]:
+    """One action out of several. Each is called, even if one before it raises."""
+
+    def run() -> None:
+        with contextlib.ExitStack() as stack:
+            for action in reversed(actions):
+                stack.callback(action)
+
+    return run
+
+
+@dataclass
+class SharedRead:
+    """Content that somebody is reading: how many readers there are, and what those after the first one follow."""
+
+    readers: int = 0
+    followers: int = 0
+    transfer: Transfer | None = None
+
+
+class SharedReads:
+    """Lets those who read the same content at the same time share what it costs to get it from its source.
+
+    The first reader has the source to itself: most content has one reader at a time, and needs no file. All that
+    come while anybody reads the content share one more read of the source, into a file without a name. If that
+    file fails, each of them goes on from the source at its own position.
     """
 
-    STEP = MIB  # bytes after which readers are told that a file has grown: each time wakes up all of them
-
-    def __init__(self, size: int, read: Callable[[int, int], StreamBody], folder: Path, lock: threading.Lock):
-        """read gives the content from a position on, as many bytes as wanted: bytes, and no slices of files.
-
-        The lock guards all that follows in this method.
-        """
-        self._size, self._read, self._folder, self._lock = size, read, folder, lock
-        self.readers = 0
-        self.failed = False  # nobody should join any more
-        self._given = 0     # bytes that the first reader got from the source himself
-        self._busy = True   # the first reader is about to ask the source for more, and nobody else may
-        self._source: StreamBody | None = None
-        self._beginning: Relay | None = None
-        self._rest: Relay | None = None
-
-    # ---- the first reader
-
-    def begin(self) -> Generator[Part, None, None]:
-        """Open the source; the parts of the content for who does."""
-        with self._failing():
-            self._source = self._read(0, self._size)
-        self._release(b"")
-        return self._direct(iter(self._source))
-
-    def _direct(self, pieces: Iterator[Data]) -> Generator[Part, None, None]:
-        while self._claim():
-            with self._failing():
-                piece = next(pieces, b"")
-            if self._release(piece):
-                if not piece:
-                    return
-                yield piece
-        yield from self._follow(self._given)
-
-    def _claim(self) -> bool:
-        """Whether the source is still the first reader's own."""
-        with self._lock:
-            self._busy = self._rest is None
-            return self._busy
-
-    def _release(self, piece: Data) -> bool:
-        """Be done with the source for now; whether the piece that it gave is the first reader's, and not for a file."""
-        with self._lock:
-            self._busy, rest = False, self._rest
-            if rest is None:
-                self._given += len(piece)
-        if rest:
-            self._fill_rest(rest, piece)
-        return rest is None
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Tell those who wait for the first reader's next piece if there won't be any."""
-        try:
-            yield
-        except BaseException as e:
-            with self._lock:
-                self._busy, self.failed, rest = False, True, self._rest
-            if rest:  # then the source is nobody's: otherwise it is for close()
-                rest.end(e)
-                if self._source:
-                    self._source.close()
-            raise
-
-    # ---- the others
-
-    def join(self) -> Generator[Part, None, None]:
-        """The parts of the content for one more reader."""
-        with self._lock:
-            new = self._rest is None
-            if new:
-                self._beginning, self._rest = Relay(self._given), Relay(self._size - self._given)
-            idle, beginning, rest = not self._busy, self._beginning, self._rest
-        assert beginning is not None
-        assert rest is not None
-        if new and idle:
-            self._fill_rest(rest, b"")
-        if new and beginning.size:
-            self._fill_beginning(beginning)
-        return self._follow(0)
-
-    def _follow(self, position: int) -> Generator[Part, None, None]:
-        """The content from a position on, out of the files; or from the source again if that does not work."""
-        try:
-            for part in self._filed(position):
-                yield part
-                position += part.length
-        except RegistryError as e:
-            log.warning("content is not shared by those who read it: %s", e.detail)
-            with contextlib.closing(self._read(position, self._size - position)) as body:
-                yield from body.parts()
-
-    def _filed(self, position: int) -> Iterator[FileBody]:
-        assert self._beginning is not None
-        assert self._rest is not None
-        split = self._beginning.size
-        if position < split:
-            yield from self._beginning.follow(position, split - position)
-        yield from self._rest.follow(max(position - split, 0), self._size - max(position, split))
-
-    # ---- the files
-
-    def _fill_beginning(self, relay: Relay) -> None:
-        """Have what the first reader got read once more, into a file."""
-        try:
-            source = self._read(0, relay.size)
-        except RegistryError as e:
-            self._fail(relay, e)
-        else:
-            self._fill(relay, source)
-
-    def _fill_rest(self, relay: Relay, piece: Data) -> None:
-        """Have the source go on into a file, which begins with a piece that it has given already."""
-        source = self._source
-        if source is None:  # it could not be opened, and the first reader has not yet left
-            self._fail(relay, RegistryError("UNAVAILABLE", "the content could not be opened a moment ago"))
-        else:
-            self._fill(relay, StreamBody(itertools.chain([piece], source), relay.size, source.close))
-
-    def _fill(self, relay: Relay, source: StreamBody) -> None:
-        """Have a source go into a file, in a thread of its own, which closes it in the end."""
-        try:
-            with on_failure(source.close):
-                start_thread(self._run, relay, source)
-        except RegistryError as e:
-            self._fail(relay, e)
-
-    def _run(self, relay: Relay, source: StreamBody) -> None:
-        try:
-            with contextlib.closing(source), disk_errors(f"write to {self._folder}"):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the relay closes it
-                relay.begin(file)
-                self._copy(source, file.fileno(), relay)
-            relay.end()
-        except Exception as e:  # a boundary: the readers are told
-            self._fail(relay, e)
-
-    def _fail(self, relay: Relay, error: Exception) -> None:
-        with self._lock:
-            self.failed = True
-        relay.end(error)
-
-    def _copy(self, source: StreamBody, file: int, relay: Relay) -> None:
-        """Write all of a source to where the file ends: its own position is moved about by those who send it."""
-        position = 0
-        for piece in source:
-            position = self._append(file, position, piece)
-            if position - relay.count >= self.STEP or position == relay.size:
-                relay.advance(position - relay.count)
-            if not self.readers:
-                break  # nobody wants it any more
-        if position < relay.size:
-            raise RegistryError("ENGINE_FAILED", f"the content ended {relay.size - position} bytes early")
-
-    @staticmethod
-    def _append(file: int, position: int, data: Data) -> int:
-        end = position + len(data)
-        for _ in write_all(lambda rest: os.pwrite(file, rest, end - len(rest)), data):
-            pass
-        return end
-
-    def close(self) -> None:
-        """To be called when the last reader has left."""
-        if self._source and self._rest is None:
-            self._source.close()
-
-
-class Sharing:
-    """Has those who read the same content at the same time share what it costs to get it from its source."""
-
-    WORTHWHILE = MIB  # bytes of content from which on it is shared
+    WORTHWHILE = MIB    # bytes of content from which on it is shared
+    STEP = MIB          # bytes after which readers are told that the file has grown: that wakes up all of them
 
     def __init__(self, folder: Path):
-        """folder is where the files are; it is made when it is needed."""
+        """folder is where the files are. It is made when it is needed."""
         self._folder = folder
-        self._lock = threading.Lock()  # guards _reads, and all that is there
+        self._lock = threading.Lock()  # guards _reads, and the counts in it
         self._reads: dict[Digest, SharedRead] = {}
 
-    def open(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody]) -> Body:
-        """All of some content, whose size is in bytes; read(start, length) would get it from its source."""
+    def open(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody], deadline: Deadline) -> Body:
+        """All of some content, whose size is in bytes. read(start, length) reads it from its source."""
         if size < self.WORTHWHILE:
             return read(0, size)
         with self._lock:
-            shared = self._reads.get(digest)
-            first = shared is None or shared.failed
-            if shared is None or shared.failed:
-                shared = self._reads[digest] = SharedRead(size, read, self._folder, self._lock)
+            shared = self._reads.setdefault(digest, SharedRead())
+            first, begins = shared.readers == 0, False
             shared.readers += 1
-        leave = functools.partial(self._leave, digest, shared)
+            if not first:
+                shared.followers += 1
+                begins = shared.transfer is None or shared.transfer.failed
+                if begins:
+                    shared.transfer = Transfer(size)
+        leave = functools.partial(self._leave, digest, shared, first)
         with on_failure(leave):
-            parts = shared.begin() if first else shared.join()
+            if first or shared.transfer is None:
+                source = read(0, size)
+                return StreamBody(source.parts(), size, in_turn(source.close, leave))
+            if begins:
+                self._begin(shared, shared.transfer, read)
+            parts = self._follow(shared.transfer, read, size, deadline)
+        return StreamBody(parts, size, in_turn(parts.close, leave), waits=True)
 
-        def close() -> None:
-            try:
-                parts.close()
-            finally:
-                leave()
-
-        return StreamBody(parts, size, close, waits=not first)
-
-    def _leave(self, digest: Digest, shared: SharedRead) -> None:
+    def _leave(self, digest: Digest, shared: SharedRead, first: bool) -> None:
         with self._lock:
             shared.readers -= 1
-            last = not shared.readers
-            if last and self._reads.get(digest) is shared:
+            shared.followers -= not first
+            if not shared.readers:
                 del self._reads[digest]
-        if last:
-            shared.close()
+
+    @staticmethod
+    def _follow(transfer: Transfer, read: Callable[[int, int], StreamBody], size: int,
+                deadline: Deadline) -> Generator[Part, None, None]:
+        position = 0
+        try:
+            for part in transfer.follow(0, size, deadline):
+                yield part
+                position += part.length if isinstance(part, FileBody) else len(part)
+        except RegistryError as e:
+            log.warning("the readers of some content do not share it: %s", e.detail)
+            with contextlib.closing(read(position, size - position)) as body:
+                yield from body.parts()
+
+    def _begin(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], StreamBody]) -> None:
+        try:
+            start_thread(self._fill, shared, transfer, read)
+        except RegistryError as e:
+            transfer.end(e)
+
+    def _fill(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], StreamBody]) -> None:
+        """Read all of the content into a file, for as long as anybody follows."""
+        try:
+            with contextlib.closing(read(0, transfer.size)) as source, disk_errors(f"write to {self._folder}"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the transfer closes it
+                transfer.begin(file)
+                self._copy(source, file.fileno(), shared, transfer)
+            transfer.end()
+        except Exception as e:  # a boundary: the readers go on by themselves
+            transfer.end(e)
+
+    @staticmethod
+    def _write_before(file: int, end: int, rest: memoryview) -> int:
+        return os.pwrite(file, rest, end - len(rest))
+
+    def _copy(self, source: StreamBody, file: int, shared: SharedRead, transfer: Transfer) -> None:
+        position = 0
+        for piece in source:
+            end = position + len(piece)
+            # Not with write(): sendfile moves the file's own position about.
+            for part in write_all(functools.partial(self._write_before, file, end), piece):
+                position += len(part)
+            if position - transfer.count >= self.STEP or position == transfer.size:
+                transfer.advance(position - transfer.count)
+            if not shared.followers:
+                raise RegistryError("UNAVAILABLE", "nobody reads the content any more")
 
 
-# ---- HTTP/2: the subset needed for one gRPC call at a time (RFC 9113)
+# =====================================================================================================================
+# 8. Store: content by digest, on our own disk
+# Uses: transfers.
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept about one image: its manifest's digest, and the size in bytes of everything that it needs."""
+
+    target: Digest
+    content: Mapping[Digest, int]
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a record. OSError if it cannot be read, ValueError if it is malformed."""
+        try:
+            document = json.loads(path.read_bytes())
+            content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
+            return cls(Digest.parse(document["target"]), content)
+        except MALFORMED_ERRORS as e:
+            raise ValueError(f"not a record of an image: {e}") from e
+
+    def dump(self) -> bytes:
+        """The record as bytes that load() understands."""
+        content = {str(digest): size for digest, size in self.content.items()}
+        return json.dumps({"target": str(self.target), "content": content}).encode()
+
+
+def make_link(source: Path, target: Path) -> None:
+    """Give a file a second name, unless a file of its size has that name. FileNotFoundError without the file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            return os.link(source, target)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago: then there is room now
+                if target.stat().st_size == source.stat().st_size:
+                    return None
+                target.unlink()  # a crash of the machine cut it short
+
+
+class Links:
+    """The content that belongs to one owner, by digest: a folder of hard links to the store's content.
+
+    The bytes are stored once, however many owners they have. The file system counts the owners: content with no
+    link but the store's own belongs to nobody. Linking is atomic, so no reader and no killed process ever sees half
+    of it, and no lock is needed.
+    """
+
+    def __init__(self, store: Store, folder: Path):
+        self._store, self._folder = store, folder
+
+    def path(self, digest: Digest) -> Path:
+        """Where the content is, if it belongs here."""
+        return self._folder / digest.algorithm / digest.hex
+
+    def size(self, digest: Digest) -> int | None:
+        """The size of the content in bytes, or None if it does not belong here."""
+        try:
+            return self.path(digest).stat().st_size
+        except OSError:
+            return None
+
+    def digests(self) -> Iterator[Digest]:
+        """The digests of everything that belongs here."""
+        for path in self._folder.glob("*/[0-9a-f]*"):
+            yield Digest(path.parent.name, path.name)
+
+    def touch(self, digest: Digest) -> bool:
+        """Mark content as used now. True if it belongs here."""
+        try:
+            os.utime(self.path(digest))
+        except OSError:
+            return False
+        return True
+
+    def adopt(self, digest: Digest, size: int | None = None) -> bool:
+        """Make content of the store belong here too, as used now. True if the store has it.
+
+        Content of another size than the given one, in bytes, counts as lost: a machine may have crashed.
+        """
+        source = self._store.blob_path(digest)
+        with disk_errors(f"link {source}"):
+            try:
+                os.utime(source)
+                if size is not None and source.stat().st_size != size:
+                    return False
+                make_link(source, self.path(digest))
+            except FileNotFoundError:
+                return False
+            return True
+
+    def take(self, file: Path, digest: Digest) -> None:
+        """Make a finished file, whose digest was verified, belong here under its digest. The file stays.
+
+        It is linked here first, so the store's own link never looks like content that nobody needs.
+        """
+        with disk_errors(f"write to {self._folder}"):
+            os.utime(file)
+            if not self.adopt(digest, file.stat().st_size):
+                make_link(file, self.path(digest))
+                make_link(file, self._store.blob_path(digest))
+
+    def drop(self, digest: Digest) -> bool:
+        """Make content no longer belong here, and free it if it belongs to nobody else. True if it did belong here."""
+        with disk_errors(f"remove {digest}"):
+            try:
+                self.path(digest).unlink()
+            except FileNotFoundError:
+                return False
+            self._store.release(digest)
+            return True
+
+
+class Store:
+    """Our own disk: content by digest, and who it belongs to.
+
+        blobs/sha256/<hex>          content, whole and verified
+        docker/sha256/<hex>         links to what came from Docker, or was fetched because Docker lacks it
+        exports/sha256/<hex>        the record of one exported image, named by the image's ID
+        fetched/sha256/<hex>        the record of what Docker lacked of an image, named by its manifest
+        repositories/<name>/...     what was pushed: see Repository
+        .../.<random>               any of them while it is being written
+
+    The folder is made at the first write: a program that only reads Docker's containerd image store needs none. Every
+    write goes to a temporary name in the same folder, and is renamed or linked when it is whole and verified, so a
+    reader never sees part of a blob. A record holds the size of every blob it needs, and counts only while all of
+    them are there in that size: a crash of the machine may have cut one short.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.repositories = root, root / "repositories"
+        self.docker = Links(self, root / "docker")
+        # The size and the hash of uploads between two requests. Only whoever has reserved the path touches its entry.
+        self.hashes: dict[Path, tuple[int, Any]] = {}
+        # Held while a manifest is pushed or deleted: it is several small files, and two such changes must not mix.
+        self.changing = threading.Lock()
+        self._recording = threading.Lock()  # held while a record of fetched content, a small file, is read and written
+        self._lock = threading.Lock()  # guards _unfinished and _reserved
+        self._unfinished: set[Path] = set()
+        self._reserved: set[Path] = set()
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where content is, if the store has it."""
+        return self.root / "blobs" / digest.algorithm / digest.hex
+
+    def release(self, digest: Digest) -> int:
+        """Free content that belongs to nobody. The number of bytes freed: 0 if it is still needed."""
+        path = self.blob_path(digest)
+        try:
+            status = path.stat()
+            if status.st_nlink > 1:
+                return 0
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        return status.st_size
+
+    def check_space(self, needed: int) -> None:
+        """STORE_FAILED unless this many bytes can be written."""
+        if not needed:
+            return
+        with disk_errors(f"write to {self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise RegistryError("STORE_FAILED", f"{human_bytes(needed)} are needed in {self.root}, and only "
+                                                f"{human_bytes(free)} are free")
+
+    # ---- writing
+
+    def begin(self, folder: Path) -> Path:
+        """A temporary name in a folder, to be renamed when the file is whole; end() has to follow in any case."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f".{secrets.token_hex(8)}"
+        with self._lock:
+            self._unfinished.add(path)
+        return path
+
+    def end(self, path: Path) -> None:
+        """Remove what is left under a temporary name."""
+        path.unlink(missing_ok=True)
+        with self._lock:
+            self._unfinished.discard(path)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        with disk_errors(f"write {path}"):
+            temporary = self.begin(path.parent)
+            try:
+                temporary.write_bytes(data)
+                temporary.rename(path)
+            finally:
+                self.end(temporary)
+
+    def remove(self, path: Path) -> bool:
+        """Remove a file. True if there was one."""
+        with disk_errors(f"remove {path}"):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            return True
+
+    @contextlib.contextmanager
+    def reserved(self, path: Path) -> Iterator[None]:
+        """Reserve a path for one request; UPLOAD_BUSY if another one has it."""
+        with self._lock:
+            if path in self._reserved:
+                raise RegistryError("UPLOAD_BUSY", "another request is writing to this upload: ask for its state, and "
+                                                   "continue from there")
+            self._reserved.add(path)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved.discard(path)
+
+    def close(self) -> None:
+        """Remove everything half-written, at the end of the process."""
+        with self._lock:
+            unfinished = list(self._unfinished)
+        for path in unfinished:
+            self.end(path)
+
+    # ---- records: what was exported, and what was fetched
+
+    def _record_path(self, image_id: Digest) -> Path:
+        return self.root / "exports" / image_id.algorithm / image_id.hex
+
+    def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
+        """Note an exported image: the digest of its manifest, and the content that it needs, which is here."""
+        with disk_errors(f"read {self.root}"):
+            sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
+        self.write(self._record_path(image_id), Record(target, sizes).dump())
+
+    def noted_target(self, image_id: Digest) -> Digest | None:
+        """The digest of the manifest that an image had when it was exported, or None if it never was."""
+        try:
+            return Record.load(self._record_path(image_id)).target
+        except (OSError, ValueError):
+            return None
+
+    def exported(self, image_id: Digest) -> Digest | None:
+        """The digest of an exported image's manifest, or None unless everything it needs is here."""
+        path = self._record_path(image_id)
+        try:
+            record = Record.load(path)
+            os.utime(path)  # what is freed depends on the last use
+        except (OSError, ValueError):
+            return None
+        whole = all(self.docker.size(digest) == size for digest, size in record.content.items())
+        return record.target if whole else None
+
+    def _fetched_path(self, manifest: Digest) -> Path:
+        return self.root / "fetched" / manifest.algorithm / manifest.hex
+
+    def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
+        """Note that content, with its size in bytes, stays here for a manifest for as long as that is in use.
+
+        Some of it may be elsewhere now: it stays once it is here.
+        """
+        path, known = self._fetched_path(manifest), {}
+        with self._recording:
+            with contextlib.suppress(OSError, ValueError):
+                known = dict(Record.load(path).content)
+            if content.items() <= known.items():
+                os.utime(path)
+            else:
+                self.write(path, Record(manifest, {**known, **content}).dump())
+
+    def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
+        """If anything was fetched for a manifest, mark it as used now, and all of its content as needed."""
+        if self._fetched_path(manifest).exists():
+            self.record_fetch(manifest, content)
+
+    # ---- tidying up
+
+    def is_old(self, path: Path, now: float, age: float) -> bool:
+        """True if a file was last used more than `age` seconds before now, and no request is writing to it."""
+        with self._lock:
+            if path in self._unfinished or path in self._reserved:
+                return False
+        try:
+            return path.stat().st_mtime < now - age
+        except FileNotFoundError:
+            return False
+
+    def tidy_up(self, in_docker: Callable[[Digest], bool], now: float) -> None:
+        """Remove what nothing refers to any more. now is in seconds since the epoch.
+
+        That is: exports of images that Docker no longer has, what was fetched and not used for FETCHED_AGE
+        seconds, content without an owner, and what a killed process left half-written. What was used within the
+        last EVICTION_AGE seconds stays: a node may be in the middle of a pull, and an export or a push may still be
+        arriving.
+        """
+        with disk_errors(f"tidy up {self.root}"):
+            needed = self._needed("exports", now, EVICTION_AGE, in_docker)
+            needed |= self._needed("fetched", now, FETCHED_AGE, lambda _: False)
+            for digest in set(self.docker.digests()) - needed:
+                if self.is_old(self.docker.path(digest), now, EVICTION_AGE):
+                    self.docker.drop(digest)
+            for path in self.root.rglob(".*"):
+                if self.is_old(path, now, EVICTION_AGE):
+                    path.unlink(missing_ok=True)
+            for digest in self.contents():
+                if self.is_old(self.blob_path(digest), now, EVICTION_AGE):
+                    self.release(digest)
+
+    @contextlib.contextmanager
+    def log_freed(self) -> Iterator[None]:
+        """Log how many bytes the body of the `with` has freed."""
+        before = self.contents()
+        yield
+        after = self.contents()
+        freed = sum(size for digest, size in before.items() if digest not in after)
+        if freed:
+            log.info("store: freed %s that nothing refers to any more", human_bytes(freed))
+
+    def contents(self) -> dict[Digest, int]:
+        """All content of the store, and its size in bytes."""
+        found = {}
+        for path in self.root.glob("blobs/*/[0-9a-f]*"):
+            with contextlib.suppress(FileNotFoundError):  # it was deleted a moment ago
+                found[Digest(path.parent.name, path.name)] = path.stat().st_size
+        return found
+
+    def _needed(self, folder: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
+        """Remove the old records that nobody needs, and return the content of the others."""
+        needed: set[Digest] = set()
+        for path in self.root.glob(f"{folder}/*/[0-9a-f]*"):
+            try:
+                record = Record.load(path)
+            except ValueError as e:
+                log.warning("store: %s is %s", path, e)
+                record = None
+            gone = self.is_old(path, now, age) and (
+                record is None or not is_needed(Digest(path.parent.name, path.name)))
+            if gone:
+                path.unlink(missing_ok=True)
+            elif record:
+                needed.update(record.content)
+        return needed
+
+
+class BlobWriter:
+    """Content that is being written to a store. Unless it is kept, nothing of it remains."""
+
+    def __init__(self, store: Store, algorithm: str = "sha256"):
+        self._store, self._hash = store, hashlib.new(algorithm)
+        self._folder = store.root / "blobs" / algorithm
+        with disk_errors(f"write to {self._folder}"):
+            self.path = store.begin(self._folder)
+            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+    def write(self, data: Data) -> None:
+        """Append bytes. Readers of the file see them immediately. STORE_FAILED if the disk does not take them."""
+        with disk_errors(f"write to {self._folder}"):
+            for part in write_all(self._file.write, data):
+                self._hash.update(part)
+
+    def finish(self) -> Digest:
+        """Close the file, and return the digest of everything that was written."""
+        with disk_errors(f"write to {self._folder}"):
+            self._file.close()
+        return Digest(self._hash.name, self._hash.hexdigest())
+
+    def keep(self, owner: Links) -> Digest:
+        """Finish, and make the content belong to an owner under its digest, which is returned."""
+        digest = self.finish()
+        owner.take(self.path, digest)
+        self._store.end(self.path)
+        return digest
+
+    def discard(self) -> None:
+        """Forget the content, unless it was kept."""
+        with contextlib.suppress(OSError):  # a full disk says so again here
+            self._file.close()
+        self._store.end(self.path)
+
+
+# =====================================================================================================================
+# 9. Hosted: the registry of what was pushed
+# Uses: transfers, store.
+# =====================================================================================================================
+
+
+class Upload:
+    """An upload during one request: a file that grows, and the hash of what is in it.
+
+    The hash is kept in the store's memory from one request to the next. After a restart it is computed again
+    from the file.
+    """
+
+    def __init__(self, store: Store, path: Path):
+        self._store, self._path = store, path
+        with disk_errors(f"write {path}"):
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            self.size = self._file.tell()
+        size, self._hash = store.hashes.pop(path, (0, None))
+        if self._hash is None or size != self.size:
+            self._hash = self._hash_file("sha256")
+
+    def _hash_file(self, algorithm: str) -> Any:
+        digest = hashlib.new(algorithm)
+        with disk_errors(f"read {self._path}"), open(self._path, "rb") as file:
+            while data := file.read(MIB):
+                digest.update(data)
+        return digest
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; STORE_FAILED if the disk does not take them."""
+        with disk_errors(f"write {self._path}"):
+            for part in write_all(self._file.write, data):
+                self._hash.update(part)
+                self.size += len(part)
+
+    def keep(self, expected: Digest, owner: Links) -> None:
+        """End the upload, and make its content belong to an owner. DIGEST_INVALID, and then nothing of it is kept."""
+        algorithm = expected.algorithm
+        content = self._hash if algorithm == self._hash.name else self._hash_file(algorithm)
+        try:
+            if content.hexdigest() != expected.hex:
+                raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest "
+                                                      f"{algorithm}:{content.hexdigest()}, not {expected}")
+            owner.take(self._path, expected)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the upload, and forget what has arrived."""
+        self._store.remove(self._path)
+        self._hash = None
+
+    def close(self) -> None:
+        """Close the file, at the end of each request."""
+        self._file.close()
+        if self._hash is not None:
+            self._store.hashes[self._path] = (self.size, self._hash)
+
+
+class Repository:
+    """What was pushed under one name: blobs, manifests and tags.
+
+        <name>/_blobs/sha256/<hex>                  a link to a blob
+        <name>/_manifests/sha256/<hex>              a link to a manifest: from then on the manifest exists
+        <name>/_types/sha256/<hex>                  its media type, if the manifest itself does not say it
+        <name>/_tags/<tag>                          the digest of a manifest
+        <name>/_referrers/sha256/<hex>/<digest>     an empty file: this manifest has that subject
+        <name>/_uploads/<session>                   what has arrived of an upload
+
+    Path components of a repository's name never begin with an underscore, so nested names do not clash.
+    A tag or a referrer counts only while its manifest exists. So the order of two writes is enough for a push
+    to be there whole or not at all, whenever the process is killed.
+    """
+
+    def __init__(self, store: Store, name: str):
+        self._store, self.name = store, name
+        self.folder = store.repositories / name
+        self.blobs = Links(store, self.folder / "_blobs")
+        self.manifests = Links(store, self.folder / "_manifests")
+
+    # ---- manifests
+
+    def _type_path(self, digest: Digest) -> Path:
+        return self.folder / "_types" / digest.algorithm / digest.hex
+
+    def _referrers_folder(self, subject: Digest) -> Path:
+        return self.folder / "_referrers" / subject.algorithm / subject.hex
+
+    def manifest(self, target: str | Digest) -> Manifest | None:
+        """The manifest that a tag or a digest names here, or None."""
+        digest = target if isinstance(target, Digest) else self.tag(target)
+        if digest is None:
+            return None
+        try:
+            data = self.manifests.path(digest).read_bytes()
+        except OSError:
+            return None
+        media_type = manifest_type(data)
+        with contextlib.suppress(OSError):
+            media_type = self._type_path(digest).read_text()
+        return Manifest(digest, media_type or OCI_MANIFEST, data)
+
+    def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
+        """Keep a manifest, and then its tags. STORE_FAILED."""
+        digest = manifest.digest
+        with self._store.changing:
+            if manifest.media_type != manifest_type(manifest.data):
+                self._store.write(self._type_path(digest), manifest.media_type.encode())
+            else:
+                self._store.remove(self._type_path(digest))  # of an earlier push of the same bytes
+            if manifest.subject:
+                self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
+            with BlobWriter(self._store, digest.algorithm) as writer:
+                writer.write(manifest.data)
+                writer.keep(self.manifests)
+            for tag in tags:
+                self._store.write(self.folder / "_tags" / tag, str(digest).encode())
+
+    def delete_manifest(self, digest: Digest) -> bool:
+        """Remove a manifest with all its tags. True if it was here."""
+        with self._store.changing:
+            manifest = self.manifest(digest)
+            if manifest is None:
+                return False
+            for tag in self.tags():
+                if self.tag(tag) == digest:
+                    self.delete_tag(tag)
+            gone = self.manifests.drop(digest)
+            self._store.remove(self._type_path(digest))
+            if manifest.subject:
+                self._store.remove(self._referrers_folder(manifest.subject) / str(digest))
+            return gone
+
+    def referrers(self, subject: Digest) -> Iterator[Manifest]:
+        """The manifests here that have this subject, in the order of their own digests."""
+        for path in sorted(self._referrers_folder(subject).glob("sha*:*")):
+            manifest = self.manifest(Digest.parse(path.name))
+            if manifest:
+                yield manifest
+
+    # ---- tags
+
+    def tag(self, tag: str) -> Digest | None:
+        """The digest of the manifest that a tag names, or None if there is no such tag or manifest."""
+        try:
+            digest = Digest.parse((self.folder / "_tags" / tag).read_text())
+        except (OSError, ValueError):
+            return None
+        return digest if self.manifests.size(digest) is not None else None
+
+    def tags(self) -> list[str]:
+        """All tags, sorted."""
+        return sorted(path.name for path in (self.folder / "_tags").glob("[!.]*") if self.tag(path.name))
+
+    def delete_tag(self, tag: str) -> bool:
+        """Remove a tag. True if there was one. Its manifest stays."""
+        return self._store.remove(self.folder / "_tags" / tag)
+
+    # ---- uploads
+
+    def begin_upload(self) -> str:
+        """Begin an upload, and return its session: a name that nobody can guess."""
+        session = secrets.token_hex(16)
+        path = self.folder / "_uploads" / session
+        with disk_errors(f"write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return session
+
+    def upload_size(self, session: str) -> int:
+        """The bytes of an upload that have arrived, even while a request writes to it. BLOB_UPLOAD_UNKNOWN."""
+        try:
+            if re.fullmatch(r"[0-9a-f]{32}", session):
+                return (self.folder / "_uploads" / session).stat().st_size
+        except FileNotFoundError:
+            pass
+        raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+
+    @contextlib.contextmanager
+    def upload(self, session: str) -> Iterator[Upload]:
+        """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
+        path = self.folder / "_uploads" / session
+        unknown = RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+        if not re.fullmatch(r"[0-9a-f]{32}", session):
+            raise unknown
+        with self._store.reserved(path):
+            if not path.exists():
+                raise unknown
+            if path.stat().st_nlink > 1:  # it is a blob already: the process was killed before it removed this name
+                self._store.remove(path)
+                raise unknown
+            with contextlib.closing(Upload(self._store, path)) as upload:
+                yield upload
+
+    # ---- tidying up
+
+    def tidy_up(self, now: float) -> None:
+        """Remove abandoned uploads, and blobs that no manifest here refers to any more."""
+        for path in self.folder.glob("_uploads/*"):
+            if self._store.is_old(path, now, UPLOAD_AGE):
+                self._store.remove(path)
+                self._store.hashes.pop(path, None)
+        unused = set(self.blobs.digests())
+        for digest in self.manifests.digests():
+            manifest = self.manifest(digest)
+            with contextlib.suppress(RegistryError):  # a manifest that is not JSON refers to nothing
+                unused.difference_update(manifest.listed("config", "layers", "blobs") if manifest else ())
+        for digest in unused:
+            if self._store.is_old(self.blobs.path(digest), now, UPLOAD_AGE):
+                self.blobs.drop(digest)
+
+
+class Hosted:
+    """The registry of what was pushed here: a complete one, which knows nothing of Docker.
+
+    Each method takes a reference whose namespace, if it has one, names this registry.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def repository(self, name: str) -> Repository:
+        """The repository of that name, whether or not anything is in it. The name has to be valid."""
+        return Repository(self._store, name)
+
+    def names(self) -> list[str]:
+        """The names of the repositories that anything was ever pushed to, sorted."""
+        found = []
+        for folder, names, _ in os.walk(self._store.repositories):
+            if any(name in ("_manifests", "_blobs", "_uploads") for name in names):
+                found.append(str(Path(folder).relative_to(self._store.repositories)))
+            names[:] = [name for name in names if not name.startswith("_")]
+        return sorted(found)
+
+    # ---- reading
+
+    def manifest(self, reference: Reference) -> Manifest:
+        """The manifest that a reference names; MANIFEST_UNKNOWN."""
+        manifest = self.repository(reference.repository).manifest(reference.target)
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
+        return manifest
+
+    def blob(self, reference: Reference) -> Blob:
+        """The blob whose digest a reference names; BLOB_UNKNOWN.
+
+        It counts as used now: a client that was told that it is here may rely on that for UPLOAD_AGE seconds.
+        """
+        blobs, digest = self.repository(reference.repository).blobs, reference.digest
+        blob = FolderProvider("hosted", blobs.path).find(digest)
+        if blob is None or not blobs.touch(digest):
+            raise RegistryError("BLOB_UNKNOWN", f"{digest} was not pushed to {reference.repository}")
+        return blob
+
+    def tags(self, reference: Reference) -> list[str]:
+        """The tags of a repository, sorted; NAME_UNKNOWN. The reference's target is not used."""
+        repository = self.repository(reference.repository)
+        if not (repository.folder / "_manifests").exists():
+            raise RegistryError("NAME_UNKNOWN", f"nothing was pushed to {reference.repository}")
+        return repository.tags()
+
+    def referrers(self, reference: Reference) -> list[dict[str, Any]]:
+        """The descriptors of the manifests in a repository that have the digest of a reference as their subject."""
+        manifests = self.repository(reference.repository).referrers(reference.digest)
+        return [manifest.referrer() for manifest in manifests]  # one at a time: they may be large
+
+    def catalog(self) -> list[str]:
+        """The names of the repositories that have tags, sorted."""
+        return [name for name in self.names() if self.repository(name).tags()]
+
+    # ---- writing
+
+    def push_blob(self, reference: Reference, pieces: Iterable[bytes]) -> None:
+        """Take the whole content of a blob in one go. DIGEST_INVALID, and then nothing of it is kept."""
+        expected = reference.digest
+        with BlobWriter(self._store, expected.algorithm) as writer:
+            for piece in pieces:
+                writer.write(piece)
+            found = writer.finish()
+            if found != expected:
+                raise RegistryError("DIGEST_INVALID", f"the bytes that arrived have the digest {found}, not {expected}")
+            writer.keep(self.repository(reference.repository).blobs)
+
+    def mount(self, reference: Reference, source: str | None) -> bool:
+        """Make a blob of another repository belong to this one too. True if that repository has it.
+
+        Without a source, any repository will do (OCI Distribution Spec v1.1, "Mounting a blob from another
+        repository").
+        """
+        digest = reference.digest
+        sources = self.names() if source is None else [source]
+        owned = any(self.repository(name).blobs.size(digest) is not None for name in sources)
+        return owned and self.repository(reference.repository).blobs.adopt(digest)
+
+    @staticmethod
+    def accept_manifest(reference: Reference, data: bytes, content_type: str | None) -> Manifest:
+        """Check the bytes of a manifest that is pushed. MANIFEST_INVALID; DIGEST_INVALID if the reference has another
+        digest."""
+        expected = reference.target if isinstance(reference.target, Digest) else None
+        manifest = Manifest.accept(data, content_type, expected.algorithm if expected else "sha256")
+        if expected not in (None, manifest.digest):
+            raise RegistryError("DIGEST_INVALID", f"the manifest that arrived has the digest {manifest.digest}")
+        return manifest
+
+    def put_manifest(self, reference: Reference, manifest: Manifest, tags: Iterable[str]) -> None:
+        """Keep a manifest with its tags. MANIFEST_BLOB_UNKNOWN if its repository lacks a blob: then nothing is kept."""
+        repository = self.repository(reference.repository)
+        missing = [str(digest) for digest in manifest.blobs() if not repository.blobs.touch(digest)]
+        if missing:
+            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"{reference.repository} lacks {', '.join(missing)}: push "
+                                                         "blobs before the manifest that refers to them")
+        repository.put_manifest(manifest, tags)
+
+    def delete_manifest(self, reference: Reference) -> None:
+        """Remove a tag, or a manifest with all its tags; MANIFEST_UNKNOWN."""
+        repository, target = self.repository(reference.repository), reference.target
+        if not (repository.delete_manifest(target) if isinstance(target, Digest) else repository.delete_tag(target)):
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
+
+    def delete_blob(self, reference: Reference) -> None:
+        """Remove a blob from a repository; BLOB_UNKNOWN."""
+        if not self.repository(reference.repository).blobs.drop(reference.digest):
+            raise RegistryError("BLOB_UNKNOWN", f"{reference.digest} was not pushed to {reference.repository}")
+
+    def tidy_up(self, now: float) -> None:
+        """Remove what was pushed and is not needed any more. now is in seconds since the epoch."""
+        for name in self.names():
+            self.repository(name).tidy_up(now)
+
+
+# =====================================================================================================================
+# 10. Content service: Docker's content by way of its socket
+# Uses: waiting, engine, transfers.
+# =====================================================================================================================
+
+
+# ---- HTTP/2, the part that one gRPC call at a time needs (RFC 9113)
+
 
 FRAME_DATA, FRAME_HEADERS, FRAME_RESET, FRAME_SETTINGS = 0x0, 0x1, 0x3, 0x4
 FRAME_PING, FRAME_GOAWAY, FRAME_WINDOW_UPDATE, FRAME_CONTINUATION = 0x6, 0x7, 0x8, 0x9
 END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
 SETTING_HEADER_TABLE_SIZE, SETTING_ENABLE_PUSH, SETTING_INITIAL_WINDOW, SETTING_MAX_FRAME = 0x1, 0x2, 0x4, 0x5
-
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_LIMIT = 64 * KIB          # bytes of a frame that we accept: larger frames need more memory and are no faster
 WINDOW = 2**31 - 1              # bytes: the maximum; the socket itself slows down a fast sender
@@ -2409,7 +2864,7 @@ class Http2Connection:
             raise GrpcError(int(value))
 
 
-# ---- protobuf: the subset that the content service uses (protobuf.dev/programming-guides/encoding)
+# ---- protobuf, the part that the content service needs (protobuf.dev/programming-guides/encoding)
 
 
 def encode_varint(number: int) -> bytes:
@@ -2448,9 +2903,12 @@ def read_fields(message: Payload) -> Iterator[tuple[int, int | Iterator[memoryvi
             raise Http2Error(f"a protobuf message has a field of type {key & 7}")
 
 
-def decode_fields(message: Payload) -> dict[int, Any]:
-    """Decode a small message into integers and bytes by field number. The last field of a number wins."""
-    return {number: value if isinstance(value, int) else b"".join(value) for number, value in read_fields(message)}
+def decode_fields(message: Payload) -> dict[int, list[Any]]:
+    """Decode a small message into lists of integers and bytes by field number."""
+    found: dict[int, list[Any]] = {}
+    for number, value in read_fields(message):
+        found.setdefault(number, []).append(value if isinstance(value, int) else b"".join(value))
+    return found
 
 
 # ---- the content service
@@ -2469,7 +2927,7 @@ class ContentService:
 
     def __init__(self, engine: Engine, folder: Path):
         """folder holds temporary files for content that several readers share."""
-        self._engine, self._sharing = engine, Sharing(folder)
+        self._engine, self._reads = engine, SharedReads(folder)
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[Http2Connection] = []
 
@@ -2484,25 +2942,41 @@ class ContentService:
 
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
+        info = self._info(digest)
+        size = info.get(2, [0])[-1] if info else None
+        return ServiceBlob(self, digest, size) if isinstance(size, int) else None
+
+    def origins(self, digest: Digest) -> list[str]:
+        """Return the names of the repositories that a blob was pulled from: containerd notes them in its labels.
+
+        See github.com/containerd/containerd, pkg/labels: containerd.io/distribution.source.<host>.
+        """
+        prefix, found = b"containerd.io/distribution.source.", []
+        for entry in (self._info(digest) or {}).get(5, []):
+            fields = decode_fields(Payload(iter([entry]), "a label"))
+            label, value = (b"".join(fields.get(number, [b""])[-1:]) for number in (1, 2))
+            if label.startswith(prefix):
+                host = label.removeprefix(prefix).decode(errors="replace")
+                found += [f"{host}/{name}" for name in value.decode(errors="replace").split(",")]
+        return found
+
+    def _info(self, digest: Digest) -> dict[int, list[Any]] | None:
+        """Return the fields of the service's description of a blob, or None if it does not have the blob."""
         call = self._call("Info", encode_fields((1, str(digest))))
-        size: Any = None
         try:
             with contextlib.closing(call), self._errors(f"reading {digest}"):
-                for message in call:
-                    info = decode_fields(message).get(1)
-                    if isinstance(info, bytes):
-                        size = decode_fields(Payload(iter([info]), "a protobuf message")).get(2, 0)
-                if not isinstance(size, int):
-                    raise Http2Error("the answer has no size")
+                answers = [decode_fields(message) for message in call]  # to the end, so the connection can be reused
+                if not answers:
+                    raise Http2Error("the answer is empty")
+                return decode_fields(Payload(iter(answers[-1].get(1, [b""])), "a protobuf message"))
         except GrpcError as e:
             if e.status == GRPC_NOT_FOUND:
                 return None
             raise RegistryError("ENGINE_FAILED", f"Docker's content service cannot find {digest}: {e}") from e
-        return ServiceBlob(self, digest, size)
 
-    def share(self, digest: Digest, size: int) -> Body:
+    def share(self, digest: Digest, size: int, deadline: Deadline) -> Body:
         """Return all of a blob of size bytes. Simultaneous readers share one call."""
-        return self._sharing.open(digest, size, functools.partial(self.read, digest))
+        return self._reads.open(digest, size, functools.partial(self.read, digest), deadline)
 
     def read(self, digest: Digest, start: int, length: int) -> StreamBody:
         """Return length bytes from start on. Errors before the first byte, like BLOB_UNKNOWN, are raised here."""
@@ -2606,34 +3080,554 @@ class ServiceBlob:
     def __init__(self, service: ContentService, digest: Digest, size: int):
         self._service, self._digest, self.size = service, digest, size
 
-    def open(self, start: int, length: int) -> Body:
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob. Only reads of the whole blob are shared."""
         if length == self.size:
-            return self._service.share(self._digest, length)
+            return self._service.share(self._digest, length, deadline)
         return self._service.read(self._digest, start, length)
 
 
-# ---- what is on its way
+# =====================================================================================================================
+# 11. Layers: Docker's classic image store, read from its own folder
+# Uses: waiting, engine, transfers.
+# =====================================================================================================================
 
 
-class ArrivingBlob:
-    """Content of a known size that Docker is getting: whoever opens it gets the bytes when they are there."""
+class LayerFiles:
+    """Opens files in the folder of a layer by their names in the tar, without ever leaving the folder.
 
-    def __init__(self, size: int, wait: Callable[[], Blob]):
-        """wait gives the content as soon as it has arrived, or raises RegistryError."""
-        self.size, self._wait = size, wait
+    A layer is untrusted: a symbolic link in a path may point anywhere. So each component of a path is opened
+    on its own, without following links. The last folder is kept open because a tar lists files by folder.
+    """
 
-    def open(self, start: int, length: int) -> Body:
-        """See Blob; but errors come while the body is read."""
-        pieces = self._pieces(start, length)
-        return StreamBody(pieces, length, pieces.close, waits=True)
+    STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    # O_NONBLOCK: do not block if the file is a pipe.
+    FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-    def _pieces(self, start: int, length: int) -> Generator[Data, None, None]:
-        with contextlib.closing(self._wait().open(start, length)) as body:
-            yield from body
+    def __init__(self, folder: Path, newest: float):
+        """newest is a time in seconds since the epoch. A file that was changed later is refused."""
+        self._newest = newest
+        self._root = os.open(folder, self.STEP)
+        self._parent, self._parent_name = self._root, b""
+
+    def close(self) -> None:
+        """Close the folders."""
+        self._leave()
+        os.close(self._root)
+
+    def _leave(self) -> None:
+        if self._parent != self._root:
+            os.close(self._parent)
+        self._parent, self._parent_name = self._root, b""
+
+    def _enter(self, parent: bytes) -> None:
+        self._leave()
+        folder = os.dup(self._root)
+        try:
+            for step in parent.split(b"/"):
+                if step in (b"", b"."):
+                    continue
+                if step == b"..":
+                    raise ValueError(f"{parent!r} has a .. component")
+                following = os.open(step, self.STEP, dir_fd=folder)
+                os.close(folder)
+                folder = following
+        except BaseException:
+            os.close(folder)
+            raise
+        self._parent, self._parent_name = folder, parent
+
+    def _locate(self, name: bytes) -> bytes:
+        """Open the folder of a file. Returns the last component of its name."""
+        parent, _, last = name.rpartition(b"/")
+        if last in (b"", b".", b".."):
+            raise ValueError(f"{name!r} is not the name of a file")
+        if parent != self._parent_name:
+            self._enter(parent)
+        return last
+
+    def check(self, name: bytes, size: int) -> None:
+        """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes."""
+        self._check(name, size, os.stat(self._locate(name), dir_fd=self._parent, follow_symlinks=False))
+
+    def _check(self, name: bytes, size: int, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
+            raise ValueError(f"{name!r} has changed")
+
+    def _open(self, name: bytes, size: int) -> int:
+        file = os.open(self._locate(name), self.FILE, dir_fd=self._parent)
+        try:
+            self._check(name, size, os.fstat(file))
+            return file
+        except BaseException:
+            os.close(file)
+            raise
+
+    def open(self, name: bytes, size: int) -> BinaryIO:
+        """Open a file unbuffered. Checks it and raises like check()."""
+        return open(self._open(name, size), "rb", buffering=0)
+
+    def read(self, name: bytes, size: int, first: int, last: int) -> bytes:
+        """Return the bytes from first up to, not including, last. Checks the file and raises like check()."""
+        file = self._open(name, size)
+        try:
+            data = os.pread(file, last - first, first)
+        finally:
+            os.close(file)
+        if len(data) != last - first:
+            raise ValueError(f"{name!r} has become shorter")
+        return data
 
 
-# ---- an image's own registry
+class Layer:
+    """A layer of the classic store as its original tar, which is reassembled while it is read.
+
+    Docker unpacks the tar and keeps the rest of it, all but the content of files, in `tar-split.json.gz`
+    (github.com/vbatts/tar-split). Each line of JSON holds either a base64 piece of the tar, or the name of a
+    file whose content comes next. The files are in the folder that the layer is mounted from.
+    """
+
+    SENDFILE = 128 * KIB    # bytes from which on a file is sent with sendfile
+    # Marks the headers of sparse files, for which the metadata is incomplete. Docker cannot export such layers
+    # either, and refuses the older format of sparse files altogether.
+    SPARSE = b"GNU.sparse."
+    EXTENDED = 1024         # minimum bytes of a header with extended records: two blocks
+    SLACK = 60              # seconds for which Docker may change files of a layer after writing its metadata
+
+    def __init__(self, metadata: Path, files: Path, fail: Callable[[str], RegistryError]):
+        """metadata and files are folders. fail records a problem and returns it as an error."""
+        self._split, self._files, self._fail = metadata / "tar-split.json.gz", files, fail
+        with self._errors():
+            self._newest = self._split.stat().st_ctime + self.SLACK
+            self.size = self._measure()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, *MALFORMED_ERRORS, OSError) as e:
+            raise self._fail(f"{e or type(e).__name__}") from e
+
+    def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
+        """Yield (name, size, "") for each file in the tar, and (None, size, base64) for each piece between them."""
+        for entry in self._entries():
+            if entry["type"] == 2:
+                text = entry["payload"]
+                yield None, len(text) // 4 * 3 - text[-2:].count("="), text
+            elif entry.get("size"):
+                raw = entry.get("name_raw")
+                yield binascii.a2b_base64(raw) if raw else entry["name"].encode(), entry["size"], ""
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """Yield the parsed lines of the metadata. Parsing many at once is three times as fast."""
+        with gzip.open(self._split) as unzipped, io.BufferedReader(unzipped, PIECE) as file:
+            while lines := file.readlines(PIECE):
+                yield from json.loads(b"[%s]" % b",".join(lines))
+
+    def _measure(self) -> int:
+        """Return the size of the tar in bytes. Raises ValueError or OSError if a file has changed."""
+        size = 0
+        with contextlib.closing(LayerFiles(self._files, self._newest)) as files:
+            for name, length, text in self._segments():
+                if name is not None:
+                    files.check(name, length)
+                elif length >= self.EXTENDED and self.SPARSE in binascii.a2b_base64(text):
+                    raise ValueError("sparse files are not supported")
+                size += length
+        return size
+
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
+        """See Blob."""
+        parts = self._parts(start, start + length)
+        return StreamBody(parts, length, parts.close)
+
+    def _parts(self, start: int, end: int) -> Generator[Part, None, None]:
+        """Yield the tar from position start up to end. Small parts are joined."""
+        position, pending = 0, bytearray()
+        with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
+            for name, size, text in self._segments():
+                first, last = max(start - position, 0), min(end - position, size)
+                if first < last:
+                    if name is None:
+                        pending += binascii.a2b_base64(text)[first:last]
+                    elif last - first < self.SENDFILE:
+                        pending += files.read(name, size, first, last)
+                    else:
+                        with files.open(name, size) as file:
+                            yield bytes(pending)
+                            pending.clear()
+                            yield FileBody(file, first, last - first)
+                    if len(pending) >= PIECE:
+                        yield bytes(pending)
+                        pending.clear()
+                position += size
+                if position >= end:
+                    break
+            yield bytes(pending)
+
+
+class LayerDirectory:
+    """Docker's classic image store, read from Docker's data folder: configs, layers, and manifests made for them.
+
+    Layers are found by the digest of their uncompressed tar (`diff`). A layer that could not be read exactly is
+    treated as missing, so that its images are exported.
+    """
+
+    def __init__(self, root: Path):
+        self.name = f"layer directory {root}"
+        self._configs = root / "image/overlay2/imagedb/content"
+        self._layers = root / "image/overlay2/layerdb/sha256"
+        self._overlay = root / "overlay2"
+        self._lock = threading.Lock()  # guards all attributes below
+        self._index: tuple[float, dict[str, Path]] = (0, {})
+        self._measured: dict[tuple[Path, float], Layer] = {}
+        self._failed: dict[tuple[Path, float], str] = {}
+        self._manifests: dict[Digest, bytes] = {}
+
+    def manifest(self, image: EngineImage) -> Digest:
+        """Make the manifest of an image and return its digest. Raises ENGINE_FAILED if a part is not available here."""
+        config = self._config(image.id)
+        layers = [(Digest.parse(diff_id), self._layer(diff_id)) for diff_id in image.layers]
+        missing = [str(digest) for digest, layer in layers if layer is None]
+        if missing or config is None:
+            raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
+        data = make_manifest((image.id, config.size), *((digest, layer.size) for digest, layer in layers if layer))
+        digest = Digest.of(data)
+        with self._lock:
+            self._manifests[digest] = data
+        return digest
+
+    def find(self, digest: Digest) -> Blob | None:
+        """See Provider."""
+        with self._lock:
+            manifest = self._manifests.get(digest)
+        if manifest:
+            return BytesBlob(manifest)
+        try:
+            return self._config(digest) or self._layer(str(digest))
+        except RegistryError:  # already logged by _fail
+            return None
+
+    def _config(self, digest: Digest) -> FileBlob | None:
+        try:
+            return FileBlob(self._configs / digest.algorithm / digest.hex)
+        except OSError:
+            return None
+
+    def _layer(self, diff_id: str) -> Layer | None:
+        """Return the layer with a digest, measured only once, or None. Raises ENGINE_FAILED if it is not readable."""
+        folder = self._folders().get(diff_id)
+        if folder is None:
+            return None
+        try:
+            key = (folder, (folder / "tar-split.json.gz").stat().st_mtime)
+            cache = (folder / "cache-id").read_text().strip()
+        except OSError:
+            return None  # Docker has removed it
+        if not re.fullmatch(r"[\w-]+", cache):
+            return None
+        with self._lock:
+            failure, layer = self._failed.get(key), self._measured.get(key)
+        if failure:
+            raise RegistryError("ENGINE_FAILED", failure)
+        if layer is None:
+            layer = Layer(folder, self._overlay / cache / "diff", functools.partial(self._fail, key, diff_id))
+            with self._lock:
+                self._measured[key] = layer
+        return layer
+
+    def _fail(self, key: tuple[Path, float], diff_id: str, problem: str) -> RegistryError:
+        failure = f"the layer {diff_id} cannot be read from {key[0]}: {printable(problem)}"
+        log.warning("%s; its images will be exported", failure)
+        with self._lock:
+            self._failed[key] = failure
+        return RegistryError("ENGINE_FAILED", failure)
+
+    def _folders(self) -> dict[str, Path]:
+        """Return the folders of layers by digest. Reads them again after Docker has added or removed a layer."""
+        with self._lock:
+            made, folders = self._index
+        try:
+            changed = self._layers.stat().st_mtime
+            if changed != made:
+                folders = {path.read_text().strip(): path.parent for path in self._layers.glob("*/diff")}
+                with self._lock:
+                    self._index = (changed, folders)
+        except OSError:
+            return {}
+        return folders
+
+
+# =====================================================================================================================
+# 12. Export: images copied out of Docker
+# Uses: waiting, engine, store.
+# =====================================================================================================================
+
+
+class ExportStream:
+    """The tar of an export as a forward-only file. It counts the bytes and keeps the last ones.
+
+    tarfile uses it as an ordinary file, because tarfile's stream mode copies all content three times. Content is
+    read here, bypassing tarfile, which then only has to be told where the next header is.
+    """
+
+    TAIL = 64 * KIB
+
+    def __init__(self, source: http.client.HTTPResponse, progress: Callable[[int], None]):
+        self._source, self._progress = source, progress
+        self._buffer = memoryview(bytearray(MIB))
+        self._tail = b""
+        self.count = 0
+
+    def read(self, size: int) -> bytes:
+        """Return up to size bytes; none at the end."""
+        return bytes(self._read(size))
+
+    def _read(self, size: int) -> memoryview:
+        """Return up to size bytes in the buffer, valid until the next call."""
+        piece = self._buffer[:self._source.readinto(self._buffer[:size])]
+        self.count += len(piece)
+        self._tail = (self._tail + piece[-self.TAIL:])[-self.TAIL:]
+        self._progress(self.count)
+        return piece
+
+    def content(self, size: int) -> Iterator[memoryview]:
+        """Yield the next size bytes. Each piece is valid until the next one. Raises tarfile.ReadError at the end."""
+        while size:
+            piece = self._read(size)
+            if not piece:
+                raise tarfile.ReadError("unexpected end of data")
+            size -= len(piece)
+            yield piece
+
+    def tell(self) -> int:
+        """Return the position, in bytes from the beginning."""
+        return self.count
+
+    def seek(self, position: int) -> None:
+        """Skip forward to a position, or to the end."""
+        while self.count < position and self._read(position - self.count):
+            pass
+
+    def complaint(self) -> str | None:
+        """Read to the end, and return Docker's error message there, or None.
+
+        If an export fails halfway, Docker appends a JSON object to the incomplete tar and ends the HTTP
+        response normally.
+        """
+        while self.read(PIECE):  # tarfile stopped at the first invalid header
+            pass
+        found = re.search(rb'\{"(?:message|error|errorDetail)":[^\0]*\}\s*\Z', self._tail)
+        try:
+            document = json.loads(found.group()) if found else {}
+        except ValueError:
+            return None
+        message = document.get("message") or document.get("error")
+        return message if isinstance(message, str) else None
+
+
+class Unpacking:
+    """The members of one export as they arrive in the store, until the good ones are kept.
+
+    It knows the two forms: an OCI layout, and the docker-archive that Podman and Docker before 25 send, for which a
+    manifest has to be made.
+    """
+
+    OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
+
+    def __init__(self, store: Store, image_id: Digest):
+        self._store, self._image_id = store, image_id
+        self._new: dict[Digest, BlobWriter] = {}
+        self._present: set[Digest] = set()      # in the store already
+        self._names: dict[str, Digest] = {}     # members of a docker-archive
+        self._links: dict[str, str] = {}
+        self._documents: dict[str, bytes] = {}  # index.json, manifest.json
+
+    def unpack(self, stream: ExportStream) -> None:
+        """Read a whole export. tarfile.TarError if it is cut off in the middle of a file."""
+        with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
+            for member in archive:
+                self._take(stream, member)
+                archive.members.clear()  # tarfile would remember every member
+
+    def _take(self, stream: ExportStream, member: tarfile.TarInfo) -> None:
+        name = member.name
+        if member.issym():
+            self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+        if not member.isreg():
+            return
+        blob = self.OCI_BLOB.fullmatch(name)
+        if name in ("index.json", "manifest.json"):
+            self._documents[name] = b"".join(map(bytes, stream.content(min(member.size, MANIFEST_LIMIT))))
+        elif blob:
+            self._take_blob(stream, Digest.parse(":".join(blob.groups())), member.size)
+        elif name.endswith((".json", ".tar")):
+            self._names[name] = self._take_blob(stream, None, member.size)
+
+    def _take_blob(self, stream: ExportStream, expected: Digest | None, size: int) -> Digest:
+        if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
+            self._present.add(expected)
+            return expected
+        writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
+        with on_failure(writer.discard):
+            for piece in stream.content(size):
+                writer.write(piece)
+            digest = writer.finish()
+            if expected not in (None, digest):
+                raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
+        self._add(digest, writer)
+        return digest
+
+    def _add(self, digest: Digest, writer: BlobWriter) -> None:
+        if digest in self._new:
+            writer.discard()
+        else:
+            self._new[digest] = writer
+
+    # ---- which manifest is the image's
+
+    def target(self) -> Digest:
+        """The digest of the image's manifest or index; LookupError if the export has none."""
+        if "index.json" in self._documents:
+            return self._find_target(json.loads(self._documents["index.json"]))
+        if "manifest.json" in self._documents:
+            return self._make_manifest(json.loads(self._documents["manifest.json"])[0])
+        raise LookupError("the export ended before its index")
+
+    def _find_target(self, index: Mapping[str, Any]) -> Digest:
+        """The image's ID is the manifest's own digest on the containerd store, its config's on the classic one."""
+        listed = [Digest.parse(descriptor["digest"]) for descriptor in descriptors(index, "manifests")]
+        for digest in listed:
+            if digest == self._image_id or (self._has(digest) and self._is_of_config(self._document(digest))):
+                return digest
+        raise LookupError("the export has no manifest for this image" if listed else "the export lists nothing")
+
+    def _is_of_config(self, document: Mapping[str, Any]) -> bool:
+        config = document.get("config")
+        return isinstance(config, dict) and config.get("digest") == str(self._image_id)
+
+    def _make_manifest(self, entry: Mapping[str, Any]) -> Digest:
+        """A manifest for a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
+        config, *layers = (self._names[self._links.get(name, name)] for name in (entry["Config"], *entry["Layers"]))
+        if config != self._image_id:
+            raise LookupError(f"the export holds the config {config}, not that of the image")
+        if [str(layer) for layer in layers] != self._document(config)["rootfs"]["diff_ids"]:
+            raise LookupError("the layers of the export are not those that the config names")
+        writer = BlobWriter(self._store)
+        writer.write(make_manifest(*((digest, self._path(digest).stat().st_size) for digest in (config, *layers))))
+        digest = writer.finish()
+        self._add(digest, writer)
+        return digest
+
+    def _has(self, digest: Digest) -> bool:
+        return digest in self._new or digest in self._present
+
+    def _path(self, digest: Digest) -> Path:
+        return self._new[digest].path if digest in self._new else self._store.docker.path(digest)
+
+    def _document(self, digest: Digest) -> dict[str, Any]:
+        """A manifest, index or config that has arrived, parsed."""
+        with open(self._path(digest), "rb") as file:
+            document = json.loads(file.read(MANIFEST_LIMIT))
+        if not isinstance(document, dict):
+            raise LookupError(f"{digest} is not a JSON object")
+        return document
+
+    # ---- whether all of it has arrived
+
+    def closure(self, target: Digest) -> set[Digest]:
+        """All content that is needed to serve target, itself included. LookupError names what is missing.
+
+        Of an index, the platforms that Docker does not have may be missing, but not all of them.
+        """
+        if not self._has(target):
+            raise LookupError(f"the export lacks the manifest {target}")
+        document = self._document(target)
+        needed = [Digest.parse(d["digest"]) for d in descriptors(document, "config", "layers") if not d.get("urls")]
+        missing = [str(digest) for digest in needed if not self._has(digest)]
+        if missing:
+            raise LookupError(f"the export lacks {len(missing)} of {len(needed)} blobs: {', '.join(missing)}")
+        children, errors = self._children(document)
+        if errors and not children:
+            raise LookupError("; ".join(errors))
+        return {target, *needed, *children}
+
+    def _children(self, document: Mapping[str, Any]) -> tuple[set[Digest], list[str]]:
+        """What the complete platforms of an index need, and what is wrong with the others."""
+        complete: set[Digest] = set()
+        errors = []
+        for descriptor in descriptors(document, "manifests"):
+            try:
+                complete |= self.closure(Digest.parse(descriptor["digest"]))
+            except LookupError as e:
+                errors.append(str(e))
+        return complete, errors
+
+    def keep(self, content: Iterable[Digest]) -> None:
+        """Give these their final names in the store."""
+        for digest in content:
+            if digest in self._new:
+                self._new.pop(digest).keep(self._store.docker)
+
+    def discard(self) -> None:
+        """Remove everything that was not kept."""
+        for writer in self._new.values():
+            writer.discard()
+
+
+class Exports:
+    """Copies images out of Docker into the store, each once for all who want it: the slow way that always works."""
+
+    def __init__(self, engine: Engine, store: Store, done: Callable[[], None]):
+        """done is called after each export."""
+        self._engine, self._store, self._done = engine, store, done
+        self._jobs = Jobs()
+
+    def manifest(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """The digest of an image's manifest, which is in the store with everything it needs, exported if need be."""
+        target = self._store.exported(image.id)
+        if target is None:
+            job = self._jobs.start(("export", image.id), lambda: self._run(image), f"exporting {image.id}")
+            target = job.outcome(deadline)
+        return target
+
+    def _run(self, image: EngineImage) -> Digest:
+        done = self._store.exported(image.id)
+        if done:  # by a job that ended after the caller had looked
+            return done
+        with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
+            target = self._export(image.id, lines.tell_rate)
+            lines.done(f"manifest {target}")
+        self._done()
+        return target
+
+    def _export(self, image_id: Digest, progress: Callable[[int], None]) -> Digest:
+        """Export an image and return the digest of its manifest. progress gets the number of bytes read so far.
+
+        Success means that every blob of the manifest arrived with the right digest: that Docker's answer ended well
+        means nothing. After any failure nothing of it is kept, and RegistryError has the reason.
+        """
+        unpacking = Unpacking(self._store, image_id)
+        with contextlib.ExitStack() as stack:
+            stack.callback(unpacking.discard)
+            stream = ExportStream(stack.enter_context(self._engine.export(image_id)), progress)
+            try:
+                unpacking.unpack(stream)
+                target = unpacking.target()
+                content = unpacking.closure(target)
+            except (tarfile.TarError, *MALFORMED_ERRORS) as e:
+                reason = stream.complaint() or str(e)
+                raise RegistryError("ENGINE_FAILED", f"Docker's export of {image_id} is not complete after "
+                                                     f"{human_bytes(stream.count)}: {reason}") from e
+            unpacking.keep(content)
+            self._store.record_export(image_id, target, content)
+            return target
+
+
+# =====================================================================================================================
+# 13. Origin: an image's own registry
+# Uses: configuration, waiting, engine, transfers, store.
+# =====================================================================================================================
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -2783,912 +3777,9 @@ class Origin:
         return request, None
 
 
-# ---- the classic store's files
-
-
-def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> bytes:
-    """Make a manifest from the digests and sizes (bytes) of a config and its layers.
-
-    It is identical to the manifest in an export of Docker 25 and newer (github.com/moby/moby,
-    image/tarexport/save.go), so that the digest of an image does not depend on how it is served.
-    """
-    (config_part, *layer_parts) = (
-        {"mediaType": OCI_CONFIG if digest == config[0] else OCI_LAYER_TAR, "digest": str(digest), "size": size}
-        for digest, size in (config, *layers))
-    document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config_part, "layers": layer_parts}
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-class LayerFiles:
-    """Opens files in the folder of a layer by their names in the tar, without ever leaving the folder.
-
-    A layer is untrusted: a symbolic link in a path may point anywhere. So each component of a path is opened
-    on its own, without following links. The last folder is kept open because a tar lists files by folder.
-    """
-
-    STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    # O_NONBLOCK: do not block if the file is a pipe.
-    FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-    def __init__(self, folder: Path, newest: float):
-        """newest is a time in seconds since the epoch. A file that was changed later is refused."""
-        self._newest = newest
-        self._root = os.open(folder, self.STEP)
-        self._parent, self._parent_name = self._root, b""
-
-    def close(self) -> None:
-        """Close the folders."""
-        self._leave()
-        os.close(self._root)
-
-    def _leave(self) -> None:
-        if self._parent != self._root:
-            os.close(self._parent)
-        self._parent, self._parent_name = self._root, b""
-
-    def _enter(self, parent: bytes) -> None:
-        self._leave()
-        folder = os.dup(self._root)
-        try:
-            for step in parent.split(b"/"):
-                if step in (b"", b"."):
-                    continue
-                if step == b"..":
-                    raise ValueError(f"{parent!r} has a .. component")
-                following = os.open(step, self.STEP, dir_fd=folder)
-                os.close(folder)
-                folder = following
-        except BaseException:
-            os.close(folder)
-            raise
-        self._parent, self._parent_name = folder, parent
-
-    def _locate(self, name: bytes) -> bytes:
-        """Open the folder of a file. Returns the last component of its name."""
-        parent, _, last = name.rpartition(b"/")
-        if last in (b"", b".", b".."):
-            raise ValueError(f"{name!r} is not the name of a file")
-        if parent != self._parent_name:
-            self._enter(parent)
-        return last
-
-    def check(self, name: bytes, size: int) -> None:
-        """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes."""
-        self._check(name, size, os.stat(self._locate(name), dir_fd=self._parent, follow_symlinks=False))
-
-    def _check(self, name: bytes, size: int, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
-            raise ValueError(f"{name!r} has changed")
-
-    def _open(self, name: bytes, size: int) -> int:
-        file = os.open(self._locate(name), self.FILE, dir_fd=self._parent)
-        try:
-            self._check(name, size, os.fstat(file))
-            return file
-        except BaseException:
-            os.close(file)
-            raise
-
-    def open(self, name: bytes, size: int) -> BinaryIO:
-        """Open a file unbuffered. Checks it and raises like check()."""
-        return open(self._open(name, size), "rb", buffering=0)
-
-    def read(self, name: bytes, size: int, first: int, last: int) -> bytes:
-        """Return the bytes from first up to, not including, last. Checks the file and raises like check()."""
-        file = self._open(name, size)
-        try:
-            data = os.pread(file, last - first, first)
-        finally:
-            os.close(file)
-        if len(data) != last - first:
-            raise ValueError(f"{name!r} has become shorter")
-        return data
-
-
-class Layer:
-    """A layer of the classic store as its original tar, which is reassembled while it is read.
-
-    Docker unpacks the tar and keeps the rest of it, all but the content of files, in `tar-split.json.gz`
-    (github.com/vbatts/tar-split). Each line of JSON holds either a base64 piece of the tar, or the name of a
-    file whose content comes next. The files are in the folder that the layer is mounted from.
-    """
-
-    SENDFILE = 128 * KIB    # bytes from which on a file is sent with sendfile
-    # Marks the headers of sparse files, for which the metadata is incomplete. Docker cannot export such layers
-    # either, and refuses the older format of sparse files altogether.
-    SPARSE = b"GNU.sparse."
-    EXTENDED = 1024         # minimum bytes of a header with extended records: two blocks
-    SLACK = 60              # seconds for which Docker may change files of a layer after writing its metadata
-
-    def __init__(self, metadata: Path, files: Path, fail: Callable[[str], RegistryError]):
-        """metadata and files are folders. fail records a problem and returns it as an error."""
-        self._split, self._files, self._fail = metadata / "tar-split.json.gz", files, fail
-        with self._errors():
-            self._newest = self._split.stat().st_ctime + self.SLACK
-            self.size = self._measure()
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, zlib.error, *MALFORMED_ERRORS, OSError) as e:
-            raise self._fail(f"{e or type(e).__name__}") from e
-
-    def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
-        """Yield (name, size, "") for each file in the tar, and (None, size, base64) for each piece between them."""
-        for entry in self._entries():
-            if entry["type"] == 2:
-                text = entry["payload"]
-                yield None, len(text) // 4 * 3 - text[-2:].count("="), text
-            elif entry.get("size"):
-                raw = entry.get("name_raw")
-                yield binascii.a2b_base64(raw) if raw else entry["name"].encode(), entry["size"], ""
-
-    def _entries(self) -> Iterator[dict[str, Any]]:
-        """Yield the parsed lines of the metadata. Parsing many at once is three times as fast."""
-        with gzip.open(self._split) as unzipped, io.BufferedReader(unzipped, PIECE) as file:
-            while lines := file.readlines(PIECE):
-                yield from json.loads(b"[%s]" % b",".join(lines))
-
-    def _measure(self) -> int:
-        """Return the size of the tar in bytes. Raises ValueError or OSError if a file has changed."""
-        size = 0
-        with contextlib.closing(LayerFiles(self._files, self._newest)) as files:
-            for name, length, text in self._segments():
-                if name is not None:
-                    files.check(name, length)
-                elif length >= self.EXTENDED and self.SPARSE in binascii.a2b_base64(text):
-                    raise ValueError("sparse files are not supported")
-                size += length
-        return size
-
-    def open(self, start: int, length: int) -> Body:
-        """See Blob."""
-        parts = self._parts(start, start + length)
-        return StreamBody(parts, length, parts.close)
-
-    def _parts(self, start: int, end: int) -> Generator[Part, None, None]:
-        """Yield the tar from position start up to end. Small parts are joined."""
-        position, pending = 0, bytearray()
-        with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
-            for name, size, text in self._segments():
-                first, last = max(start - position, 0), min(end - position, size)
-                if first < last:
-                    if name is None:
-                        pending += binascii.a2b_base64(text)[first:last]
-                    elif last - first < self.SENDFILE:
-                        pending += files.read(name, size, first, last)
-                    else:
-                        with files.open(name, size) as file:
-                            yield bytes(pending)
-                            pending.clear()
-                            yield FileBody(file, first, last - first)
-                    if len(pending) >= PIECE:
-                        yield bytes(pending)
-                        pending.clear()
-                position += size
-                if position >= end:
-                    break
-            yield bytes(pending)
-
-
-class LayerDirectory:
-    """Docker's classic image store, read from Docker's data folder: configs, layers, and manifests made for them.
-
-    Layers are found by the digest of their uncompressed tar (`diff`). A layer that could not be read exactly is
-    treated as missing, so that its images are exported.
-    """
-
-    def __init__(self, root: Path):
-        self.name = f"layer directory {root}"
-        self._configs = root / "image/overlay2/imagedb/content"
-        self._layers = root / "image/overlay2/layerdb/sha256"
-        self._overlay = root / "overlay2"
-        self._lock = threading.Lock()  # guards all attributes below
-        self._index: tuple[float, dict[str, Path]] = (0, {})
-        self._measured: dict[tuple[Path, float], Layer] = {}
-        self._failed: dict[tuple[Path, float], str] = {}
-        self._manifests: dict[Digest, bytes] = {}
-
-    def manifest(self, image: EngineImage) -> Digest:
-        """Make the manifest of an image and return its digest. Raises ENGINE_FAILED if a part is not available here."""
-        config = self._config(image.id)
-        layers = [(Digest.parse(diff_id), self._layer(diff_id)) for diff_id in image.layers]
-        missing = [str(digest) for digest, layer in layers if layer is None]
-        if missing or config is None:
-            raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
-        data = make_manifest((image.id, config.size), *((digest, layer.size) for digest, layer in layers if layer))
-        digest = Digest.of(data)
-        with self._lock:
-            self._manifests[digest] = data
-        return digest
-
-    def find(self, digest: Digest) -> Blob | None:
-        """See Provider."""
-        with self._lock:
-            manifest = self._manifests.get(digest)
-        if manifest:
-            return BytesBlob(manifest)
-        try:
-            return self._config(digest) or self._layer(str(digest))
-        except RegistryError:  # already logged by _fail
-            return None
-
-    def _config(self, digest: Digest) -> FileBlob | None:
-        try:
-            return FileBlob(self._configs / digest.algorithm / digest.hex)
-        except OSError:
-            return None
-
-    def _layer(self, diff_id: str) -> Layer | None:
-        """Return the layer with a digest, measured only once, or None. Raises ENGINE_FAILED if it is not readable."""
-        folder = self._folders().get(diff_id)
-        if folder is None:
-            return None
-        try:
-            key = (folder, (folder / "tar-split.json.gz").stat().st_mtime)
-            cache = (folder / "cache-id").read_text().strip()
-        except OSError:
-            return None  # Docker has removed it
-        if not re.fullmatch(r"[\w-]+", cache):
-            return None
-        with self._lock:
-            failure, layer = self._failed.get(key), self._measured.get(key)
-        if failure:
-            raise RegistryError("ENGINE_FAILED", failure)
-        if layer is None:
-            layer = Layer(folder, self._overlay / cache / "diff", functools.partial(self._fail, key, diff_id))
-            with self._lock:
-                self._measured[key] = layer
-        return layer
-
-    def _fail(self, key: tuple[Path, float], diff_id: str, problem: str) -> RegistryError:
-        failure = f"the layer {diff_id} cannot be read from {key[0]}: {printable(problem)}"
-        log.warning("%s; its images will be exported", failure)
-        with self._lock:
-            self._failed[key] = failure
-        return RegistryError("ENGINE_FAILED", failure)
-
-    def _folders(self) -> dict[str, Path]:
-        """Return the folders of layers by digest. Reads them again after Docker has added or removed a layer."""
-        with self._lock:
-            made, folders = self._index
-        try:
-            changed = self._layers.stat().st_mtime
-            if changed != made:
-                folders = {path.read_text().strip(): path.parent for path in self._layers.glob("*/diff")}
-                with self._lock:
-                    self._index = (changed, folders)
-        except OSError:
-            return {}
-        return folders
-
-
-# ---- the export
-
-
-class ExportStream:
-    """The tar of an export as a forward-only file. It counts the bytes and keeps the last ones.
-
-    tarfile uses it as an ordinary file, because tarfile's stream mode copies all content three times. Content is
-    read here, bypassing tarfile, which then only has to be told where the next header is.
-    """
-
-    TAIL = 64 * KIB
-
-    def __init__(self, source: http.client.HTTPResponse, progress: Callable[[int], None]):
-        self._source, self._progress = source, progress
-        self._buffer = memoryview(bytearray(MIB))
-        self._tail = b""
-        self.count = 0
-
-    def read(self, size: int) -> bytes:
-        """Return up to size bytes; none at the end."""
-        return bytes(self._read(size))
-
-    def _read(self, size: int) -> memoryview:
-        """Return up to size bytes in the buffer, valid until the next call."""
-        piece = self._buffer[:self._source.readinto(self._buffer[:size])]
-        self.count += len(piece)
-        self._tail = (self._tail + piece[-self.TAIL:])[-self.TAIL:]
-        self._progress(self.count)
-        return piece
-
-    def content(self, size: int) -> Iterator[memoryview]:
-        """Yield the next size bytes. Each piece is valid until the next one. Raises tarfile.ReadError at the end."""
-        while size:
-            piece = self._read(size)
-            if not piece:
-                raise tarfile.ReadError("unexpected end of data")
-            size -= len(piece)
-            yield piece
-
-    def tell(self) -> int:
-        """Return the position, in bytes from the beginning."""
-        return self.count
-
-    def seek(self, position: int) -> None:
-        """Skip forward to a position, or to the end."""
-        while self.count < position and self._read(position - self.count):
-            pass
-
-    def complaint(self) -> str | None:
-        """Read to the end, and return Docker's error message there, or None.
-
-        If an export fails halfway, Docker appends a JSON object to the incomplete tar and ends the HTTP
-        response normally.
-        """
-        while self.read(PIECE):  # tarfile stopped at the first invalid header
-            pass
-        found = re.search(rb'\{"(?:message|error|errorDetail)":[^\0]*\}\s*\Z', self._tail)
-        try:
-            document = json.loads(found.group()) if found else {}
-        except ValueError:
-            return None
-        message = document.get("message") or document.get("error")
-        return message if isinstance(message, str) else None
-
-
-class Unpacking:
-    """The members of one export as they arrive in the store, until the good ones are kept.
-
-    Knows the two forms: an OCI layout, and the docker-archive that Podman and Docker before 25 send,
-    for which a manifest has to be made.
-
-    An OCI layout of the classic store has its blobs in the order of their digests, the image's manifest somewhere
-    among them. As soon as that is there, all that it lists can be read as it comes: see find().
-    """
-
-    OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
-
-    def __init__(self, store: Store, image_id: Digest, announce: Callable[[Digest], None] | None):
-        """announce is called with the digest of the image's manifest, when it is known and much is still to come.
-
-        With None nothing is offered before the end.
-        """
-        self._store, self._image_id, self._announce = store, image_id, announce
-        self._new: dict[Digest, BlobWriter] = {}
-        # What can be read before the end; both are replaced whole: they need no lock.
-        self._manifest: Manifest | None = None
-        self._relays: dict[Digest, Relay] = {}
-        self._present: set[Digest] = set()      # in the store already
-        self._names: dict[str, Digest] = {}     # members of a docker-archive
-        self._links: dict[str, str] = {}
-        self._documents: dict[str, bytes] = {}  # index.json, manifest.json
-
-    def unpack(self, stream: ExportStream) -> None:
-        """Take in a whole export. tarfile.TarError when it is cut off in the middle of a file."""
-        with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
-            for member in archive:
-                self._take(stream, member)
-                archive.members.clear()  # tarfile would remember every member
-
-    def _take(self, stream: ExportStream, member: tarfile.TarInfo) -> None:
-        name = member.name
-        if member.issym():
-            self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
-        if not member.isreg():
-            return
-        blob = self.OCI_BLOB.fullmatch(name)
-        if name in ("index.json", "manifest.json"):
-            self._documents[name] = b"".join(map(bytes, stream.content(min(member.size, MANIFEST_LIMIT))))
-        elif blob:
-            self._take_blob(stream, Digest.parse(":".join(blob.groups())), member.size)
-        elif name.endswith((".json", ".tar")):
-            self._names[name] = self._take_blob(stream, None, member.size)
-
-    def _take_blob(self, stream: ExportStream, expected: Digest | None, size: int) -> Digest:
-        if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
-            self._present.add(expected)
-            self._offer_whole(expected, size)
-            return expected
-        relay = self._relay(expected, size)
-        writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
-        try:
-            if relay:
-                relay.begin_at(writer.path)
-            for piece in stream.content(size):
-                writer.write(piece)
-                if relay:
-                    relay.advance(len(piece))
-            digest = writer.finish()
-            if expected not in (None, digest):
-                raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
-        except BaseException:
-            writer.discard()
-            raise
-        if relay:
-            relay.end()
-        self._add(digest, writer)
-        if self._announce and not self._manifest and size <= MANIFEST_LIMIT:
-            self._recognize(digest, self._announce)
-        return digest
-
-    def _add(self, digest: Digest, writer: BlobWriter) -> None:
-        if digest in self._new:
-            writer.discard()
-        else:
-            self._new[digest] = writer
-
-    # ---- what can be read before the end
-
-    def find(self, digest: Digest) -> Blob | None:
-        """Content of the image that is arriving: there already, or as good as there."""
-        manifest = self._manifest
-        if manifest and digest == manifest.digest:
-            return BytesBlob(manifest.data)
-        return self._relays.get(digest)
-
-    def _recognize(self, digest: Digest, announce: Callable[[Digest], None]) -> None:
-        """If this blob is the image's manifest, offer what it lists, unless nearly all of that is there."""
-        with disk_errors(f"read {digest}"), open(self._path(digest), "rb") as file:
-            if file.read(1) != b"{":  # so that layers are not read
-                return
-            data = b"{" + file.read()
-        manifest = Manifest(digest, manifest_type(data) or "", data)
-        if not manifest.media_type or not self._is_of_config(manifest.document):
-            return
-        relays = {blob: Relay(size) for blob, size in manifest.sizes("config", "layers").items()
-                  if blob in self._new or not self._store.docker.adopt(blob, size)}
-        if sum(relay.size for blob, relay in relays.items() if not self._has(blob)) >= EARLY_EXPORT:
-            self._offer(manifest, relays)
-            announce(digest)
-
-    def _offer(self, manifest: Manifest, relays: dict[Digest, Relay]) -> None:
-        """Let others find the image's manifest, and all that the store does not have of what it lists."""
-        self._relays = relays
-        with disk_errors(f"read {manifest.digest}"):
-            for digest in (manifest.digest, *relays):
-                if digest not in self._present:
-                    self._store.docker.drop(digest)  # what a crash cut short would be found first
-                if digest in relays and self._has(digest):
-                    self._offer_whole(digest, self._path(digest).stat().st_size)
-        self._manifest = manifest
-
-    def _relay(self, digest: Digest | None, size: int) -> Relay | None:
-        """What readers of a blob follow, if it is offered; ENGINE_FAILED when it has another size than it should."""
-        relay = self._relays.get(digest) if digest else None
-        if relay and relay.size != size:
-            raise RegistryError("ENGINE_FAILED", f"Docker exported {digest} with {size} bytes, not with {relay.size} "
-                                                 "as its manifest says")
-        return relay
-
-    def _offer_whole(self, digest: Digest, size: int) -> None:
-        """Let readers of a blob have it, which is all there."""
-        relay = self._relay(digest, size)
-        if relay and not relay.count:
-            relay.begin_at(self._path(digest))
-            relay.advance(size)
-            relay.end()
-
-    def _is_of_config(self, document: Mapping[str, Any]) -> bool:
-        """Whether this is a manifest with the image's ID as its config, as it is on the classic store."""
-        config = document.get("config")
-        return isinstance(config, dict) and config.get("digest") == str(self._image_id)
-
-    # ---- which manifest is the image's
-
-    def target(self) -> Digest:
-        """The digest of the manifest or index of the image; LookupError when the export has none."""
-        if "index.json" in self._documents:
-            target = self._find_target(json.loads(self._documents["index.json"]))
-            if self._manifest and self._manifest.digest != target:
-                raise LookupError("the export has two manifests for this image")
-            return target
-        if "manifest.json" in self._documents:
-            return self._make_manifest(json.loads(self._documents["manifest.json"])[0])
-        raise LookupError("the export ended before its index")
-
-    def _find_target(self, index: Mapping[str, Any]) -> Digest:
-        """Its own digest is the image's ID on the containerd store, its config's on the classic one."""
-        listed = [Digest.parse(descriptor["digest"]) for descriptor in descriptors(index, "manifests")]
-        for digest in listed:
-            if digest == self._image_id or (self._has(digest) and self._is_of_config(self._document(digest))):
-                return digest
-        raise LookupError("the export has no manifest for this image" if listed else "the export lists nothing")
-
-    def _make_manifest(self, entry: Mapping[str, Any]) -> Digest:
-        """A manifest for a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
-        config, *layers = (self._names[self._links.get(name, name)] for name in (entry["Config"], *entry["Layers"]))
-        if config != self._image_id:
-            raise LookupError(f"the export holds the config {config}, not that of the image")
-        if [str(layer) for layer in layers] != self._document(config)["rootfs"]["diff_ids"]:
-            raise LookupError("the layers of the export are not those that the config names")
-        writer = BlobWriter(self._store)
-        writer.write(make_manifest(*((digest, self._path(digest).stat().st_size) for digest in (config, *layers))))
-        digest = writer.finish()
-        self._add(digest, writer)
-        return digest
-
-    def _has(self, digest: Digest) -> bool:
-        return digest in self._new or digest in self._present
-
-    def _path(self, digest: Digest) -> Path:
-        return self._new[digest].path if digest in self._new else self._store.docker.path(digest)
-
-    def _document(self, digest: Digest) -> dict[str, Any]:
-        """A manifest, index or config that has arrived, parsed."""
-        with open(self._path(digest), "rb") as file:
-            document = json.loads(file.read(MANIFEST_LIMIT))
-        if not isinstance(document, dict):
-            raise LookupError(f"{digest} is not a JSON object")
-        return document
-
-    # ---- whether all of it is there
-
-    def closure(self, target: Digest) -> set[Digest]:
-        """All that has to be there to serve target, itself included. LookupError names what is missing.
-
-        Of an index, the platforms that Docker does not have may be missing, but not all of them.
-        """
-        if not self._has(target):
-            raise LookupError(f"the export lacks the manifest {target}")
-        document = self._document(target)
-        needed = [Digest.parse(d["digest"]) for d in descriptors(document, "config", "layers") if not d.get("urls")]
-        missing = [str(digest) for digest in needed if not self._has(digest)]
-        if missing:
-            raise LookupError(f"the export lacks {len(missing)} of {len(needed)} blobs: {', '.join(missing)}")
-        children, errors = self._children(document)
-        if errors and not children:
-            raise LookupError("; ".join(errors))
-        return {target, *needed, *children}
-
-    def _children(self, document: Mapping[str, Any]) -> tuple[set[Digest], list[str]]:
-        """What the complete platforms of an index need, and what is wrong with the others."""
-        complete: set[Digest] = set()
-        errors = []
-        for descriptor in descriptors(document, "manifests"):
-            try:
-                complete |= self.closure(Digest.parse(descriptor["digest"]))
-            except LookupError as e:
-                errors.append(str(e))
-        return complete, errors
-
-    def keep(self, content: Iterable[Digest]) -> None:
-        """Give these their final names in the store."""
-        for digest in content:
-            if digest in self._new:
-                self._new.pop(digest).keep(self._store.docker)
-
-    def fail(self, reason: BaseException) -> None:
-        """Tell those who read what does not come any more."""
-        for relay in self._relays.values():
-            relay.end(reason)
-
-    def discard(self) -> None:
-        """Remove all that was not kept, and let go of what was offered."""
-        self._manifest, self._relays = None, {}
-        for writer in self._new.values():
-            writer.discard()
-
-
-class Exporter:
-    """Copies an image out of Docker into the store: the way that always works, and the slow one.
-
-    As a provider it has the content of images that are being exported.
-    """
-
-    name = "export"
-
-    def __init__(self, engine: Engine, store: Store):
-        self._engine, self._store = engine, store
-        self._lock = threading.Lock()  # guards _under_way
-        self._under_way: list[Unpacking] = []
-
-    def find(self, digest: Digest) -> Blob | None:
-        """See Provider."""
-        with self._lock:
-            found = (unpacking.find(digest) for unpacking in self._under_way)
-            return next((blob for blob in found if blob), None)
-
-    @contextlib.contextmanager
-    def _unpacking(self, image_id: Digest, announce: Callable[[Digest], None] | None) -> Iterator[Unpacking]:
-        """An unpacking whose content can be found until it ends."""
-        unpacking = Unpacking(self._store, image_id, announce)
-        with self._lock:
-            self._under_way.append(unpacking)
-        try:
-            yield unpacking
-            unpacking.fail(RegistryError("ENGINE_FAILED", "the export did not bring it"))  # what is left, if anything
-        except BaseException as e:
-            unpacking.fail(e)
-            raise
-        finally:
-            with self._lock:
-                self._under_way.remove(unpacking)
-            unpacking.discard()
-
-    def export(self, image_id: Digest, progress: Callable[[int], None],
-               announce: Callable[[Digest], None] | None = None) -> Digest:
-        """Export an image and return the digest of its manifest, whose blobs are then in the store.
-
-        progress is called with the number of bytes read so far; announce, if there is one, with the digest that will
-        be returned, when it is known long before the end: from then on the blobs are found here.
-
-        Success means that every blob of the manifest arrived with the right digest: that Docker's answer ended well
-        means nothing. On any failure nothing of it counts, and RegistryError has the reason.
-        """
-        with self._unpacking(image_id, announce) as unpacking:
-            with self._engine.export(image_id) as response:
-                stream = ExportStream(response, progress)
-                try:
-                    unpacking.unpack(stream)
-                    target = unpacking.target()
-                    content = unpacking.closure(target)
-                except (tarfile.TarError, *MALFORMED_ERRORS) as e:
-                    reason = stream.complaint() or str(e)
-                    raise RegistryError("ENGINE_FAILED", f"Docker's export of {image_id} is not complete after "
-                                                         f"{human_bytes(stream.count)}: {reason}") from e
-            unpacking.keep(content)
-            self._store.record_export(image_id, target, content)
-            return target
-
-
-# =====================================================================================================
-# 7. Registry: names resolve to digests, digests resolve to content
-# =====================================================================================================
-
-
-def without_frames(error: Exception) -> Exception:
-    """An error without the tracebacks that would hold all that its job had in hand, files among it."""
-    link: BaseException | None = error
-    while link:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
-
-
-class Flight:
-    """One job that is under way, and its outcome for everybody who waits for it."""
-
-    def __init__(self) -> None:
-        self.known = threading.Event()  # the result may be, though the job has not ended
-        self.done = threading.Event()
-        self.result: Any = None
-        self.error: Exception | None = None
-
-    def announce(self, result: Any) -> None:
-        """For the job itself: tell what its result will be, if all goes well."""
-        self.result = result
-        self.known.set()
-
-    def prospect(self) -> Any:
-        """Wait until the result is known, which may be before the end: the job's result or its error."""
-        self.known.wait()
-        if self.error:
-            raise self.error.with_traceback(None)
-        return self.result
-
-    def outcome(self) -> Any:
-        """Wait for the end: the job's result or its error."""
-        self.done.wait()
-        return self.prospect()
-
-
-class Flights:
-    """Runs at most one job for a key at a time; whoever asks meanwhile waits for its outcome.
-
-    The key has to hold everything that changes the outcome. Jobs run in threads of their own, so that
-    they go on when the client that started them hangs up, and a retry joins them or finds them done.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _flights
-        self._flights: dict[Hashable, Flight] = {}
-
-    def join(self, key: Hashable, job: Callable[[Flight], Any]) -> Any:
-        """The outcome of the job under way for key, or of this one if there is none: its result or its error."""
-        return self.start(key, job).outcome()
-
-    def start(self, key: Hashable, job: Callable[[Flight], Any]) -> Flight:
-        """The job under way for key, or this one, started, if there is none. It is called with its flight."""
-        with self._lock:
-            flight = self._flights.get(key)
-            if flight is None:
-                flight = self._flights[key] = Flight()
-                with on_failure(lambda: self._flights.pop(key)):
-                    start_thread(self._run, key, flight, job)
-        return flight
-
-    def _run(self, key: Hashable, flight: Flight, job: Callable[[Flight], Any]) -> None:
-        try:
-            flight.result = job(flight)
-        except Exception as e:  # a boundary: the waiting threads raise it
-            flight.error = without_frames(e)
-        finally:
-            with self._lock:
-                del self._flights[key]
-            flight.done.set()
-            flight.known.set()
-
-
-class ProgressLog:
-    """Writes a line about some long work every PROGRESS_INTERVAL seconds, as long as it is told of any."""
-
-    def __init__(self, what: str):
-        self._what, self._next = what, time.monotonic() + PROGRESS_INTERVAL
-        self.started = time.monotonic()
-        log.info("%s: started", what)
-
-    def __enter__(self) -> ProgressLog:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error:
-            self.failed(error)
-
-    def tell(self, line: Callable[[float], str]) -> None:
-        """line(seconds of the monotonic clock) gives the text, if it is time for one."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + PROGRESS_INTERVAL
-            log.info("%s: %s", self._what, line(now))
-
-    def tell_rate(self, count: int) -> None:
-        """Some bytes have been read so far."""
-        self.tell(lambda now: f"{human_bytes(count)}, {human_bytes(count / (now - self.started))}/s")
-
-    def done(self, how: str) -> None:
-        """Write the last line of work that succeeded."""
-        log.info("%s: done in %s, %s", self._what, human_seconds(time.monotonic() - self.started), how)
-
-    def failed(self, error: BaseException) -> None:
-        """Write the last line of work that failed; done by leaving a `with` by an exception."""
-        log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started), error)
-
-
 @dataclass(frozen=True)
-class Sources:
-    """Where an engine's content is read from, in the order of asking. exports: it is copied out first.
-
-    layers are those of the classic store, where they can be read. problem is what a person should know if it is
-    not as it could be.
-    """
-
-    info: EngineInfo
-    providers: tuple[Provider, ...]
-    exports: bool = False
-    problem: str | None = None
-    layers: LayerDirectory | None = None
-
-    def __str__(self) -> str:
-        return ", ".join(provider.name for provider in self.providers)
-
-
-class Content:
-    """The question content(digest) -> bytes, asked of the providers that the engine of now has."""
-
-    def __init__(self, engine: Engine, store: Store, root: Path | None = None):
-        """root is where Docker's data folder is to be found here, if not at the place that Docker names."""
-        self._engine, self._root = engine, root
-        self._service = ContentService(engine, store.root)
-        self._stored, self.exporter = FolderProvider("store", store.docker.path), Exporter(engine, store)
-        self._sources: Sources | None = None  # replaced whole: needs no lock
-        self._lock = threading.Lock()  # guards what follows
-        self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that is believed, its size
-        self._manifests: dict[Digest, Manifest] = {}
-
-    def close(self) -> None:
-        """Give up what is held open."""
-        self._service.close()
-
-    def sources(self) -> Sources:
-        """Where content comes from, for the engine as it is now; logged whenever that changes."""
-        info = self._engine.info()
-        known = self._sources
-        if known and (info is known.info or (info == known.info and not known.problem)):
-            return known
-        sources = self._find_sources(info)
-        if not known or (info, str(sources), sources.problem) != (known.info, str(known), known.problem):
-            log.info("%s; content from: %s", info, sources)
-            if sources.problem:
-                log.warning("%s", sources.problem)
-        self._sources = sources
-        return sources
-
-    def _find_sources(self, info: EngineInfo) -> Sources:
-        root = self._root or info.root
-        providers: list[Provider] = [self._stored]
-        if info.store != "containerd":
-            layers = LayerDirectory(root) if os.access(root / "image/overlay2/layerdb/sha256", os.R_OK) else None
-            problem = self._folder_problem(layers, root, info)
-            if layers and not problem:
-                return Sources(info, (self._stored, layers, self.exporter), exports=True, layers=layers)
-            return Sources(info, (self._stored, self.exporter), exports=True, problem=problem)
-        folder = content_folder(root)
-        files = self._content_directory(folder) if folder else None
-        problem = self._folder_problem(files, root, info)
-        if files and not problem:
-            providers.append(files)
-        unserved = self._service.problem()
-        if unserved is None:
-            return Sources(info, (*providers, self._service), problem=problem)
-        if len(providers) > 1:
-            return Sources(info, tuple(providers))
-        return Sources(info, (self._stored, self.exporter), exports=True, problem=(
-            f"images are exported one by one: Docker's content can't be read: {unserved}"))
-
-    @staticmethod
-    def _content_directory(folder: Path) -> FolderProvider:
-        return FolderProvider(f"content directory {folder}", lambda digest: folder / digest.algorithm / digest.hex)
-
-    def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
-        """Why files that may be this engine's are not used, or None when they are (or are not there, as by default).
-
-        Another engine's folder would do no harm, for content is found by its digest; but a person wants to know.
-        """
-        if files is None:
-            return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
-        try:
-            identity = (root / "engine-id").read_text().strip()
-        except OSError:
-            identity = ""  # engines before 23 have none, nor has the folder of the system's containerd
-        if identity and identity != info.identity:
-            return f"{root} is the data folder of another Docker: it is not used"
-        images = self._engine.image_ids()
-        found = sum(files.find(image) is not None for image in images)
-        enough = (found > 0 or not images) if identity else (found == len(images) > 0)
-        return None if enough else f"{root} does not hold the images of this Docker: it is not used"
-
-    def find(self, digest: Digest) -> Blob | None:
-        """The content, from the first provider that has it. The store answers even without Docker."""
-        blob = self._stored.find(digest)
-        if blob is None:
-            for provider in self.sources().providers[1:]:
-                blob = blob or provider.find(digest)
-        return blob or self._stored.find(digest)  # what is not arriving any more has arrived meanwhile
-
-    def has(self, digest: Digest, size: int) -> bool:
-        """Whether the content is here, with its size in bytes: a file may have been cut short by a crash.
-
-        A good answer is believed for a few seconds: for one pull the same is asked again and again.
-        """
-        now = time.monotonic()
-        with self._lock:
-            until, known = self._seen.get(digest, (0.0, 0))
-        if now < until and known == size:
-            return True
-        blob = self.find(digest)
-        if blob is None or blob.size != size:
-            return False
-        if isinstance(blob, Relay) or self.exporter.find(digest):  # it is arriving, and may yet fail
-            return True
-        with self._lock:
-            if len(self._seen) >= MEMORY_LIMIT:
-                self._seen.clear()
-            self._seen[digest] = (now + PRESENCE_FRESH, size)
-        return True
-
-    def manifest(self, digest: Digest) -> Manifest | None:
-        """The manifest or index with a digest; None when there is none, or when it is something else."""
-        with self._lock:
-            known = self._manifests.get(digest)
-        if known and self.has(digest, len(known.data)):
-            return known
-        manifest = self._read_manifest(digest)
-        if manifest and len(manifest.data) <= MANIFEST_REMEMBERED:
-            with self._lock:
-                if len(self._manifests) >= MANIFESTS_LIMIT:
-                    self._manifests.clear()
-                self._manifests[digest] = manifest
-        return manifest
-
-    def _read_manifest(self, digest: Digest) -> Manifest | None:
-        blob = self.find(digest)
-        if blob is None or blob.size > MANIFEST_LIMIT or isinstance(blob, Relay):  # that is of what a manifest lists
-            return None
-        data = read_blob(blob, MANIFEST_LIMIT)
-        media_type = manifest_type(data)
-        if media_type is None:
-            return None
-        if Digest.of(data, digest.algorithm) != digest:
-            raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
-        return Manifest(digest, media_type, data)
-
-
-@dataclass(frozen=True)
-class Origins:
-    """From which registries images may be got, when, and with whose credentials.
+class PullPolicy:
+    """Which registries images may come from, when, and with whose credentials.
 
     allowed are patterns, like *.corp.example; none allows all. policy is missing, always or never, with the
     docker command's meaning (docs.docker.com/reference/cli/docker/container/run/#pull). config has the
@@ -3733,176 +3824,52 @@ def pull_error(failure: PullFailed, reference: Reference, credentials: Credentia
     if failure.code == "DENIED" or (failure.code == "MANIFEST_UNKNOWN" and not credentials):
         challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
         if failure.code == "MANIFEST_UNKNOWN":
-            detail += ". To a request without credentials this is 401, for it may be private (imagePullSecrets)"
+            detail += ". The image may be private: a request without credentials gets 401 (imagePullSecrets)"
         return RegistryError("UNAUTHORIZED", detail, challenge)
     return RegistryError(failure.code, detail)
 
 
-class Pulls:
-    """Has Docker pull images, once for all who want the same, and knows what the pulls under way will bring.
+@dataclass(frozen=True)
+class Promised:
+    """A blob that was promised with a manifest: its size in bytes, and where it comes from with whose credentials."""
 
-    On Docker's containerd store, that is: there the content of an image can be read piece by piece, as it comes.
+    size: int
+    source: Reference
+    credentials: Credentials | None
+
+
+class Fetches:
+    """Gets content that Docker does not give from an image's own registry into the store.
+
+    Requests for the same content with the same credentials share one transfer, and read it while it arrives. What
+    was promised to one client's credentials is not shown to other clients until it is in the store.
     """
 
-    def __init__(self, engine: Engine, content: Content, origins: Origins):
-        self._engine, self._content, self._origins = engine, content, origins
-        self._flights = Flights()
-        self._lock = threading.Lock()  # guards _expected
-        self._expected: dict[Digest, tuple[int, Flight]] = {}  # what a pull will bring: its size, and the pull
-
-    def pull(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None = None,
-             lasting: Callable[[], None] = lambda: None) -> Manifest | None:
-        """Have Docker pull an image; requests for the same image with the same credentials share one pull.
-
-        When it takes long, and content can be read while it arrives, the answer is the manifest: the rest is
-        on its way. Otherwise it is None, at the end of the pull. old is what Docker has by that name already,
-        which is to be replaced. lasting is called when the pull did not fail early. Raises what Origins.check()
-        and pull_error() give.
-        """
-        self._origins.check(reference)
-        used = self._origins.credentials(reference, credentials)
-        pull = self._flights.start(("pull", reference, used), lambda _: self._run(reference, used, old))
-        try:
-            if not pull.done.wait(EARLY_ANSWER):
-                lasting()
-                if not self._content.sources().exports:
-                    return self._early_manifest(pull, reference, used)
-            pull.outcome()
-        except PullFailed as e:
-            raise pull_error(e, reference, credentials) from None
-        return None
-
-    def _run(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None) -> None:
-        image = self._engine.image(str(reference))
-        if image and (old is None or image.id != old.id):
-            return  # pulled by a flight that landed after the caller had looked
-        with ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else "")) as lines:
-            progress = PullProgress(lines.started)
-
-            def tell(message: Mapping[str, Any]) -> None:
-                progress.update(message)
-                lines.tell(progress.line)
-
-            self._engine.pull(reference, credentials, tell)
-            lines.done(progress.line(time.monotonic()))
-
-    def _look_up(self, reference: Reference, credentials: Credentials | None) -> Flight:
-        """The question to an image's registry which digest a tag has there now."""
-        return self._flights.start(("digest", reference, credentials),
-                                   lambda _: self._engine.origin_digest(reference, credentials))
-
-    def is_outdated(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
-        """Whether a tag means another image at its registry than at Docker, as far as that can be found out."""
-        try:
-            self._origins.check(reference)
-            look_up = self._look_up(reference, self._origins.credentials(reference, credentials))
-            if not look_up.done.wait(EARLY_ANSWER):
-                raise RegistryError("ORIGIN_UNAVAILABLE", "there is no answer in time")
-            digest = look_up.outcome()
-        except (PullFailed, RegistryError) as e:
-            log.warning("%s: Docker's own image is served, whether or not the tag has moved: %s", reference,
-                        e.detail if isinstance(e, RegistryError) else e)
-            return False
-        return digest != image.id and not any(name.endswith(f"@{digest}") for name in image.origins)
-
-    # ---- what a pull is bringing
-
-    def _early_manifest(self, pull: Flight, reference: Reference, credentials: Credentials | None) -> Manifest | None:
-        """The manifest that a pull has brought already, or None when it has ended; errors like those of the pull."""
-        digest = reference.target
-        if not isinstance(digest, Digest):
-            look_up = self._look_up(reference, credentials)
-            while not look_up.done.wait(ARRIVAL_INTERVAL) and not pull.done.is_set():
-                pass
-            digest = look_up.result
-        manifest = self._await_manifest(pull, digest)
-        if manifest is None:
-            pull.outcome()
-            return None
-        log.info("pull %s: answered with the manifest %s while the rest arrives", reference, digest)
-        self._expect(pull, manifest)
-        return manifest
-
-    def _await_manifest(self, pull: Flight, digest: Digest | None) -> Manifest | None:
-        """A manifest as soon as a pull has brought it, or None when the pull has ended without it."""
-        while True:
-            ended = pull.done.wait(ARRIVAL_INTERVAL)
-            manifest = self._content.manifest(digest) if digest else None
-            if manifest or ended:
-                return manifest
-
-    def manifest(self, digest: Digest) -> Manifest | None:
-        """A manifest that a pull under way will bring, as soon as it is there; None if no pull will.
-
-        What it refers to is expected from then on.
-        """
-        _, pull = self._coming(digest)
-        manifest = self._await_manifest(pull, digest) if pull else None
-        if pull and manifest:
-            self._expect(pull, manifest)
-        return manifest
-
-    def _expect(self, pull: Flight, manifest: Manifest) -> None:
-        """Remember what a manifest says of the content that a pull will bring."""
-        with self._lock:
-            self._expected = {digest: (size, flight) for digest, (size, flight) in self._expected.items()
-                              if not flight.done.is_set()}
-            sizes = manifest.sizes("config", "layers", "manifests")
-            self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
-
-    def _coming(self, digest: Digest) -> tuple[int, Flight | None]:
-        """The size of some content in bytes, and the pull under way that will bring it, if there is one."""
-        with self._lock:
-            size, pull = self._expected.get(digest, (0, None))
-        return size, pull if pull and not pull.done.is_set() else None
-
-    def blob(self, digest: Digest) -> Blob | None:
-        """Content that a pull under way will bring, as good as here."""
-        size, pull = self._coming(digest)
-        return ArrivingBlob(size, functools.partial(self._await_blob, digest, pull)) if pull else None
-
-    def _await_blob(self, digest: Digest, pull: Flight) -> Blob:
-        while True:
-            ended = pull.done.wait(ARRIVAL_INTERVAL)
-            blob = self._content.find(digest)
-            if blob:
-                return blob
-            if ended:
-                raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
-
-
-class Fetcher:
-    """Gets content from an image's own registry into the store, where Docker does not give it.
-
-    Requests for the same content with the same credentials share one transfer, and read it while it comes.
-    """
-
-    def __init__(self, engine: Engine, store: Store, origins: Origins):
-        self._engine, self._store, self._origins = engine, store, origins
-        self._lock = threading.Lock()  # guards _relays and _wanted
-        self._relays: dict[Hashable, Relay] = {}
-        # The size of blobs that were promised with a manifest and are not in the store yet.
-        self._wanted: dict[Hashable, int] = {}
+    def __init__(self, engine: Engine, store: Store, policy: PullPolicy):
+        self._engine, self._store, self._policy = engine, store, policy
+        self._transfers = Transfers()
+        self._lock = threading.Lock()  # guards _promised
+        self._promised: dict[Hashable, Promised] = {}  # blobs that are not in the store yet
 
     @staticmethod
     def _key(reference: Reference, digest: Digest, credentials: Credentials | None) -> Hashable:
-        """A blob of a repository, for somebody."""
+        """A blob of a repository, for a client."""
         return reference.docker_repository(), digest, credentials
 
     @functools.cached_property
     def _trusted(self) -> ssl.SSLContext:
-        """The authorities that this machine trusts. To read them takes longer than a small blob."""
+        """The authorities that this machine trusts. Reading them takes longer than a small blob."""
         return ssl.create_default_context()
 
     def _origin(self, reference: Reference, credentials: Credentials | None) -> Origin:
-        self._origins.check(reference)
+        self._policy.check(reference)
         assert reference.namespace
         insecure = self._engine.is_insecure(reference.namespace)
         return Origin(reference, credentials, None if insecure else self._trusted)
 
     def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
-        """Fetch a manifest, verify and keep it. Raises what Origins.check() and pull_error() give."""
-        used = self._origins.credentials(reference, credentials)
+        """Fetch a manifest, verify and keep it. Raises what PullPolicy.check() and pull_error() do."""
+        used = self._policy.credentials(reference, credentials)
         try:
             with self._origin(reference, used).open("manifests", digest) as response:
                 data = response.read(MANIFEST_LIMIT + 1)
@@ -3917,254 +3884,679 @@ class Fetcher:
         self._store.record_fetch(digest, {digest: len(data)})
         return Manifest(digest, media_type, data)
 
-    def begin(self, reference: Reference, blobs: Mapping[Digest, int], credentials: Credentials | None) -> None:
-        """Begin to fetch blobs, given with their sizes in bytes; each is on its way or there when this returns."""
-        self._origins.check(reference)
+    def begin(self, reference: Reference, blobs: Mapping[Digest, int], client: Client,
+              source: Reference | None = None) -> None:
+        """Begin to fetch blobs of a reference, given with their sizes in bytes.
+
+        Each of them is arriving, or there, when this returns. They come from the registry of the reference, or from
+        another source, with that registry's credentials on this machine and never with the client's.
+        """
+        source, own = source or reference, None if source else client.credentials
+        self._policy.check(source)
         if len(blobs) > BLOBS_LIMIT:
             raise RegistryError("MANIFEST_INVALID", f"{reference} has {len(blobs)} blobs: more than are fetched")
+        used = self._policy.credentials(source, own)
         with self._lock:
-            self._wanted.update((self._key(reference, digest, credentials), size) for digest, size in blobs.items())
+            self._promised.update((self._key(reference, digest, client.credentials), Promised(size, source, used))
+                                  for digest, size in blobs.items())
         digests = list(blobs)
         for start in range(0, len(digests), FETCHES):
-            relays = [self._relay(reference, digest, credentials) for digest in digests[start:start + FETCHES]]
-            for relay in relays:
-                if relay:
-                    relay.begun(LAST_ANSWER)
+            transfers = [self._join(reference, digest, client) for digest in digests[start:start + FETCHES]]
+            for transfer in transfers:
+                if transfer:
+                    transfer.wait_for_start(client.deadline)
 
-    def is_fetching(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> bool:
-        """Whether a blob is on its way for somebody with these credentials."""
-        with self._lock:
-            return self._key(reference, digest, credentials) in self._relays
+    def is_fetching(self, reference: Reference, digest: Digest, client: Client) -> bool:
+        """True if a blob is arriving for clients with these credentials."""
+        return self._transfers.get(self._key(reference, digest, client.credentials)) is not None
 
-    def blob(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
-        """A blob that is to be fetched, once it has begun to arrive; None when it is no such blob.
+    def blob(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
+        """A promised blob once it has begun to arrive, fetched again if need be; None if it was not promised.
 
-        Begun again, if need be. Raises what Origins.check() and pull_error() give.
+        Raises what PullPolicy.check() and pull_error() do, and STILL_PULLING.
         """
-        relay = self._relay(reference, digest, credentials)
-        if relay:
-            relay.begun(LAST_ANSWER)
-        return relay
+        transfer = self._join(reference, digest, client)
+        if transfer:
+            transfer.wait_for_start(client.deadline)
+        return transfer
 
-    def _relay(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Relay | None:
-        key = self._key(reference, digest, credentials)
+    def _join(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
+        key = self._key(reference, digest, client.credentials)
         with self._lock:
-            size = self._wanted.get(key)
-            relay = self._relays.get(key)
-            if relay is None and size is not None:
-                relay = self._relays[key] = Relay(size)
-                with on_failure(lambda: self._relays.pop(key)):
-                    start_thread(self._run, relay, reference, digest, credentials)
-        return relay
+            promised = self._promised.get(key)
+        if promised is None:
+            return None
+        return self._transfers.join(key, promised.size, functools.partial(
+            self._fill, key, digest, promised, client.credentials))
 
-    def _run(self, relay: Relay, reference: Reference, digest: Digest, credentials: Credentials | None) -> None:
-        error: Exception | None = None
+    def _fill(self, key: Hashable, digest: Digest, promised: Promised, asked_with: Credentials | None,
+              transfer: Transfer) -> None:
+        """Fetch a blob into the store, once; errors are those of pull_error()."""
+        keep_promise = False
         try:
-            with ProgressLog(f"fetch {digest} of {reference}, {human_bytes(relay.size)}") as lines:
-                self._transfer(relay, reference, digest, self._origins.credentials(reference, credentials), lines)
+            with ProgressLog(f"fetch {digest} of {promised.source}, {human_bytes(promised.size)}") as lines:
+                self._fetch(digest, promised, transfer, lines)
                 lines.done("verified")
-        except Exception as e:  # a boundary: the readers raise it
-            error = pull_error(e, reference, credentials) if isinstance(e, PullFailed) else e
-        key = self._key(reference, digest, credentials)
-        with self._lock:
-            del self._relays[key]
-            # What broke off may be begun again. What came, or could not be begun, is not wanted any more.
-            if not error or not relay.count:
-                self._wanted.pop(key, None)
-        relay.end(error)  # last: who hears of it finds it ended
+        except PullFailed as e:
+            keep_promise = transfer.count > 0  # what broke off may be begun again
+            raise pull_error(e, promised.source, asked_with) from None
+        except RegistryError:
+            keep_promise = transfer.count > 0
+            raise
+        finally:
+            if not keep_promise:
+                with self._lock:
+                    self._promised.pop(key, None)
 
-    def _transfer(self, relay: Relay, reference: Reference, digest: Digest, credentials: Credentials | None,
-                  lines: ProgressLog) -> None:
+    def _fetch(self, digest: Digest, promised: Promised, transfer: Transfer, lines: ProgressLog) -> None:
         with BlobWriter(self._store, digest.algorithm) as writer, \
-                self._origin(reference, credentials).open("blobs", digest) as response:
-            relay.begin_at(writer.path)
-            while relay.count <= relay.size and (data := response.read1(PIECE)):
+                self._origin(promised.source, promised.credentials).open("blobs", digest) as response:
+            transfer.begin_at(writer.path)
+            while transfer.count <= transfer.size and (data := response.read1(PIECE)):
                 writer.write(data)
-                relay.advance(len(data))
-                lines.tell_rate(relay.count)
+                transfer.advance(len(data))
+                lines.tell_rate(transfer.count)
             found = writer.finish()
-            if (found, relay.count) != (digest, relay.size):
-                raise PullFailed("ORIGIN_UNAVAILABLE", f"{reference.namespace} gave {relay.count} bytes of {found}")
+            if (found, transfer.count) != (digest, transfer.size):
+                raise PullFailed("ORIGIN_UNAVAILABLE",
+                                 f"{promised.source.namespace} gave {transfer.count} bytes of {found}")
             writer.keep(self._store.docker)
 
 
-class Exports:
-    """Copies images out of Docker into the store, each once for all who want it."""
+# =====================================================================================================================
+# 14. Images: the image stores of Docker
+# Uses: waiting, engine, transfers, store, content service, layers, export.
+# =====================================================================================================================
 
-    def __init__(self, exporter: Exporter, store: Store, done: Callable[[], None]):
-        """done is called after each export."""
-        self._exporter, self._store, self._done = exporter, store, done
-        self._flights = Flights()
-        self._broken: set[Digest] = set()  # images whose last export failed; one operation each: needs no lock
+
+def content_folder(root: Path) -> Path | None:
+    """containerd's content folder, or None where it can't be read from here.
+
+    It is under Docker's data folder, unless Docker uses the system's containerd, or is Docker Desktop.
+    """
+    folders = (root / "containerd/daemon", root, root / "daemon", Path("/var/lib/containerd"),
+               Path("/var/lib/desktop-containerd/daemon"))
+    found = (folder / "io.containerd.content.v1.content/blobs" for folder in folders)
+    return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
+
+
+class Content:
+    """The question content(digest) -> bytes, asked of our own store and of the providers that the engine has now."""
+
+    def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
+        self._store, self._providers = FolderProvider("store", store.docker.path), providers
+        self._lock = threading.Lock()  # guards what follows
+        self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that holds, and its size
+        self._manifests: dict[Digest, Manifest] = {}
+
+    def find(self, digest: Digest) -> Blob | None:
+        """The content, from the first provider that has it. The store answers even without Docker."""
+        blob = self._store.find(digest)
+        if blob is None:
+            for provider in self._providers():
+                blob = blob or provider.find(digest)
+        return blob
+
+    def has(self, digest: Digest, size: int) -> bool:
+        """True if the content is here with its size in bytes: a crash may have cut a file short.
+
+        A good answer holds for a few seconds: one pull asks for the same again and again.
+        """
+        now = time.monotonic()
+        with self._lock:
+            until, known = self._seen.get(digest, (0.0, 0))
+        if now < until and known == size:
+            return True
+        blob = self.find(digest)
+        if blob is None or blob.size != size:
+            return False
+        with self._lock:
+            if len(self._seen) >= MEMORY_LIMIT:
+                self._seen.clear()
+            self._seen[digest] = (now + PRESENCE_FRESH, size)
+        return True
+
+    def manifest(self, digest: Digest) -> Manifest | None:
+        """The manifest or index with a digest; None if there is none, or if the content is something else."""
+        with self._lock:
+            known = self._manifests.get(digest)
+        if known and self.has(digest, len(known.data)):
+            return known
+        manifest = self._read_manifest(digest)
+        if manifest and len(manifest.data) <= MANIFEST_REMEMBERED:
+            with self._lock:
+                if len(self._manifests) >= MANIFESTS_LIMIT:
+                    self._manifests.clear()
+                self._manifests[digest] = manifest
+        return manifest
+
+    def _read_manifest(self, digest: Digest) -> Manifest | None:
+        blob = self.find(digest)
+        if blob is None or blob.size > MANIFEST_LIMIT:
+            return None
+        data = read_blob(blob, MANIFEST_LIMIT)
+        media_type = manifest_type(data)
+        if media_type is None:
+            return None
+        if Digest.of(data, digest.algorithm) != digest:
+            raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
+        return Manifest(digest, media_type, data)
+
+
+class BareImages:
+    """Images without any layer (FROM scratch), which Docker's classic store cannot export.
+
+    Docker gives the config of an image only as part of an export, so a config with the same meaning is made.
+    """
+
+    name = "images without layers"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _content
+        self._content: dict[Digest, bytes] = {}
 
     def manifest(self, image: EngineImage) -> Digest:
-        """The digest of the manifest of an image that is in the store, or on its way there, exported if need be."""
-        target: Digest = self._store.exported(image.id) or self.start(image).prospect()
-        return target
+        """Make the config and the manifest of an image. The digest of the manifest."""
+        config = image.bare_config()
+        manifest = make_manifest((Digest.of(config), len(config)))
+        with self._lock:
+            if len(self._content) >= MANIFESTS_LIMIT:
+                self._content.clear()
+            self._content.update((Digest.of(data), data) for data in (config, manifest))
+        return Digest.of(manifest)
 
-    def start(self, image: EngineImage) -> Flight:
-        """The export of an image, begun if it is not under way; its outcome is the digest of the manifest."""
-        return self._flights.start(("export", image.id), lambda flight: self._run(image, flight))
+    def find(self, digest: Digest) -> Blob | None:
+        """See Provider."""
+        with self._lock:
+            data = self._content.get(digest)
+        return BytesBlob(data) if data is not None else None
 
-    def _run(self, image: EngineImage, flight: Flight) -> Digest:
-        done = self._store.exported(image.id)
-        if done:  # by a flight that landed after the caller had looked
-            return done
 
-        def announce(target: Digest) -> None:
-            log.info("export %s: manifest %s, served while the rest arrives", image.id, target)
-            flight.announce(target)
+class ImageStore(Protocol):
+    """One of Docker's image stores: how it answers the questions that the two answer differently.
 
-        # After a failure nothing is promised before it is there, so that the next request gets a proper status.
-        promising = None if image.id in self._broken else announce
-        with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
-            self._broken.add(image.id)
-            target = self._exporter.export(image.id, lines.tell_rate, promising)
-            self._broken.discard(image.id)
-            lines.done(f"manifest {target}")
-        self._done()
-        return target
+    providers are where content is read from, after our own store, and sources names for people where it comes from.
+    problem is what a person should know if something could be better, or None. flows says that content can be read
+    while a pull brings it. made_type is the media type of every manifest, for a store whose manifests are made here.
+    """
+
+    info: EngineInfo
+    providers: tuple[Provider, ...]
+    sources: tuple[str, ...]
+    problem: str | None
+    flows: bool
+    made_type: str | None
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """The digest of an image's manifest, made or exported if need be."""
+
+    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
+        """True if a digest is that of an image's manifest, or of one that its index lists.
+
+        Unless explore is set, that is answered only from what is known without an export.
+        """
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """Bring blobs here again that belong to one of these images, if this store can."""
+
+    def origins(self, digest: Digest) -> list[str]:
+        """The names of the repositories that Docker got some content from, as far as this store remembers."""
+
+
+class ContainerdImages:
+    """Docker's containerd image store, whose content can be read as it is: an image's ID is its manifest's digest."""
+
+    flows = True
+    made_type: str | None = None
+
+    def __init__(self, info: EngineInfo, content: Content, files: Provider | None, service: ContentService | None,
+                 problem: str | None):
+        self.info, self.problem, self._content, self._service = info, problem, content, service
+        self.providers = tuple(provider for provider in (files, service) if provider)
+        self.sources = tuple(provider.name for provider in self.providers)
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """See ImageStore."""
+        return image.id
+
+    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
+        """See ImageStore."""
+        if image.id == digest:
+            return True
+        index = self._content.manifest(image.id)
+        return index is not None and digest in index.listed("manifests")
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """See ImageStore. This store cannot give what it has lost."""
+
+    def origins(self, digest: Digest) -> list[str]:
+        """See ImageStore. containerd notes them with the content."""
+        return self._service.origins(digest) if self._service else []
+
+
+class ExportedImages:
+    """Docker's containerd image store when its content cannot be read: each image is exported once."""
+
+    flows = False
+    made_type: str | None = None
+    providers: tuple[Provider, ...] = ()
+    sources: tuple[str, ...] = ("export",)
+
+    def __init__(self, info: EngineInfo, content: Content, exports: Exports, problem: str | None):
+        self.info, self.problem, self._content, self._exports = info, problem, content, exports
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """See ImageStore. An export of an image of which Docker has lost content holds none of its blobs."""
+        try:
+            return self._exports.manifest(image, deadline)
+        except RegistryError as e:
+            if e.code != "ENGINE_FAILED":
+                raise
+            log.warning("%s; it may be fetched from its registry", e.detail)
+            return image.id
+
+    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
+        """See ImageStore."""
+        if image.id == digest:
+            return True
+        index = self._content.manifest(self.target(image, deadline) if explore else image.id)
+        return index is not None and digest in index.listed("manifests")
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """See ImageStore. Which blobs an image has is not known before it is exported."""
+        for image in images:
+            self.target(image, deadline)
+
+    def origins(self, digest: Digest) -> list[str]:
+        """See ImageStore."""
+        return []
+
+
+class ClassicImages:
+    """Docker's classic image store: an image's ID is its config's digest.
+
+    It has no manifests and no compressed layers. Manifests are made, from Docker's own files where they can be read,
+    otherwise from an export.
+    """
+
+    flows = False
+    made_type: str | None = OCI_MANIFEST
+
+    def __init__(self, info: EngineInfo, store: Store, exports: Exports, layers: LayerDirectory | None,
+                 problem: str | None):
+        self.info, self.problem, self._store, self._exports, self._layers = info, problem, store, exports, layers
+        self._bare = BareImages()
+        self.providers: tuple[Provider, ...] = (layers, self._bare) if layers else (self._bare,)
+        self.sources: tuple[str, ...] = (layers.name, "export") if layers else ("export",)
+        self._warned: set[Digest] = set()  # images for another platform that the log has named; needs no lock
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """See ImageStore."""
+        self._check_platform(image)
+        return self._made(image) or self._exports.manifest(image, deadline)
+
+    def _made(self, image: EngineImage) -> Digest | None:
+        """The digest of a manifest made without an export, or None if it takes one."""
+        if self._layers:
+            with contextlib.suppress(RegistryError):  # the log has said it
+                return self._layers.manifest(image)
+        return self._bare.manifest(image) if image.is_bare else None
+
+    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
+        """See ImageStore."""
+        known = self._made(image) or self._store.noted_target(image.id)
+        if known in (None, digest) and (known or explore):
+            return self.target(image, deadline) == digest
+        return False
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """See ImageStore."""
+        for image in images:
+            if image.is_bare or all(digest == image.id or str(digest) in image.layers for digest in blobs):
+                self.target(image, deadline)
+
+    def origins(self, digest: Digest) -> list[str]:
+        """See ImageStore."""
+        return []
+
+    def _check_platform(self, image: EngineImage) -> None:
+        """Warn once of an image for another platform than Docker's own: a container of it may not run."""
+        if image.platform and self.info.platform and image.id not in self._warned and (
+                image.platform.split("/")[:2] != self.info.platform.split("/")[:2]):
+            self._warned.add(image.id)
+            log.warning("the image %s is for %s, and this Docker is %s: on a node like that its containers end with "
+                        "\"exec format error\"; get the other with docker pull --platform %s", image.id,
+                        printable(image.platform), printable(self.info.platform), printable(self.info.platform))
+
+
+class ImageStores:
+    """Docker's image store as it is now: this is the one place that asks which store that is."""
+
+    def __init__(self, engine: Engine, store: Store, exports: Exports, root: Path | None):
+        """root is where Docker's data folder is mounted, if that is not the place that Docker names."""
+        self._engine, self._store, self._exports, self._root = engine, store, exports, root
+        self._service = ContentService(engine, store.root)
+        self.content = Content(store, lambda: self.current().providers)
+        self._chosen: ImageStore | None = None  # replaced whole: needs no lock
+
+    def close(self) -> None:
+        """Close what is kept open."""
+        self._service.close()
+
+    def current(self) -> ImageStore:
+        """The image store of the engine as it is now, logged whenever that changes."""
+        info, known = self._engine.info(), self._chosen
+        if known and (info is known.info or (info == known.info and not known.problem)):
+            return known
+        chosen = self._choose(info)
+        if not known or (info, chosen.sources, chosen.problem) != (known.info, known.sources, known.problem):
+            log.info("%s; content from: %s", info, ", ".join(("store", *chosen.sources)))
+            if chosen.problem:
+                log.warning("%s", chosen.problem)
+        self._chosen = chosen
+        return chosen
+
+    def _choose(self, info: EngineInfo) -> ImageStore:
+        root = self._root or info.root
+        if info.store == "classic":
+            layers = LayerDirectory(root) if os.access(root / "image/overlay2/layerdb/sha256", os.R_OK) else None
+            problem = self._folder_problem(layers, root, info)
+            return ClassicImages(info, self._store, self._exports, None if problem else layers, problem)
+        folder = content_folder(root)
+        files = FolderProvider(f"content directory {folder}", lambda digest: folder / digest.algorithm / digest.hex
+                               ) if folder else None
+        problem = self._folder_problem(files, root, info)
+        unserved = self._service.problem()
+        if unserved is None:
+            return ContainerdImages(info, self.content, None if problem else files, self._service, problem)
+        if files and not problem:
+            return ContainerdImages(info, self.content, files, None, None)
+        return ExportedImages(info, self.content, self._exports, (
+            f"images are exported one by one: Docker's content cannot be read: {unserved}"))
+
+    def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
+        """Why files that may be this engine's are not used, or None if they are (or if there are none by default).
+
+        Another engine's folder would do no harm, for content is found by its digest; but a person wants to know.
+        """
+        if files is None:
+            return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
+        try:
+            identity = (root / "engine-id").read_text().strip()
+        except OSError:
+            identity = ""  # engines before 23 have none, nor has the folder of the system's containerd
+        if identity and identity != info.identity:
+            return f"{root} is the data folder of another Docker: it is not used"
+        images = self._engine.image_ids()
+        found = sum(files.find(image) is not None for image in images)
+        enough = (found > 0 or not images) if identity else (found == len(images) > 0)
+        return None if enough else f"{root} does not hold the images of this Docker: it is not used"
+
+
+# =====================================================================================================================
+# 15. Pulls: what Docker gets from registries
+# Uses: configuration, waiting, engine, transfers, origin, images.
+# =====================================================================================================================
+
+
+class Pulls:
+    """Has Docker pull images, once for all who want the same, and knows what the pulls under way will bring.
+
+    What a pull will bring is known on Docker's containerd store, where content can be read as it arrives.
+    """
+
+    def __init__(self, engine: Engine, images: ImageStores, policy: PullPolicy):
+        self._engine, self._images, self._policy = engine, images, policy
+        self._content = images.content
+        self._jobs = Jobs()
+        self._transfers = Transfers()
+        self._lock = threading.Lock()  # guards _expected
+        self._expected: dict[Digest, tuple[int, Job]] = {}  # what a pull will bring: its size in bytes, and the pull
+
+    def pull(self, reference: Reference, client: Client, old: EngineImage | None = None,
+             on_lasting: Callable[[], None] = lambda: None) -> Manifest | None:
+        """Have Docker pull an image; requests for the same image with the same credentials share one pull.
+
+        If it takes long, and content can be read while it arrives, the manifest is returned as soon as it is here,
+        and the rest is on its way. Otherwise the result is None at the end of the pull. old is what Docker has under
+        that name, to be replaced. on_lasting is called if the pull has not failed early. Raises what
+        PullPolicy.check() and pull_error() do.
+        """
+        self._policy.check(reference)
+        used = self._policy.credentials(reference, client.credentials)
+        pull = self._jobs.start(("pull", reference, used), lambda: self._run(reference, used, old),
+                                f"pulling {reference}")
+        try:
+            if not client.deadline.within(EARLY_ANSWER).wait(pull.done.wait):
+                on_lasting()
+                if self._images.current().flows:
+                    return self._early_manifest(pull, reference, used, client.deadline)
+            pull.outcome(client.deadline)
+        except PullFailed as e:
+            raise pull_error(e, reference, client.credentials) from None
+        return None
+
+    def _run(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None) -> None:
+        image = self._engine.image(str(reference))
+        if image and (old is None or image.id != old.id):
+            return  # pulled by a job that ended after the caller had looked
+        with ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else "")) as lines:
+            progress = PullProgress(lines.started)
+
+            def tell(message: Mapping[str, Any]) -> None:
+                progress.update(message)
+                lines.tell(progress.line)
+
+            self._engine.pull(reference, credentials, tell)
+            lines.done(progress.line(time.monotonic()))
+
+    def _look_up(self, reference: Reference, credentials: Credentials | None) -> Job:
+        """The question to an image's registry which digest a tag has there now."""
+        return self._jobs.start(("digest", reference, credentials),
+                                lambda: self._engine.origin_digest(reference, credentials), f"looking up {reference}")
+
+    def is_outdated(self, reference: Reference, image: EngineImage, client: Client) -> bool:
+        """True if a tag names another image at its registry than in Docker, as far as that can be found out."""
+        try:
+            self._policy.check(reference)
+            look_up = self._look_up(reference, self._policy.credentials(reference, client.credentials))
+            digest = look_up.outcome(client.deadline.within(EARLY_ANSWER))
+        except (PullFailed, RegistryError) as e:
+            log.warning("%s: Docker's own image is served, whether or not the tag has moved: %s", reference,
+                        e.detail if isinstance(e, RegistryError) else e)
+            return False
+        return digest != image.id and not any(name.endswith(f"@{digest}") for name in image.origins)
+
+    # ---- what a pull is bringing
+
+    def _early_manifest(self, pull: Job, reference: Reference, credentials: Credentials | None,
+                        deadline: Deadline) -> Manifest | None:
+        """The manifest that a pull has brought already, or None if it has ended; errors are those of the pull."""
+        digest = reference.target
+        if not isinstance(digest, Digest):
+            look_up = self._look_up(reference, credentials)
+            deadline.wait(lambda seconds: look_up.done.wait(min(seconds, ARRIVAL_INTERVAL)) or pull.done.is_set())
+            digest = look_up.outcome(deadline) if look_up.done.is_set() and not look_up.error else ""
+        manifest = self._await_manifest(pull, digest, deadline) if isinstance(digest, Digest) else None
+        if manifest is None:
+            pull.outcome(deadline)
+            return None
+        log.info("pull %s: answered with the manifest %s while the rest arrives", reference, digest)
+        self._expect(pull, manifest)
+        return manifest
+
+    def _await_manifest(self, pull: Job, digest: Digest, deadline: Deadline) -> Manifest | None:
+        """A manifest as soon as a pull has brought it, or None if the pull has ended without it."""
+
+        def arrived(seconds: float) -> Manifest | bool | None:
+            ended = pull.done.wait(min(seconds, ARRIVAL_INTERVAL))
+            return self._content.manifest(digest) or ended
+
+        found = deadline.wait(arrived)
+        return found if isinstance(found, Manifest) else None
+
+    def manifest(self, digest: Digest, deadline: Deadline) -> Manifest | None:
+        """A manifest that a pull under way will bring, as soon as it is here; None if no pull will bring it.
+
+        What it refers to is expected from then on.
+        """
+        _, pull = self._coming(digest)
+        manifest = self._await_manifest(pull, digest, deadline) if pull else None
+        if pull and manifest:
+            self._expect(pull, manifest)
+        return manifest
+
+    def _expect(self, pull: Job, manifest: Manifest) -> None:
+        """Remember what a manifest says of the content that a pull will bring."""
+        with self._lock:
+            self._expected = {digest: (size, job) for digest, (size, job) in self._expected.items()
+                              if not job.done.is_set()}
+            sizes = manifest.sizes("config", "layers", "manifests")
+            self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
+
+    def _coming(self, digest: Digest) -> tuple[int, Job | None]:
+        """The size of some content in bytes, and the pull under way that will bring it, if there is one."""
+        with self._lock:
+            size, pull = self._expected.get(digest, (0, None))
+        return size, pull if pull and not pull.done.is_set() else None
+
+    def is_bringing(self, digest: Digest) -> bool:
+        """True if a pull under way will bring some content."""
+        return self._coming(digest)[1] is not None
+
+    def blob(self, digest: Digest) -> Transfer | None:
+        """Content that a pull under way will bring, or None."""
+        size, pull = self._coming(digest)
+        if pull is None:
+            return None
+        return self._transfers.join(digest, size, functools.partial(self._await_blob, digest, pull))
+
+    def _await_blob(self, digest: Digest, pull: Job, transfer: Transfer) -> None:
+        """Lead the readers of a transfer to content as soon as Docker has it."""
+        while True:
+            ended = pull.done.wait(ARRIVAL_INTERVAL)
+            blob = self._content.find(digest)
+            if blob:
+                return transfer.found(blob)
+            if ended:
+                raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
+
+
+# =====================================================================================================================
+# 16. Mirror: the registry of what Docker has, or gets
+# Uses: waiting, engine, transfers, store, export, origin, images, pulls.
+# =====================================================================================================================
 
 
 @dataclass(frozen=True)
 class ArrivingManifest:
-    """A manifest of which nothing but the media type is known until it is there: wait gives it, or raises."""
+    """A manifest of which only the media type is known until it is here; wait() returns it, or raises."""
 
     media_type: str
     wait: Callable[[], Manifest]
 
     def body(self) -> StreamBody:
-        """Its bytes, as soon as they are there."""
+        """Its bytes, as soon as they are here."""
         pieces = (self.wait().data for _ in range(1))
         return StreamBody(pieces, None, pieces.close, waits=True)
 
 
-class Registry:
-    """Answers the two questions: which content does a name mean, and who has these bytes?"""
+class Mirror:
+    """The registry of what Docker has, or gets now. It knows nothing of what was pushed.
 
-    def __init__(self, engine: Engine, store: Store, origins: Origins | None = None, docker_root: Path | None = None):
-        """docker_root is where Docker's data folder is to be found here, if not at the place that Docker names."""
-        self.engine, self.store, self._origins = engine, store, origins or Origins()
-        self._content = Content(engine, store, docker_root)
-        self._pulls = Pulls(engine, self._content, self._origins)
-        self._fetcher = Fetcher(engine, store, self._origins)
-        self._exports = Exports(self._content.exporter, store, lambda: start_thread(self.tidy_up))
-        self._flights = Flights()
+    It answers two questions: which content does a name mean right now, and who has these bytes?
+    """
+
+    def __init__(self, engine: Engine, store: Store, policy: PullPolicy | None = None,
+                 docker_root: Path | None = None):
+        """docker_root is where Docker's data folder is mounted, if that is not the place that Docker names."""
+        self.engine, self._store, self._policy = engine, store, policy or PullPolicy()
+        self._exports = Exports(engine, store, lambda: start_thread(self.tidy_up))
+        self.images = ImageStores(engine, store, self._exports, docker_root)
+        self._content = self.images.content
+        self._pulls = Pulls(engine, self.images, self._policy)
+        self._fetches = Fetches(engine, store, self._policy)
+        self._jobs = Jobs()
 
     def close(self) -> None:
-        """Give up what is held open, and remove what is half-written."""
-        self._content.close()
-        self.store.close()
+        """Close what is kept open."""
+        self.images.close()
 
-    def sources(self) -> Sources:
-        """Where content comes from now."""
-        return self._content.sources()
+    def is_docker_on_our_behalf(self, client: Client) -> bool:
+        """True if Docker sent a request because this program had asked it for something, a pull say.
 
-    # ---- content(digest) -> bytes
-
-    def blob(self, reference: Reference, own_name: str | None, credentials: Credentials | None) -> Blob:
-        """The blob with the digest that a reference names, for a client that knows this registry as own_name.
-
-        What was pushed is found in its own repository only; Docker does not keep its content apart by
-        repository. BLOB_UNKNOWN when nobody has it, and for Docker's manifests too: a node takes a 200
-        here for a promise that the digest is not one.
+        Docker repeats our User-Agent to registries. It may ask us, if it was told that this is a mirror of others.
         """
-        digest = reference.target
-        assert isinstance(digest, Digest)
-        repository = self.hosted(reference, own_name)
-        pushed = FolderProvider("pushed", repository.blobs.path).find(digest) if repository else None
-        if repository and pushed:
-            repository.blobs.touch(digest)  # who was told that it is here may rely on that for a while
-            return pushed
-        arriving = None
-        blob = self._content.find(digest)
-        if blob is None:
-            arriving = self._pulls.blob(digest) or self._fetcher.blob(reference, digest, credentials)
-        # Nodes say where the image is from. For somebody who pushes, no image need be exported.
-        if blob is None and arriving is None and reference.namespace and self.sources().exports:
-            self._export_image_with(reference, [digest])
-        blob = blob or arriving or self._content.find(digest)  # it may have arrived since
-        if blob is None:
-            raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
-        if not arriving and self._is_manifest(blob):
-            raise RegistryError("BLOB_UNKNOWN", f"{digest} is a manifest: ask for it under /manifests/")
-        return blob
+        return self.engine.token in client.user_agent
 
-    @staticmethod
-    def _is_manifest(blob: Blob) -> bool:
-        """Whether a blob is a manifest. The first byte rules it out for all that is not JSON.
+    def _refuse_docker(self, reference: Reference, client: Client) -> None:
+        """Raise MANIFEST_UNKNOWN if the engine itself asks for an image of another registry, as if this were its mirror.
 
-        What is arriving is what a manifest lists.
+        It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved.
+        Docker's User-Agent names its version, commit and kernel.
         """
-        return (not isinstance(blob, Relay) and blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
-                and manifest_type(read_blob(blob, MANIFEST_LIMIT)) is not None)
+        if reference.namespace and client.user_agent.startswith(self.engine.info().user_agent):
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker has it itself, or pulls it")
 
-    def _export_image_with(self, reference: Reference, blobs: Iterable[Digest]) -> None:
-        """Export the image of this repository that all these blobs belong to, if there is one.
+    def _ask(self, client: Client, question: Callable[[Client], T], late: Callable[[Job], T] | None = None) -> T:
+        """Ask Docker something in a thread of its own, so no sum of delays outlasts the client's deadline.
 
-        A node may have the manifest from long ago, and our store may be new.
+        Whatever waits in there waits without a limit, for as long as the client waits here. When the deadline has
+        passed, the answer is late(the job), or else STILL_PULLING.
         """
-        for image_id in self.engine.images_of(reference.docker_repository()):
-            image = self.engine.image(str(image_id))
-            if image and all(digest == image.id or str(digest) in image.layers for digest in blobs):
-                export = self._exports.start(image)
-                if not export.known.wait(LAST_ANSWER):
-                    raise RegistryError("STILL_PULLING", f"Docker is still exporting {image.id}: ask again")
-                export.prospect()  # or its error
-                return
+        inner = client.deadline.unlimited()
+        asking = dataclasses.replace(client, deadline=inner)
+        job = self._jobs.start(object(), lambda: question(asking), "at work for this request")
+        with on_failure(inner.cancel):
+            if late and not client.deadline.wait(job.done.wait):
+                return late(job)
+            answer: T = job.outcome(client.deadline)
+        return answer
 
-    # ---- resolve(reference) -> digest
+    # ---- which content does a name mean?
 
-    def manifest(self, reference: Reference, own_name: str | None,
-                 credentials: Credentials | None) -> Manifest | ArrivingManifest:
-        """The manifest or index that a reference means right now.
+    def manifest(self, reference: Reference, client: Client, may_pull: bool = True) -> Manifest | ArrivingManifest:
+        """The manifest or index that a reference means right now, all of whose content is here or on its way.
 
-        own_name is the host under which the client knows this registry. credentials are the client's;
-        they are used with the reference's own registry, and for nothing else. An image that Docker lacks is
-        pulled by Docker, if the reference says from where. When that takes long, the answer is what is known
-        within LAST_ANSWER seconds. All that the answer refers to is here, or on its way. Raises
-        MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED, TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what
-        Engine raises.
+        An image that Docker lacks is pulled by Docker, if the reference says from where and may_pull is set; the
+        client's credentials are used with that registry, and for nothing else. If that takes longer than the client's
+        deadline, the answer is what is known by then. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED,
+        TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
         """
-        repository = self.hosted(reference, own_name)
-        pushed = repository.manifest(reference.target) if repository else None
-        if pushed:
-            return pushed
-        if reference.namespace == own_name:
-            reference = reference.under(None)
-        # A job of its own, so that no sum of delays keeps the client from its answer. What can be shared with other
-        # requests is shared further down.
         sure = threading.Event()
-        work = self._flights.start(object(), lambda _: self._docker_manifest(reference, own_name, credentials, sure))
-        if work.done.wait(LAST_ANSWER):
-            manifest: Manifest = work.outcome()
-            return manifest
-        if sure.is_set():
+
+        def late(job: Job) -> Manifest | ArrivingManifest:
+            made_type = self.images.current().made_type
+            if made_type is None or not sure.is_set():
+                raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
             log.info("%s: answered while Docker is still getting it", reference)
-            return ArrivingManifest(OCI_MANIFEST, work.outcome)
-        raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
+            return ArrivingManifest(made_type, lambda: job.outcome(client.deadline.unlimited()))
 
-    def _docker_manifest(self, reference: Reference, own_name: str | None, credentials: Credentials | None,
-                         sure: threading.Event) -> Manifest:
-        """The manifest of an image that Docker has, or gets now; takes as long as it takes where it exports.
+        def find(asking: Client) -> Manifest | ArrivingManifest:
+            return self._find_manifest(reference, asking, may_pull, sure.set)
 
-        sure is set when there will be a manifest, as far as can be known, of which only the digest is not known.
-        With the classic store nobody knows that before the image is pulled and exported. But its type is known, and
-        that is enough for a node: told 200 without a digest it asks for the manifest, and waits for that.
+        return self._ask(client, find, late)
+
+    def _find_manifest(self, reference: Reference, client: Client, may_pull: bool,
+                       on_sure: Callable[[], None]) -> Manifest:
+        """The manifest of an image that Docker has, or gets now; takes as long as it takes.
+
+        on_sure is called when there will be a manifest, as far as that can be known, and only its digest is not known.
         """
+        self._refuse_docker(reference, client)
         if isinstance(reference.target, Digest):
-            manifest = self._manifest_by_digest(reference, reference.target, credentials)
+            manifest = self._manifest_by_digest(reference, reference.target, client, may_pull)
         else:
-            manifest = self._manifest_by_tag(reference, own_name, credentials, sure)
-        return self._promise(reference, manifest, credentials)
+            manifest = self._manifest_by_tag(reference, client, may_pull, on_sure)
+        self._promise(reference, manifest, client)
+        return manifest
 
-    def _manifest_by_tag(self, reference: Reference, own_name: str | None, credentials: Credentials | None,
-                         sure: threading.Event) -> Manifest:
-        made = sure.set if self.sources().info.store == "classic" else lambda: None
-        image = self._local_image(reference, own_name)
-        if image is None or self._is_to_be_replaced(reference, image, credentials):
+    def _manifest_by_tag(self, reference: Reference, client: Client, may_pull: bool,
+                         on_sure: Callable[[], None]) -> Manifest:
+        image = self._local_image(reference, client)
+        if image is None or (may_pull and self._is_to_be_replaced(reference, image, client)):
             try:
-                arriving = self._pulls.pull(reference, credentials, image, made)
+                arriving = self._pull(reference, client, may_pull, image, on_sure)
             except RegistryError as e:
                 if image is None:
                     raise
@@ -4172,313 +4564,571 @@ class Registry:
             else:
                 if arriving:
                     return arriving
-                image = self._local_image(reference, own_name)
+                image = self._local_image(reference, client)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
-        made()
-        digest = self._target(image)
-        manifest = self._content.manifest(digest)
-        if manifest is None and self.sources().exports:  # an export has failed since it told the digest
-            manifest = self._content.manifest(self._exports.start(image).outcome())
-        if manifest is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker lists {reference} as {digest}, but that content is "
-                                                    "missing from its store: pull or build the image again")
-        return manifest
+        on_sure()
+        digest = self.images.current().target(image, client.deadline)
+        return self._content.manifest(digest) or self._lost_manifest(reference, digest, image, client)
 
-    def _target(self, image: EngineImage) -> Digest:
-        """The digest of an image's manifest: its ID, or made for it from its files, or by an export."""
-        sources = self.sources()
-        if not sources.exports:
-            return image.id
-        if sources.layers:
-            with contextlib.suppress(RegistryError):  # it was logged when it turned up
-                return sources.layers.manifest(image)
-        return self._exports.manifest(image)
+    def _pull(self, reference: Reference, client: Client, may_pull: bool, old: EngineImage | None = None,
+              on_lasting: Callable[[], None] = lambda: None) -> Manifest | None:
+        if not may_pull:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}")
+        return self._pulls.pull(reference, client, old, on_lasting)
 
-    def _is_to_be_replaced(self, reference: Reference, image: EngineImage, credentials: Credentials | None) -> bool:
-        """Whether Docker is to pull an image that it has: one of another registry, when its tag has moved there."""
-        return (self._origins.policy == "always" and reference.namespace is not None
-                and self._pulls.is_outdated(reference, image, credentials))
+    def _is_to_be_replaced(self, reference: Reference, image: EngineImage, client: Client) -> bool:
+        """True if Docker is to pull an image that it has: one of another registry, whose tag has moved there."""
+        return (self._policy.policy == "always" and reference.namespace is not None
+                and self._pulls.is_outdated(reference, image, client))
 
-    def pushed_manifest(self, reference: Reference, own_name: str | None) -> Manifest:
-        """What was pushed under a reference, whatever Docker has; MANIFEST_UNKNOWN.
+    def _names(self, reference: Reference, client: Client) -> list[Reference]:
+        """The names under which Docker may have what a reference means, the likeliest first."""
+        found = list(reference.aliases(client.own_name))
+        if reference.namespace in (None, "docker.io") and self.engine.info().is_podman:
+            found.append(dataclasses.replace(reference, repository=reference.repository.removeprefix("library/"),
+                                             namespace="localhost"))  # where Podman keeps what it builds
+        return found
 
-        For a client that is about to push: told that Docker's own copy is here, it would push nothing, and
-        the image would be gone when Docker drops it.
-        """
-        repository = self.hosted(reference, own_name)
-        manifest = repository.manifest(reference.target) if repository else None
-        if manifest is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
-        return manifest
+    def _local_image(self, reference: Reference, client: Client) -> EngineImage | None:
+        names = self._names(reference, client)
+        images = (self.engine.image(str(name)) for name in names)
+        return next((image for image in images if image), None) or self._listed_image(names)
 
-    def hosted(self, reference: Reference, own_name: str | None) -> Repository | None:
-        """The repository of ours that a reference may mean, or None when it names another registry."""
-        if reference.namespace is None or names_us(reference.namespace, own_name):
-            return self.store.repository(reference.repository)
+    def _listed_image(self, names: Iterable[Reference]) -> EngineImage | None:
+        """An image that Docker lists under a name by which it does not find it: one that is not fully qualified."""
+        wanted = {(docker_name(name.docker_repository()), name.target) for name in names}
+        for image_id, name, tag in self.engine.names():
+            if (docker_name(name), tag) in wanted:
+                return self.engine.image(str(image_id))
         return None
 
-    def _local_image(self, reference: Reference, own_name: str | None) -> EngineImage | None:
-        """The image that Docker has under this name now, or under another one of ours."""
-        images = (self.engine.image(str(name)) for name in reference.aliases(own_name))
-        return next((image for image in images if image), None)
-
-    def _manifest_by_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
-        manifest = self._pulls.manifest(digest) or self._content.manifest(digest)
+    def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
+        if reference.namespace is None:
+            return self._manifest_here(reference, digest, client)
+        manifest = self._pulls.manifest(digest, client.deadline) or self._content.manifest(digest)
         if manifest:
             return manifest
-        if self.sources().info.store == "classic":
-            return self._made_manifest(reference, digest) or self._fetch_manifest(reference, digest, credentials)
-        return self._pulled_by_digest(reference, digest, credentials)
+        if self.images.current().made_type:
+            return self._fetched_by_digest(reference, digest, client)
+        return self._pulled_by_digest(reference, digest, client, may_pull)
 
-    def _made_manifest(self, reference: Reference, digest: Digest) -> Manifest | None:
-        """A manifest that a process before this one made from the files of the classic store."""
-        layers = self.sources().layers
-        for image_id in self.engine.images_of(reference.docker_repository()) if layers else ():
+    def _images_of(self, reference: Reference, client: Client) -> Iterator[EngineImage]:
+        """All images that Docker has in a repository."""
+        repositories = [name.docker_repository() for name in self._names(reference, client)]
+        for image_id in self.engine.images_of(repositories):
             image = self.engine.image(str(image_id))
-            with contextlib.suppress(RegistryError):
-                if layers and image and layers.manifest(image) == digest:
-                    return self._content.manifest(digest)
+            if image:
+                yield image
+
+    def _included(self, reference: Reference, digest: Digest, client: Client, explore: bool) -> Manifest | None:
+        """The manifest with a digest, if Docker has an image in this repository that is it or lists it, or None."""
+        images = self.images.current()
+        for image in self._images_of(reference, client):
+            if images.includes(image, digest, client.deadline, explore):
+                return self._content.manifest(digest)
         return None
 
-    def _fetch_manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
-        if reference.namespace is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here, and Docker does not have it")
+    def _manifest_here(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
+        """A manifest by digest for a client that names no registry: only what Docker has in this very repository."""
+        manifest = self._included(reference, digest, client, False) or self._included(reference, digest, client, True)
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {digest} in {reference.repository}")
+        return manifest
+
+    def _fetched_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
+        """A manifest that an earlier process made of an image, or one that only the image's registry has."""
+        manifest = self._included(reference, digest, client, False)
+        if manifest:
+            return manifest
         try:
-            return self._fetcher.manifest(reference, digest, credentials)
+            return self._fetches.manifest(reference, digest, client.credentials)
         except RegistryError as e:
+            manifest = self._included(reference, digest, client, True)
+            if manifest:
+                return manifest
             if e.code not in ("MANIFEST_UNKNOWN", "ORIGIN_UNAVAILABLE"):
                 raise
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep these "
                                                     f"bytes, and its registry does not give them: {e.detail}") from None
 
-    def _pulled_by_digest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
-        """A manifest that Docker's containerd store does not have yet."""
-        exports = self.sources().exports
-        if not exports:
-            self._refuse_missing_platform(reference, digest)
+    def _pulled_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
+        """A manifest that Docker's containerd store does not have yet, or has lost."""
+        self._refuse_missing_platform(reference, digest, client)
         image = self.engine.image(str(reference))
         if image is None:
-            arriving = self._pulls.pull(reference, credentials)
+            arriving = self._pull(reference, client, may_pull)
             if arriving:
                 return arriving
             image = self.engine.image(str(reference))
-        if image and exports:
-            self._exports.manifest(image)
+        if image:
+            self.images.current().target(image, client.deadline)
         manifest = self._content.manifest(digest)
         if manifest is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has {reference}, but not the bytes of its manifest")
+            return self._lost_manifest(reference, digest, image, client)
         return manifest
 
-    def _refuse_missing_platform(self, reference: Reference, digest: Digest) -> None:
+    def _refuse_missing_platform(self, reference: Reference, digest: Digest, client: Client) -> None:
         """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
 
         Docker was told which platforms to get, so the node has to look for others elsewhere.
         """
-        for image_id in self.engine.images_of(reference.docker_repository()):
-            index = self._content.manifest(image_id)
-            children = descriptors(index.document, "manifests") if index else ()
-            child = next((child for child in children if child["digest"] == str(digest)), None)
+        for image in self._images_of(reference, client):
+            index = self._content.manifest(image.id)
+            child = index.child(digest) if index else None
             if child:
-                raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image_id} in its repository "
-                                    f"{reference.docker_repository()}, but not the platform {self._platform(child)} of "
-                                    "it: get it with docker pull --platform")
-
-    @staticmethod
-    def _platform(descriptor: Mapping[str, Any]) -> str:
-        """For example linux/arm64/v8."""
-        platform = descriptor.get("platform")
-        parts = [platform.get(key) for key in ("os", "architecture", "variant")] if isinstance(platform, dict) else []
-        return "/".join(str(part) for part in parts if part) or str(descriptor["digest"])
+                raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image.id} in its repository "
+                                    f"{reference.docker_repository()}, but not the platform "
+                                    f"{platform_of(child.get('platform')) or digest} of it: "
+                                    "get it with docker pull --platform")
 
     # ---- what a manifest refers to
 
-    def _promise(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> Manifest:
-        """A manifest whose blobs are all here or on their way; MANIFEST_UNKNOWN says which ones cannot be got."""
-        if self._missing(reference, manifest, credentials):
-            self._flights.join(("repair", reference, manifest.digest, credentials),
-                               lambda _: self._repair(reference, manifest, credentials))
-        self.store.touch_fetch(manifest.digest, manifest.sizes("config", "layers"))
-        return manifest
+    def _promise(self, reference: Reference, manifest: Manifest, client: Client) -> None:
+        """See that all blobs of a manifest are here or on their way; MANIFEST_UNKNOWN says which are not available."""
+        if self._missing(reference, manifest, client):
+            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials),
+                                   lambda: self._recover(reference, manifest, dataclasses.replace(
+                                       client, deadline=Deadline())), f"getting what it lacks of {reference}")
+            job.outcome(client.deadline)
+        self._store.touch_fetch(manifest.digest, manifest.sizes("config", "layers"))
 
-    def _missing(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> dict[Digest, int]:
+    def _missing(self, reference: Reference, manifest: Manifest, client: Client) -> dict[Digest, int]:
         """The blobs of a manifest that are neither here nor on their way, with their sizes in bytes.
 
-        Of an index one whole platform will do: what it needs of others is seen when they are asked for.
+        Only what Docker itself fetches counts: config and layers. Of an index one whole platform will do: what it
+        needs of others is seen when they are asked for.
         """
-        # In this order: what is not on its way any more when it is asked for, has arrived by then.
+        # In this order: what is no longer on its way when it is asked for has arrived by then.
         missing = {digest: size for digest, size in manifest.sizes("config", "layers").items()
-                   if not (self._pulls.blob(digest) or self._fetcher.is_fetching(reference, digest, credentials)
+                   if not (self._pulls.is_bringing(digest) or self._fetches.is_fetching(reference, digest, client)
                            or self._content.has(digest, size))}
         for digest in dict.fromkeys(manifest.platforms()):
-            if self._pulls.blob(digest):
+            if self._pulls.is_bringing(digest):
                 return {}
             child = self._content.manifest(digest)
             if child and not child.platforms():  # an index in an index is seen to when it is asked for
-                lacking = self._missing(reference, child, credentials)
+                lacking = self._missing(reference, child, client)
                 if not lacking:
                     return {}
                 missing = missing or lacking
         return missing
 
-    def _repair(self, reference: Reference, manifest: Manifest, credentials: Credentials | None) -> None:
-        """Get what Docker has lost of an image into our store. Docker is never asked to build or run anything."""
-        missing, problem = self._missing(reference, manifest, credentials), ""
-        if missing and self.sources().exports:
-            self._export_image_with(reference, missing)
-            missing = self._missing(reference, manifest, credentials)
-        if missing:
+    def _recover(self, reference: Reference, manifest: Manifest, client: Client) -> None:
+        """Get what Docker has lost of an image into our store. Docker is never asked to build or run anything.
+
+        Each name that leads to the content is tried, the one that was asked for first.
+        """
+        self._restore(reference, self._missing(reference, manifest, client), client)
+        missing, errors = self._missing(reference, manifest, client), []
+        for source in itertools.chain([None], self._other_names(manifest, missing) if missing else ()):
+            if not missing:
+                return
             try:
-                self._repair_store(reference, manifest, missing, credentials)
+                self._fetch(reference, manifest, missing, client, source)
             except RegistryError as e:
-                if e.code in ("UNAUTHORIZED", "TOOMANYREQUESTS", "DENIED"):
-                    raise
-                problem = e.detail
-            missing = self._missing(reference, manifest, credentials)
+                errors.append(e)
+            missing = self._missing(reference, manifest, client)
         if missing:
-            raise RegistryError("MANIFEST_UNKNOWN", (
-                f"Docker lists {reference}, but lacks {len(missing)} of its blobs, "
-                f"{', '.join(map(str, [*missing][:3]))}. "
-                f"Remove the image from Docker, and pull or build it again. Its registry does not help: {problem}"))
-
-    def _repair_store(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int],
-                      credentials: Credentials | None) -> None:
-        for digest, size in missing.items():
-            if self.store.docker.size(digest) not in (None, size):
-                self.store.docker.drop(digest)  # a crash cut it short
-        self._fetcher.begin(reference, missing, credentials)
-        self.store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers")})
-
-    # ---- what is pushed
-
-    def mount(self, reference: Reference, source: str | None) -> bool:
-        """Make a blob of another repository, or of any if that is None, belong to this one too; whether it did."""
-        digest = reference.target
-        assert isinstance(digest, Digest)
-        owned = self.store.owns(digest) if source is None else (
-            self.store.repository(source).blobs.size(digest) is not None)
-        return owned and self.store.repository(reference.repository).blobs.adopt(digest)
-
-    def put_manifest(self, reference: Reference, data: bytes, content_type: str | None, tags: list[str]) -> Manifest:
-        """Take a manifest that is pushed, with its exact bytes, and give it tags.
-
-        MANIFEST_INVALID, DIGEST_INVALID when the reference has another digest, and MANIFEST_BLOB_UNKNOWN
-        when a blob is neither in this repository nor in Docker: then nothing is kept.
-        """
-        expected = reference.target if isinstance(reference.target, Digest) else None
-        manifest = Manifest.accept(data, content_type, expected.algorithm if expected else "sha256")
-        if expected not in (None, manifest.digest):
-            raise RegistryError("DIGEST_INVALID", f"the manifest that arrived has the digest {manifest.digest}")
-        repository = self.store.repository(reference.repository)
-        missing = [str(digest) for digest in manifest.blobs() if not self._bring(repository, digest)]
-        if missing:
-            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"{reference.repository} lacks {', '.join(missing)}: push "
-                                                         "blobs before the manifest that refers to them")
-        repository.put_manifest(manifest, tags)
-        return manifest
-
-    def _bring(self, repository: Repository, digest: Digest) -> bool:
-        """Whether a repository has a blob, copied out of Docker just now if need be.
-
-        A client that asked whether the blob is here was told so when Docker has it. From now on it has to
-        stay, even when Docker drops it.
-        """
-        if repository.blobs.touch(digest):
-            return True
-        try:
-            blob = self._content.find(digest)
-        except RegistryError as e:
-            log.warning("looking for %s in Docker: %s", digest, e.detail)
-            return False
-        if blob is None:
-            return False
-        if self.store.docker.size(digest) is not None and repository.blobs.adopt(digest):
-            return True
-        self._copy(blob, digest, repository)
-        return True
-
-    def _copy(self, blob: Blob, digest: Digest, repository: Repository) -> None:
-        with BlobWriter(self.store, digest.algorithm) as writer, contextlib.closing(blob.open(0, blob.size)) as body:
-            for piece in body:
-                writer.write(piece)
-            found = writer.finish()
-            if found != digest:
-                raise RegistryError("ENGINE_FAILED", f"Docker has the bytes of {found} for {digest}")
-            writer.keep(repository.blobs)
-
-    def delete_manifest(self, reference: Reference, own_name: str | None) -> None:
-        """Remove a tag, or a manifest with all its tags, from a repository. MANIFEST_UNKNOWN, UNSUPPORTED."""
-        repository, target = self.store.repository(reference.repository), reference.target
-        if isinstance(target, Digest):
-            gone = repository.delete_manifest(target)
-            docker_has = gone or self._content.manifest(target) is not None
-        else:
-            gone = repository.delete_tag(target)
-            docker_has = gone or self._local_image(reference, own_name) is not None
-        if not gone:
-            raise self._not_deleted(reference, docker_has, "MANIFEST_UNKNOWN")
-
-    def delete_blob(self, reference: Reference) -> None:
-        """Remove a blob from a repository. BLOB_UNKNOWN, UNSUPPORTED."""
-        digest = reference.target
-        assert isinstance(digest, Digest)
-        if not self.store.repository(reference.repository).blobs.drop(digest):
-            raise self._not_deleted(reference, self._content.find(digest) is not None, "BLOB_UNKNOWN")
+            some = ", ".join(map(str, [*missing][:3]))
+            raise self._not_recovered(errors, f"Docker has {reference}, but lacks {len(missing)} of its blobs: {some}")
 
     @staticmethod
-    def _not_deleted(reference: Reference, docker_has: bool, code: str) -> RegistryError:
-        if docker_has:
-            return RegistryError("UNSUPPORTED", f"{reference} is in Docker, whose images are not deleted through this "
-                                                "registry: use docker rmi")
-        return RegistryError(code, f"{reference} was not pushed here, and Docker does not have it")
+    def _not_recovered(errors: list[RegistryError], what: str) -> RegistryError:
+        """The error about something that Docker has lost: that of the registry that was asked first, if it refuses."""
+        if errors and errors[0].code in ("UNAUTHORIZED", "TOOMANYREQUESTS", "DENIED"):
+            return errors[0]
+        reasons = "; ".join(dict.fromkeys(error.detail for error in errors))
+        return RegistryError("MANIFEST_UNKNOWN", f"{what}. Remove the image from Docker, and pull or build it again. "
+                                                 f"It could not be fetched: {reasons}")
+
+    def _restore(self, reference: Reference, blobs: Mapping[Digest, int], client: Client) -> None:
+        """Have Docker give content of an image again: a node may know its manifest from before our store was lost."""
+        if blobs:
+            self.images.current().restore(self._images_of(reference, client), blobs, client.deadline)
+
+    def _fetch(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int], client: Client,
+               source: Reference | None) -> None:
+        for digest, size in missing.items():
+            if self._store.docker.size(digest) not in (None, size):
+                self._store.docker.drop(digest)  # a crash cut it short
+        self._fetches.begin(reference, missing, client, source)
+        self._store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers")})
+
+    def _other_names(self, manifest: Manifest, missing: Mapping[Digest, int]) -> Iterator[Reference]:
+        """Other names under which Docker got some of this content: their registries may still have it."""
+        names = [name for image in self.engine.listed() if self._shares(image.id, missing)
+                 for name in (*image.origins, *image.tags)]
+        for digest in manifest.listed("config", "layers"):
+            names += self.images.current().origins(digest)
+        for host, repository in dict.fromkeys(docker_name(repository_of(name)) for name in names):
+            if REPOSITORY.fullmatch(repository):
+                yield Reference(repository, manifest.digest, host)
+
+    def _shares(self, image_id: Digest, content: Mapping[Digest, int]) -> bool:
+        """True if an image has some of this content, as far as its manifests are here."""
+        manifest = self._content.manifest(image_id)
+        children = map(self._content.manifest, manifest.platforms()) if manifest else ()
+        return any(not content.keys().isdisjoint(found.sizes("config", "layers"))
+                   for found in (manifest, *children) if found)
+
+    def _lost_manifest(self, reference: Reference, digest: Digest, image: EngineImage | None,
+                       client: Client) -> Manifest:
+        """A manifest that Docker lists and has lost, from a registry that the image came from."""
+        origins = (docker_name(repository_of(name)) for name in (image.origins if image else ()))
+        others = (Reference(repository, digest, host) for host, repository in origins)
+        errors = []
+        for source in itertools.chain([reference], others):
+            try:
+                return self._fetches.manifest(source, digest, client.credentials if source is reference else None)
+            except RegistryError as e:
+                errors.append(e)
+        raise self._not_recovered(errors, f"Docker lists {reference} as {digest}, but that content is missing from its "
+                                          "store")
+
+    # ---- who has these bytes?
+
+    def blob(self, reference: Reference, client: Client) -> Blob:
+        """The blob with the digest that a reference names.
+
+        Docker does not keep its content apart by repository, so the repository does not matter. BLOB_UNKNOWN if
+        nobody has it, and for manifests too: to a node, 200 means that the digest is not one.
+        """
+
+        return self._ask(client, lambda asking: self._find_blob(reference, asking))
+
+    def _find_blob(self, reference: Reference, client: Client) -> Blob:
+        digest = reference.digest
+        blob = self._content.find(digest)
+        if blob is None:
+            arriving = self._pulls.blob(digest) or self._fetches.blob(reference, digest, client)
+            if arriving:
+                return arriving
+            if reference.namespace:  # a node; a client that pushes does not want an image exported
+                self._restore(reference, {digest: 0}, client)
+            blob = self._content.find(digest)  # it may have arrived since
+        if blob is None:
+            raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
+        if self._is_manifest(blob):
+            raise RegistryError("BLOB_UNKNOWN", f"{digest} is a manifest: ask for it under /manifests/")
+        return blob
+
+    @staticmethod
+    def _is_manifest(blob: Blob) -> bool:
+        """True if a blob is a manifest. The first byte rules it out for everything that is not JSON."""
+        return (blob.size <= MANIFEST_LIMIT and read_blob(blob, 1) == b"{"
+                and manifest_type(read_blob(blob, MANIFEST_LIMIT)) is not None)
+
+    # ---- what is adopted
+
+    def contents(self, reference: Reference, digests: Iterable[Digest], client: Client) -> dict[Digest, Blob]:
+        """What Docker has of the content of an image with these digests, exported if need be."""
+        return self._ask(client, lambda asking: self._find_contents(reference, list(digests), asking))
+
+    def _find_contents(self, reference: Reference, digests: list[Digest], client: Client) -> dict[Digest, Blob]:
+        found = {digest: blob for digest in digests if (blob := self._content.find(digest))}
+        lacking = {digest: 0 for digest in digests if digest not in found}
+        if lacking:
+            self._restore(reference, lacking, client)
+            found.update((digest, blob) for digest in lacking if (blob := self._content.find(digest)))
+        return found
+
+    def manifest_content(self, digest: Digest, client: Client) -> Manifest | None:
+        """The manifest with a digest, if Docker has its bytes under whatever name, or None."""
+        return self._ask(client, lambda _: self._content.manifest(digest))
+
+    def image(self, reference: Reference, client: Client) -> EngineImage | None:
+        """The image that Docker has under a name now, or under another name for the same, or None."""
+        return self._ask(client, lambda _: self._local_image(reference, client))
 
     # ---- lists
 
-    def tags(self, reference: Reference, own_name: str | None) -> list[str]:
-        """The tags under which images of a repository can be pulled, sorted. NAME_UNKNOWN. The target is not used."""
-        repository = self.hosted(reference, own_name)
-        known = repository is not None and (repository.folder / "_manifests").exists()
-        names = {docker_name(alias.docker_repository()) for alias in reference.aliases(own_name)}
-        found = {tag for name, tag in self._docker_names(known) if docker_name(name) in names}
-        if not known and not found:
-            raise RegistryError("NAME_UNKNOWN", f"nothing was pushed to {reference.docker_repository()}, and Docker "
-                                                "has no image of that name")
-        return sorted(found.union(repository.tags() if repository else ()))
+    def tags(self, reference: Reference, client: Client) -> list[str]:
+        """The tags of the images that Docker has in a repository. The reference's target is not used."""
+        names = {docker_name(alias.docker_repository()) for alias in self._names(reference, client)}
+        return [tag for _, name, tag in self._all_names(client) if docker_name(name) in names]
 
-    def referrers(self, reference: Reference, own_name: str | None) -> list[dict[str, Any]]:
-        """The descriptors of manifests that were pushed to a repository and are about the digest of a reference."""
-        repository = self.hosted(reference, own_name)
-        assert isinstance(reference.target, Digest)
-        manifests = repository.referrers(reference.target) if repository else ()
-        return [manifest.referrer() for manifest in manifests]  # one at a time: they may be large
-
-    def catalog(self, own_name: str | None) -> list[str]:
-        """The repositories that can be pulled from without a namespace, sorted: pushed ones, and Docker's."""
-        found = {name for name in self.store.repository_names() if self.store.repository(name).tags()}
-        for name, _ in self._docker_names(bool(found)):
+    def catalog(self, client: Client) -> set[str]:
+        """The repositories of Docker's images, by the names under which they can be pulled without a namespace."""
+        found = set()
+        for _, name, _ in self._all_names(client):
             host, repository = docker_name(name)
             if host == "docker.io":
                 repository = repository.removeprefix("library/")
-            elif not names_us(host, own_name):
+            elif not names_us(host, client.own_name):
                 repository = name
-            if REPOSITORY.fullmatch(repository):  # a registry's port can't be part of a repository's name
+            if REPOSITORY.fullmatch(repository):  # a registry's port cannot be part of a repository's name
                 found.add(repository)
+        return found
+
+    def _all_names(self, client: Client) -> list[tuple[Digest, str, str]]:
+        return self._ask(client, lambda _: self.engine.names())
+
+    def tidy_up(self) -> None:
+        """Free the disk of exports that nobody needs any more. Never raises RegistryError."""
+        try:
+            with self._store.log_freed():
+                self._store.tidy_up(lambda image_id: self.engine.image(str(image_id)) is not None, time.time())
+        except RegistryError as e:
+            log.warning("store: not tidied up: %s", e.detail)
+
+
+# =====================================================================================================================
+# 17. Front: which of the two registries answers
+# Uses: waiting, engine, transfers, store, hosted, mirror.
+# =====================================================================================================================
+
+
+class Adoption:
+    """Makes what is pushed whole: the only bridge from the mirror to what is hosted.
+
+    A client may push a manifest that it read here, of an image that only Docker has (crane tag, say). Before that is
+    answered, everything that it refers to is brought into its repository: what the store holds of Docker's is
+    linked, the rest is read from Docker, verified and kept. So what was pushed stays, whatever Docker drops later.
+    Content of other repositories is never taken: that is what mounts are for.
+    """
+
+    DEPTH = 8  # indexes in indexes
+
+    def __init__(self, store: Store, hosted: Hosted, mirror: Mirror):
+        self._store, self._hosted, self._mirror = store, hosted, mirror
+        self._jobs = Jobs()
+
+    def complete(self, reference: Reference, manifest: Manifest, client: Client) -> None:
+        """Bring what a manifest refers to into its repository.
+
+        MANIFEST_BLOB_UNKNOWN names the blobs that nobody has. Not having a layer that need not be distributed, or a
+        manifest of an index with everything that it needs, is allowed (OCI Distribution Spec v1.1, "Pushing
+        Manifests"). Nothing is copied before it is clear that all of it is available, and fits on the disk.
+        """
+        repository = self._hosted.repository(reference.repository)
+        blobs, manifests = self._plan(reference, repository, manifest, client, self.DEPTH)
+        self._store.check_space(sum(blob.size for digest, blob in blobs.items() if not self._store.docker.size(digest)))
+        for digest, blob in blobs.items():
+            self._bring(repository, digest, blob, client)
+        for child in manifests:
+            repository.put_manifest(child, ())
+
+    def _plan(self, reference: Reference, repository: Repository, manifest: Manifest, client: Client,
+              depth: int) -> tuple[dict[Digest, Blob], list[Manifest]]:
+        """The blobs to bring, and the manifests of an index to keep, each behind those that it lists."""
+        required = [digest for digest in manifest.blobs() if not repository.blobs.touch(digest)]
+        optional = [digest for digest in manifest.undistributed() if not repository.blobs.touch(digest)]
+        blobs = self._mirror.contents(reference, (*required, *optional), client) if required or optional else {}
+        missing = [str(digest) for digest in required if digest not in blobs]
+        if missing:
+            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {reference.repository} nor Docker has "
+                                                         f"{', '.join(missing)}: push blobs before the manifest that "
+                                                         "refers to them")
+        manifests: list[Manifest] = []
+        for digest in manifest.listed("manifests") if depth else ():
+            if repository.manifests.size(digest) is None:
+                more_blobs, more_manifests = self._plan_child(reference, repository, digest, client, depth)
+                blobs.update(more_blobs)
+                manifests += more_manifests
+        return blobs, manifests
+
+    def _plan_child(self, reference: Reference, repository: Repository, digest: Digest, client: Client,
+                    depth: int) -> tuple[dict[Digest, Blob], list[Manifest]]:
+        child = self._mirror.manifest_content(digest, client)
+        if child is None:
+            return {}, []
+        try:
+            blobs, manifests = self._plan(reference, repository, child, client, depth - 1)
+        except RegistryError as e:
+            if e.code != "MANIFEST_BLOB_UNKNOWN":
+                raise
+            log.info("%s: pushed without the manifest %s, whose content nobody here has", reference, digest)
+            return {}, []
+        return blobs, [*manifests, child]
+
+    def _bring(self, repository: Repository, digest: Digest, blob: Blob, client: Client) -> None:
+        """Make a blob belong to a repository. Requests that want the same content at the same time share one copy."""
+        if self._store.docker.size(digest) != blob.size:
+            job = self._jobs.start(digest, lambda: self._copy(digest, blob), f"copying {digest}")
+            job.outcome(client.deadline)
+        if not repository.blobs.adopt(digest, blob.size):
+            raise RegistryError("STORE_FAILED", f"{digest} was removed from the store a moment ago")
+
+    def _copy(self, digest: Digest, blob: Blob) -> None:
+        """Copy content out of Docker into the store."""
+        with ProgressLog(f"copy {digest}, {human_bytes(blob.size)}, for a push") as lines, \
+                BlobWriter(self._store, digest.algorithm) as writer, \
+                contextlib.closing(blob.open(0, blob.size, Deadline())) as body:
+            count = 0
+            for piece in body:
+                writer.write(piece)
+                lines.tell_rate(count := count + len(piece))
+            found = writer.finish()
+            if found != digest:
+                raise RegistryError("ENGINE_FAILED", f"Docker has the bytes of {found} for {digest}")
+            writer.keep(self._store.docker)
+            lines.done("verified")
+
+
+class Front:
+    """Decides which of the two registries answers a request.
+
+    Whoever names another registry (`ns`) means what Docker has, or can get. All others mean what was pushed here, and
+    then what Docker has under that very name. HEAD is different: most clients ask so before a push, and take 200 for
+    "you need not push this". So without `ns` it never says more than what is hosted, and every push is one.
+    """
+
+    def __init__(self, hosted: Hosted, mirror: Mirror, store: Store):
+        self.hosted, self.mirror, self._store = hosted, mirror, store
+        self._adoption = Adoption(store, hosted, mirror)
+        self._jobs = Jobs()
+        self._hidden: set[tuple[Digest, Digest]] = set()  # pairs that the log has named; one operation each: no lock
+
+    def close(self) -> None:
+        """Close what is kept open, and remove what is half-written."""
+        self.mirror.close()
+        self._store.close()
+
+    @staticmethod
+    def _is_ours(reference: Reference, client: Client) -> bool:
+        """True if a reference may mean what was pushed here."""
+        return reference.namespace is None or names_us(reference.namespace, client.own_name)
+
+    def _in_docker(self, reference: Reference, client: Client) -> Reference:
+        """A reference as Docker's side has to take it."""
+        if reference.namespace is not None and reference.namespace == client.own_name:
+            return reference.under(None)
+        return reference.of_path() or reference
+
+    def _refuse_docker(self, reference: Reference, client: Client, code: str) -> None:
+        """Refuse what Docker asks while it works for this program: it would wait for itself."""
+        if self.mirror.is_docker_on_our_behalf(client):
+            raise RegistryError(code, f"{reference}: Docker asks for this program, which does not have it")
+
+    def manifest(self, reference: Reference, client: Client, head: bool = False) -> Manifest | ArrivingManifest:
+        """The manifest or index that a reference means now. See Mirror.manifest for the errors."""
+        self._refuse_docker(reference, client, "MANIFEST_UNKNOWN")
+        hosted = self._hosted_manifest(reference, client)
+        if hosted:
+            return hosted
+        asks_us = head and reference.namespace is None
+        if asks_us and not client.is_about_to_pull():
+            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
+        return self.mirror.manifest(self._in_docker(reference, client), client, may_pull=not asks_us)
+
+    def _hosted_manifest(self, reference: Reference, client: Client) -> Manifest | None:
+        if not self._is_ours(reference, client):
+            return None
+        manifest = self.hosted.repository(reference.repository).manifest(reference.target)
+        if manifest and not isinstance(reference.target, Digest):
+            with contextlib.suppress(RegistryError):  # the answer does not depend on it
+                self._jobs.start((reference, client.own_name), lambda: self._tell_what_it_hides(
+                    reference, manifest, client.own_name), "comparing")
+        return manifest
+
+    def _tell_what_it_hides(self, reference: Reference, manifest: Manifest, own_name: str | None) -> None:
+        """Log, once for each pair, that a pushed tag hides another image of Docker's."""
+        asking = Client(own_name)
+        image = self.mirror.image(self._in_docker(reference, asking), asking)
+        if image is None or self._is_same(image, manifest, asking) or (image.id, manifest.digest) in self._hidden:
+            return
+        if len(self._hidden) >= MEMORY_LIMIT:
+            self._hidden.clear()
+        self._hidden.add((image.id, manifest.digest))
+        log.warning("%s is served as it was pushed, %s, and not as Docker's image of that name, %s: push it again, or "
+                    "delete the tag here", reference, manifest.digest, image.id)
+
+    def _is_same(self, image: EngineImage, manifest: Manifest, client: Client) -> bool:
+        """True if a manifest is that of an image, or one that its index lists."""
+        index = self.mirror.manifest_content(image.id, client)
+        return image.id in (manifest.digest, *manifest.listed("config")) or (
+            index is not None and manifest.digest in index.listed("manifests"))
+
+    def blob(self, reference: Reference, client: Client, head: bool = False) -> Blob:
+        """The blob with the digest that a reference names; BLOB_UNKNOWN."""
+        self._refuse_docker(reference, client, "BLOB_UNKNOWN")
+        if self._is_ours(reference, client):
+            try:
+                return self.hosted.blob(reference)
+            except RegistryError as e:
+                if e.code != "BLOB_UNKNOWN" or (head and reference.namespace is None):
+                    raise
+        return self.mirror.blob(self._in_docker(reference, client), client)
+
+    # ---- writing
+
+    def put_manifest(self, reference: Reference, manifest: Manifest, tags: list[str], client: Client) -> None:
+        """Take a manifest that is pushed, with its tags, and everything that it refers to.
+
+        MANIFEST_BLOB_UNKNOWN if nobody has a blob of it: then nothing is kept.
+        """
+        self._adoption.complete(reference, manifest, client)
+        self.hosted.put_manifest(reference, manifest, tags)
+
+    def delete_manifest(self, reference: Reference, client: Client) -> None:
+        """Remove a tag, or a manifest with all its tags. MANIFEST_UNKNOWN, UNSUPPORTED."""
+        with self._unless_in_docker(reference, lambda: self._has_manifest(reference, client)):
+            self.hosted.delete_manifest(reference)
+
+    def _has_manifest(self, reference: Reference, client: Client) -> bool:
+        target = reference.target
+        if isinstance(target, Digest):
+            return self.mirror.manifest_content(target, client) is not None
+        return self.mirror.image(self._in_docker(reference, client), client) is not None
+
+    def delete_blob(self, reference: Reference, client: Client) -> None:
+        """Remove a blob from a repository. BLOB_UNKNOWN, UNSUPPORTED."""
+        in_docker = functools.partial(self.mirror.contents, reference, [reference.digest], client)
+        with self._unless_in_docker(reference, in_docker):
+            self.hosted.delete_blob(reference)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _unless_in_docker(reference: Reference, in_docker: Callable[[], Any]) -> Iterator[None]:
+        """Turn "unknown" into UNSUPPORTED for what cannot be deleted because it is Docker's."""
+        try:
+            yield
+        except RegistryError as e:
+            if e.status == 404 and in_docker():
+                raise RegistryError("UNSUPPORTED", f"{reference} is in Docker, whose images are not deleted through "
+                                                   "this registry: use docker rmi") from None
+            raise
+
+    # ---- lists
+
+    def tags(self, reference: Reference, client: Client) -> list[str]:
+        """The tags under which images of a repository can be pulled, sorted; NAME_UNKNOWN. The target is not used."""
+        known, found = False, set()
+        if self._is_ours(reference, client):
+            with contextlib.suppress(RegistryError):  # NAME_UNKNOWN
+                found.update(self.hosted.tags(reference))
+                known = True
+        found.update(self._docker_list(known, lambda: self.mirror.tags(self._in_docker(reference, client), client)))
+        if not known and not found:
+            raise RegistryError("NAME_UNKNOWN", f"nothing was pushed to {reference.docker_repository()}, and Docker "
+                                                "has no image of that name")
         return sorted(found)
 
-    def _docker_names(self, others: bool) -> list[tuple[str, str]]:
-        """Names and tags of Docker's images. When Docker fails, none if there are others to show, or its error."""
+    def catalog(self, client: Client) -> list[str]:
+        """The repositories that can be pulled from without a namespace, sorted: those pushed here, and Docker's."""
+        found = set(self.hosted.catalog())
+        return sorted(found.union(self._docker_list(bool(found), lambda: self.mirror.catalog(client))))
+
+    @staticmethod
+    def _docker_list(others: bool, names: Callable[[], Iterable[str]]) -> Iterable[str]:
+        """Names of Docker's. If Docker fails, none if there are others to show, or else its error."""
         try:
-            return self.engine.names()
+            return names()
         except RegistryError as e:
             if not others:
                 raise
             log.warning("the list lacks Docker's images: %s", e.detail)
             return []
 
+    def referrers(self, reference: Reference, client: Client) -> list[dict[str, Any]]:
+        """The descriptors of manifests that were pushed to a repository and have a reference's digest as subject."""
+        return self.hosted.referrers(reference) if self._is_ours(reference, client) else []
+
     # ---- tidying up
 
     def keep_tidy(self) -> None:
-        """Tidy up every TIDY_INTERVAL seconds, as long as the process lives."""
+        """Tidy up every TIDY_INTERVAL seconds, for as long as the process lives."""
         while True:
             time.sleep(TIDY_INTERVAL)
             self.tidy_up()
@@ -4486,16 +5136,17 @@ class Registry:
     def tidy_up(self) -> None:
         """Free the disk of what nothing refers to any more. Never raises RegistryError."""
         try:
-            freed = self.store.evict(lambda image_id: self.engine.image(str(image_id)) is not None, time.time())
-            if freed:
-                log.info("store: freed %s that nothing refers to any more", human_bytes(freed))
+            with self._store.log_freed():
+                self.hosted.tidy_up(time.time())
         except RegistryError as e:
             log.warning("store: not tidied up: %s", e.detail)
+        self.mirror.tidy_up()
 
 
-# =====================================================================================================
-# 8. HTTP: the endpoints of the distribution specification
-# =====================================================================================================
+# =====================================================================================================================
+# 18. Requests: HTTP as values
+# Uses: configuration, waiting, transfers.
+# =====================================================================================================================
 
 
 @dataclass
@@ -4619,12 +5270,10 @@ class Request:
     path: str
     captured: tuple[str, ...]  # the parts of the path captured by the route, the repository first
     query: Mapping[str, list[str]]
-    host: str | None
-    accept: str | None
+    client: Client
     range: str | None
     content_range: str | None
     content_type: str | None
-    credentials: Credentials | None
     body: RequestBody
 
     @property
@@ -4656,34 +5305,57 @@ def parse_credentials(header: str | None) -> Credentials | None:
     return Credentials(username, password)
 
 
-def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """Parse a Range header for content of size bytes (RFC 9110, 14.1.2). Returns start and length in bytes.
+RANGES_LIMIT = 100          # ranges of one request; more are ignored, and the whole content is sent
 
-    Returns None if the whole content is to be sent: the header is missing, or is ignored because it is
-    malformed or has several ranges. Raises RANGE_INVALID if the range is outside of the content or ends
-    before its start.
+
+def parse_ranges(header: str | None, size: int) -> list[tuple[int, int]] | None:
+    """Parse a Range header for content of size bytes (RFC 9110, 14.1.2). Returns start and length of each, in bytes.
+
+    Returns None if the whole content is to be sent: the header is missing, malformed, or asks for more bytes than
+    there are. Ranges outside of the content, or that end before their start, are left out. Raises RANGE_INVALID if
+    no other remains.
     """
-    match = re.fullmatch(r"bytes=\s*(\d{0,99})-(\d{0,99})\s*", header or "", re.ASCII)
-    if not match or match.groups() == ("", ""):
+    unit, equals, text = (header or "").partition("=")
+    specs = [spec.strip().partition("-") for spec in text.split(",")]
+    if unit.strip() != "bytes" or not equals or len(specs) > RANGES_LIMIT or not all(
+            re.fullmatch(r"\d{1,99}-\d{0,99}|-\d{1,99}", "".join(spec), re.ASCII) for spec in specs):
         return None
-    first, last = match.groups()
+    found = [part for part in (clip_range(first, last, size) for first, _, last in specs) if part]
+    if not found:
+        raise RegistryError("RANGE_INVALID", f"the content has {size} bytes", {"Content-Range": f"bytes */{size}"})
+    return found if sum(length for _, length in found) <= size else None
+
+
+def clip_range(first: str, last: str, size: int) -> tuple[int, int] | None:
+    """Return start and length of one range of content of size bytes, or None if there are no such bytes."""
     if first:
         start, end = int(first), min(int(last) if last else size - 1, size - 1)
     else:
         start, end = max(size - int(last), 0), size - 1
-    if start > end:
-        raise RegistryError("RANGE_INVALID", f"the content has {size} bytes", {"Content-Range": f"bytes */{size}"})
-    return start, end - start + 1
+    return (start, end - start + 1) if start <= end else None
 
 
-def asks_before_pushing(accept: str | None) -> bool:
-    """Return True if the Accept header of a HEAD request shows that the client is about to push the manifest.
+def content_range(start: int, length: int, size: int) -> str:
+    """Return the value of Content-Range for a part of content of size bytes."""
+    return f"bytes {start}-{start + length - 1}/{size}"
 
-    Before a push, crane and containerd's library (used by docker and BuildKit) accept only the media type of
-    the manifest that they have. Before a pull, clients accept every type that they support.
-    """
-    types = {part.partition(";")[0].strip() for part in (accept or "").split(",")} - {"", "*/*"}
-    return len(types) == 1
+
+def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline: Deadline) -> StreamBody:
+    """Return several ranges of a blob as the body of multipart/byteranges (RFC 9110, 14.6)."""
+    heads = [(f"\r\n--{boundary}\r\nContent-Type: application/octet-stream\r\n"
+              f"Content-Range: {content_range(start, length, blob.size)}\r\n\r\n").encode() for start, length in ranges]
+    end = f"\r\n--{boundary}--\r\n".encode()
+
+    def parts() -> Generator[Part, None, None]:
+        for head, (start, length) in zip(heads, ranges, strict=True):
+            yield head
+            with contextlib.closing(blob.open(start, length, deadline)) as body:
+                yield from body.parts()
+        yield end
+
+    pieces = parts()
+    total = sum(map(len, heads)) + sum(length for _, length in ranges) + len(end)
+    return StreamBody(pieces, total, pieces.close)
 
 
 def parse_content_range(header: str | None, length: int | None) -> int | None:
@@ -4721,6 +5393,11 @@ def page(request: Request, names: list[str]) -> tuple[list[str], dict[str, str]]
     return part, {"Link": f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"'}
 
 
+# =====================================================================================================================
+# 19. End-points: the distribution specification
+# Uses: transfers, hosted, mirror, front, requests.
+# =====================================================================================================================
+
 ABOUT = f"""k3d-registry-dockerd {__version__}
 
 This is an OCI registry that serves the images of the local Docker daemon, and images that are pushed to it.
@@ -4731,7 +5408,7 @@ Its API is under /v2/ (OCI Distribution Specification).
 class Endpoints:
     """One method for each endpoint of OCI Distribution Spec v1.1, "Endpoints"."""
 
-    def __init__(self, registry: Registry):
+    def __init__(self, registry: Front):
         self._registry = registry
 
     def about(self, request: Request) -> Response:
@@ -4745,36 +5422,33 @@ class Endpoints:
     def blob(self, request: Request) -> Response:
         """end-2, GET /v2/<name>/blobs/<digest>: a blob, or the requested range of it."""
         blob, headers = self._find_blob(request)
-        part = parse_range(request.range, blob.size)
-        if part is None:
-            return Response(200, headers, blob.open(0, blob.size))
-        start, length = part
-        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{blob.size}"
-        return Response(206, headers, blob.open(start, length))
+        ranges, deadline = parse_ranges(request.range, blob.size), request.client.deadline
+        if ranges is None:
+            return Response(200, headers, blob.open(0, blob.size, deadline))
+        if len(ranges) > 1:
+            boundary = secrets.token_hex(16)
+            headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
+            return Response(206, headers, multipart(blob, ranges, boundary, deadline))
+        start, length = ranges[0]
+        headers["Content-Range"] = content_range(start, length, blob.size)
+        return Response(206, headers, blob.open(start, length, deadline))
 
     def blob_head(self, request: Request) -> Response:
         """end-2, HEAD /v2/<name>/blobs/<digest>: the existence and size of a blob."""
         blob, headers = self._find_blob(request)
-        # A client that sends no `ns` may be about to push. It should upload its blob rather than wait for one that
-        # is still arriving. Pulls request blobs with GET.
-        if request.namespace is None and isinstance(blob, Relay | ArrivingBlob):
-            raise RegistryError("BLOB_UNKNOWN", f"{request.captured[1]} is still arriving from Docker")
         return Response(200, headers, length=blob.size)
 
     def _find_blob(self, request: Request) -> tuple[Blob, dict[str, str]]:
         repository, digest = request.captured
         reference = Reference.parse_digest(repository, digest, request.namespace)
-        return self._registry.blob(reference, request.host, request.credentials), {
+        return self._registry.blob(reference, request.client, request.method == "HEAD"), {
             "Content-Type": "application/octet-stream", "Docker-Content-Digest": digest, "Accept-Ranges": "bytes"}
 
     def manifest(self, request: Request) -> Response:
         """end-3, GET and HEAD /v2/<name>/manifests/<reference>: a manifest by tag or digest."""
         repository, target = request.captured
         reference = Reference.parse(repository, target, request.namespace)
-        if request.method == "HEAD" and asks_before_pushing(request.accept):
-            found: Manifest | ArrivingManifest = self._registry.pushed_manifest(reference, request.host)
-        else:
-            found = self._registry.manifest(reference, request.host, request.credentials)
+        found = self._registry.manifest(reference, request.client, request.method == "HEAD")
         if isinstance(found, ArrivingManifest):
             return Response(200, {"Content-Type": found.media_type}, found.body())
         return Response(200, {"Content-Type": found.media_type, "Docker-Content-Digest": str(found.digest)}, found.data)
@@ -4788,23 +5462,22 @@ class Endpoints:
         """
         repository = self._repository(request)
         mount, digest = request.parameter("mount"), request.parameter("digest")
-        if mount is not None:
-            source = request.parameter("from")
-            if source is not None:
-                Reference.check_repository(source, None)
-            if self._registry.mount(Reference(repository.name, requested_digest(mount)), source):
-                return self._created(repository, mount)
+        if mount is not None and self._mount(repository, mount, request.parameter("from")):
+            return self._created(repository, mount)
         if digest is None:
             return self._upload_status(202, repository, repository.begin_upload(), 0)
-        expected = requested_digest(digest)
-        with BlobWriter(self._registry.store, expected.algorithm) as writer:
-            for piece in request.body:
-                writer.write(piece)
-            found = writer.finish()
-            if found != expected:
-                raise RegistryError("DIGEST_INVALID", f"the received bytes have the digest {found}")
-            writer.keep(repository.blobs)
+        self._registry.hosted.push_blob(Reference(repository.name, requested_digest(digest)), request.body)
         return self._created(repository, digest)
+
+    def _mount(self, repository: Repository, digest: str, source: str | None) -> bool:
+        """Mount a blob. Returns False if there is none, or if the digest or the source is invalid, as some clients'."""
+        if source is not None and not REPOSITORY.fullmatch(source):
+            return False
+        try:
+            reference = Reference(repository.name, Digest.parse(digest))
+        except ValueError:
+            return False
+        return self._registry.hosted.mount(reference, source)
 
     def upload(self, request: Request) -> Response:
         """end-13, GET /v2/<name>/blobs/uploads/<session>: the progress of an upload."""
@@ -4835,7 +5508,7 @@ class Endpoints:
 
     def _repository(self, request: Request) -> Repository:
         Reference.check_repository(request.captured[0], request.namespace)
-        return self._registry.store.repository(request.captured[0])
+        return self._registry.hosted.repository(request.captured[0])
 
     def _receive(self, request: Request, repository: Repository, session: str, upload: Upload) -> None:
         """Append the body of a request. Raises RANGE_INVALID if it does not start at the end of the upload."""
@@ -4871,7 +5544,10 @@ class Endpoints:
         data = request.body.read(MANIFEST_LIMIT)
         if data is None:
             raise RegistryError("MANIFEST_TOO_LARGE", f"the limit is {MANIFEST_LIMIT} bytes")
-        manifest = self._registry.put_manifest(reference, data, request.content_type, tags)
+        manifest = Hosted.accept_manifest(reference, data, request.content_type)
+        # The time that the client took to send the manifest does not count.
+        client = dataclasses.replace(request.client, deadline=request.client.deadline.unlimited().within(LAST_ANSWER))
+        self._registry.put_manifest(reference, manifest, tags, client)
         headers = {"Location": f"/v2/{repository}/manifests/{manifest.digest}",
                    "Docker-Content-Digest": str(manifest.digest)}
         if manifest.subject:
@@ -4883,13 +5559,13 @@ class Endpoints:
         """end-9, DELETE /v2/<name>/manifests/<reference>: delete a tag, or a manifest and all its tags."""
         repository, target = request.captured
         reference = Reference.parse(repository, target, request.namespace)
-        self._registry.delete_manifest(reference, request.host)
+        self._registry.delete_manifest(reference, request.client)
         return Response(202, {})
 
     def delete_blob(self, request: Request) -> Response:
         """end-10, DELETE /v2/<name>/blobs/<digest>: delete a blob."""
         repository, digest = request.captured
-        self._registry.delete_blob(Reference.parse_digest(repository, digest, request.namespace))
+        self._registry.delete_blob(Reference.parse_digest(repository, digest, request.namespace), request.client)
         return Response(202, {})
 
     # ---- lists
@@ -4898,12 +5574,12 @@ class Endpoints:
         """end-8, GET /v2/<name>/tags/list: the tags, in pages on request."""
         Reference.check_repository(request.captured[0], request.namespace)
         reference = Reference(request.captured[0], "latest", request.namespace)
-        names, headers = page(request, self._registry.tags(reference, request.host))
+        names, headers = page(request, self._registry.tags(reference, request.client))
         return self._json({"name": request.captured[0], "tags": names}, headers)
 
     def catalog(self, request: Request) -> Response:
         """GET /v2/_catalog: the repositories, in pages on request (not in the OCI spec, but in its predecessor)."""
-        names, headers = page(request, self._registry.catalog(request.host))
+        names, headers = page(request, self._registry.catalog(request.client))
         return self._json({"repositories": names}, headers)
 
     def referrers(self, request: Request) -> Response:
@@ -4911,7 +5587,7 @@ class Endpoints:
         repository, subject = request.captured
         reference = Reference.parse_digest(repository, subject, request.namespace)
         wanted = request.parameter("artifactType")
-        found = self._registry.referrers(reference, request.host)
+        found = self._registry.referrers(reference, request.client)
         if wanted is not None:
             found = [descriptor for descriptor in found if descriptor.get("artifactType") == wanted]
         headers = {"Content-Type": OCI_INDEX, **({"OCI-Filters-Applied": "artifactType"} if wanted is not None else {})}
@@ -4963,6 +5639,12 @@ def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     return matches[method]
 
 
+# =====================================================================================================================
+# 20. Server: HTTP on a socket
+# Uses: waiting, transfers, front, requests, end-points.
+# =====================================================================================================================
+
+
 @dataclass(frozen=True)
 class Policy:
     """Decides which pushes and deletions are allowed."""
@@ -5006,6 +5688,9 @@ class Handler(BaseHTTPRequestHandler):
             body = RequestBody(self.headers, self.rfile, self._invite_body)
             response = self._respond(body)
             response.note = f"received {human_bytes(body.count)}" if body.count else ""
+        except ClientGone:
+            self._log_gone(started)
+            return
         except RegistryError as e:
             response = self._error_response(e)
         except Exception as e:  # last resort: this client gets an answer, and the others are not affected
@@ -5039,16 +5724,18 @@ class Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         endpoint, captured = find_route(self.command, path)
         host = self.headers.get("Host")
-        host = host if host and is_host(host) else None
+        client = Client(host if host and is_host(host) else None,
+                        parse_credentials(self.headers.get("Authorization")), Deadline(LAST_ANSWER, self.connection),
+                        self.headers.get("User-Agent", ""), ",".join(self.headers.get_all("Accept", [])))
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         namespace = query.get("ns", [""])[-1] or None
         Reference.check_namespace(namespace)
         if self.command not in ("GET", "HEAD"):
-            self.server.policy.check(self.command, namespace, host)
+            self.server.policy.check(self.command, namespace, client.own_name)
         request = Request(
-            self.command, path, captured, query, host, ",".join(self.headers.get_all("Accept", [])),
+            self.command, path, captured, query, client,
             None if self.headers.get("If-Range") else self.headers.get("Range"), self.headers.get("Content-Range"),
-            self.headers.get("Content-Type"), parse_credentials(self.headers.get("Authorization")), body)
+            self.headers.get("Content-Type"), body)
         response = endpoint(self.server.endpoints, request)
         if request.namespace:
             response.headers["OCI-Namespace"] = request.namespace
@@ -5100,8 +5787,8 @@ class Handler(BaseHTTPRequestHandler):
                 if sent < (length or 0):
                     raise RegistryError("ENGINE_FAILED", "the content ended early")
             self.wfile.flush()
-        except OSError as e:
-            problem = f"the client went away: {e}"
+        except (OSError, ClientGone) as e:
+            problem = f"the client went away: {e or 'it closed the connection'}"
         except RegistryError as e:
             problem = f"closed early: {e}"
         except Exception as e:  # last resort, as in _handle
@@ -5160,8 +5847,8 @@ class Handler(BaseHTTPRequestHandler):
                 yield len(data)
             return
         end = part.start + part.length
-        for start in range(part.start, end, WINDOW_STEP):
-            yield self.connection.sendfile(part.file, start, min(WINDOW_STEP, end - start))
+        for start in range(part.start, end, SENDFILE_STEP):
+            yield self.connection.sendfile(part.file, start, min(SENDFILE_STEP, end - start))
 
     # ---- the log
 
@@ -5174,6 +5861,11 @@ class Handler(BaseHTTPRequestHandler):
             level, note = logging.DEBUG, "a TLS handshake on a port without TLS"
         log.log(level, "%s %s %d %s %s %s%s", self.command, printable(getattr(self, "path", "")), response.status,
                 human_bytes(sent), human_seconds(seconds), self.client_address[0], note and f" - {printable(note)}")
+
+    def _log_gone(self, started: float) -> None:
+        """Log a request whose client did not wait for the answer, with the status that nginx uses for that."""
+        self.close_connection = True
+        self._log(Response(499, {}), 0, time.monotonic() - started, "the client went away before the answer")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Called by http.server, for example when an idle connection times out. Logged for debugging only."""
@@ -5212,7 +5904,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True       # a running download must not keep the process alive
     block_on_close = False
 
-    def __init__(self, address: Address, registry: Registry, policy: Policy | None = None,
+    def __init__(self, address: Address, registry: Front, policy: Policy | None = None,
                  tls: ssl.SSLContext | None = None):
         """Bind the address. Raises OSError. Serve with serve_forever, end with shutdown and server_close.
 
@@ -5272,9 +5964,10 @@ class Server(ThreadingHTTPServer):
             log.error("%s: a bug in this program", client_address[0], exc_info=error)
 
 
-# =====================================================================================================
-# 9. Command line: arguments, environment, wiring, signals
-# =====================================================================================================
+# =====================================================================================================================
+# 21. Command line: arguments, environment, signals
+# Uses: configuration, waiting, engine, store, hosted, origin, mirror, front, server.
+# =====================================================================================================================
 
 DEFAULT_ADDRESS = ":5000"
 
@@ -5302,7 +5995,7 @@ def argument_parser() -> ArgumentParser:
     parser.add_argument("-allow", "--allow", metavar="PATTERN", action="append", default=[], help=(
         "only pull from registries that match, like docker.io or *.corp.example; can be repeated (default: pull from "
         "all)"))
-    parser.add_argument("-pull", "--pull", choices=Origins.POLICIES, default="missing", help=(
+    parser.add_argument("-pull", "--pull", choices=PullPolicy.POLICIES, default="missing", help=(
         "when to pull an image: if Docker does not have it (missing), also if its tag has changed in its registry, "
         "which is asked each time (always), or never (default: missing)"))
     parser.add_argument("-read-only", "--read-only", action="store_true", help=(
@@ -5341,7 +6034,7 @@ class Settings:
     store: Path
     store_origin: str
     engine: EngineHost
-    origins: Origins
+    pulls: PullPolicy
     docker_root: Path | None
     policy: Policy
     tls: ssl.SSLContext | None
@@ -5370,7 +6063,7 @@ class Settings:
                        arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
         config = DockerConfig(Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker"))
         return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
-                   Origins(cls._patterns(arguments.allow), arguments.pull, config),
+                   PullPolicy(cls._patterns(arguments.allow), arguments.pull, config),
                    Path(arguments.docker_root) if arguments.docker_root else None, policy, tls,
                    tuple(filter(None, [store_note, *cls._proxy_notes(environ)])))
 
@@ -5450,7 +6143,9 @@ def serve(settings: Settings) -> int:
     # handler only receives signals that are blocked.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    registry = Registry(Engine(settings.engine), Store(settings.store), settings.origins, settings.docker_root)
+    store = Store(settings.store)
+    mirror = Mirror(Engine(settings.engine), store, settings.pulls, settings.docker_root)
+    registry = Front(Hosted(store), mirror, store)
     try:
         server = Server(settings.address, registry, settings.policy, settings.tls)
     except OSError as e:
@@ -5467,17 +6162,17 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def introduce(settings: Settings, registry: Registry, server: Server) -> None:
+def introduce(settings: Settings, registry: Front, server: Server) -> None:
     """Log the version, the settings and the sources, then "listening on", which k3d waits for."""
     log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
     log.info("store: %s (%s)", settings.store, settings.store_origin)
-    config = settings.origins.config
+    config = settings.pulls.config
     if config and config.path.exists():
         log.info("credentials for pulls without their own: %s", config.path)
     for note in settings.notes:
         log.warning("%s", note)
     try:
-        registry.sources()
+        registry.mirror.images.current()
     except RegistryError as e:
         log.error("%s; this is tried again on each request", e.detail)
     else:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import socketserver
 import struct
 import tarfile
@@ -286,8 +287,10 @@ class FakeDaemon:
                 return lambda sock: (sock.sendall(sock_answer), self._preface(sock), self._grpc(sock))[2]
             return http_answer(404, {"message": "page not found"})
         if path == "images/json":
+            wanted = json.loads(query.get("filters", "{}")).get("reference")
             return http_answer(200, [{"Id": self.id_of(image), "RepoTags": [name], "RepoDigests": []}
-                                     for name, image in self.images.items()])
+                                     for name, image in self.images.items()
+                                     if wanted is None or re.sub("[:@][^/]*$", "", name) in wanted])
         if path == "images/create":
             return self._pull(query)
         if path.startswith("distribution/"):

@@ -316,13 +316,13 @@ def push_document(origin, name, reference, document):
 def push_platforms(origin, name, tag, architectures, files=()):
     """Put an image for several architectures on an origin: the index's digest, and those of the manifests.
 
-    No engine has ever seen it. files are (path, bytes), a layer for each, or the layers themselves (bytes), besides
-    one that names the architecture.
+    No engine has ever seen any of its layers. files are (path, bytes), a layer for each, or the layers themselves
+    (bytes), besides one that names the architecture.
     """
     children = []
     for architecture in architectures:
         layers = [file if isinstance(file, bytes) else tar_of(dict([file]))
-                  for file in [(architecture, architecture.encode()), *files]]
+                  for file in [(architecture, architecture.encode() + os.urandom(8)), *files]]
         diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
         config = json.dumps({"architecture": architecture, "os": "linux", "config": {},
                              "rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()

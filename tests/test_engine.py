@@ -259,9 +259,9 @@ class TestImages(EngineCase):
     def test_images_of(self):
         other = self.daemon.add("app:2", Image("other"))
         self.assertEqual([Digest.parse(self.image.digest), Digest.parse(other.digest)],
-                         self.engine.images_of("docker.io/library/app"))
+                         self.engine.images_of(["docker.io/library/app"]))
         self.daemon.images.clear()
-        self.assertEqual([], self.engine.images_of("docker.io/library/app"))
+        self.assertEqual([], self.engine.images_of(["docker.io/library/app"]))
 
     def test_images_of_asks_by_every_name(self):
         for repository, names in (
@@ -270,7 +270,7 @@ class TestImages(EngineCase):
                 ("r.example:5000/app", {"r.example:5000/app"})):
             with self.subTest(repository):
                 self.daemon.requests.clear()
-                self.engine.images_of(repository)
+                self.engine.images_of([repository])
                 (line,) = self.asked("/images/json")
                 query = urllib.parse.parse_qs(urllib.parse.urlsplit(line.split(" ")[1]).query)
                 self.assertEqual(names, set(json.loads(query["filters"][0])["reference"]))
@@ -407,7 +407,7 @@ class TestBrokenAnswers(EngineCase):
         ("/version ", lambda engine: engine.info()),
         ("/info ", lambda engine: engine.info()),
         ("/images/app:1/json", lambda engine: engine.image("app:1")),
-        ("/images/json", lambda engine: engine.images_of("app")),
+        ("/images/json", lambda engine: engine.images_of(["app"])),
         ("/images/create", lambda engine: engine.pull(REFERENCE, None, lambda message: None)),
     )
     ANSWERS = (

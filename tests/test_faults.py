@@ -18,7 +18,6 @@ from fake_daemon import (
     END_STREAM,
     GOAWAY,
     HEADERS,
-    OCI_MANIFEST,
     PING,
     RESET,
     RESPONSE_HEADERS,
@@ -176,231 +175,79 @@ class TestExports(FaultCase):
         self.assert_serves()
 
 
-class TestEarlyExports(FaultCase):
-    """The classic store: what is served while the export is still coming in."""
-
-    SIZE = module.EARLY_EXPORT + 4_000_000
-
-    @staticmethod
-    def large_image(size, manifest_first):
-        """An image of one large layer, with its manifest before or behind that in an export."""
-        while True:
-            image = Image(os.urandom(8).hex() + "x" * size)
-            if (image.digest < sha256(image.layer)) == manifest_first:
-                return image
-
-    def start_export(self, image, change=lambda data: data, hold=True):
-        """Have an export that stops in the middle of the layer until go_on is set; change is made to what follows."""
-        self.start("classic", add=False)
-        self.image = self.daemon.add("app:1", image)
-        self.asked, self.go_on = threading.Event(), threading.Event()
-        self.addCleanup(self.go_on.set)
-        whole = self.daemon.exports[image.config_digest]
-        middle = whole.index(image.layer) + len(image.layer) // 2
-
-        def send(sock):
-            first, second = chunked(whole[:middle])[:-5], chunked(change(whole[middle:])).split(b"\r\n\r\n", 1)[1]
-            sock.sendall(first)
-            self.asked.set()
-            if hold:
-                self.go_on.wait(30)
-            sock.sendall(second)
-
-        self.daemon.faults["/get "] = send
-
-    def test_served_while_it_arrives(self):
-        self.start_export(self.large_image(self.SIZE, manifest_first=True))
-        head = self.program.head(MANIFEST)
-        self.assertEqual((200, self.image.digest), (head.status, head.headers["Docker-Content-Digest"]))
-        by_digest = self.program.get(f"/v2/library/app/manifests/{self.image.digest}?ns=docker.io")
-        self.assertEqual((200, self.image.manifest), (by_digest.status, by_digest.body))
-        layer, part = self.program.begin_get(self.layer_path()), self.program.begin_get(
-            self.layer_path(), Range="bytes=5-9999999")
-        self.assertEqual((200, str(len(self.image.layer))), (layer.status, layer.headers["Content-Length"]))
-        self.assertEqual((206, self.image.layer[5:1_000_000]), (part.status, part.read(999_995)), "it flows")
-        self.assertEqual([], self.program.lines("done in"))
-        self.assertEqual(404, self.program.get(f"/v2/library/app/blobs/{self.image.digest}?ns=docker.io").status,
-                         "a manifest is no blob, though it is arriving")
-        self.go_on.set()
-        self.assertEqual(sha256(self.image.layer), sha256(layer.read()))
-        self.assertEqual(self.image.layer[1_000_000:10_000_000], part.read())
-        self.program.wait_for_line("done in")
-        self.assert_serves()
-        self.assertEqual(1, len(self.program.jobs("export")))
-
-    def test_what_comes_before_the_manifest(self):
-        """Then there is nothing to serve before the end, and nothing is promised."""
-        self.start_export(self.large_image(self.SIZE, manifest_first=False), hold=False)
-        self.assert_serves()
-        self.assertEqual([], self.program.lines("while the rest arrives"))
-
-    def test_little_is_waited_for(self):
-        self.start_export(self.large_image(self.SIZE // 2, manifest_first=True), hold=False)
-        self.assert_serves()
-        self.assertEqual([], self.program.lines("while the rest arrives"))
+class TestSharedExports(FaultCase):
+    """The classic store: exports that have layers in common, and exports that fail while somebody waits."""
 
     def test_a_layer_that_another_export_brings_first(self):
-        """Two images on one base: the readers of the second one's are not forgotten."""
-        bases = (Image(f"{i}" + "x" * self.SIZE).layer for i in range(20))
-        base = next(base for base in bases if sha256(base) > "sha256:c")  # so that most manifests come before it
-
-        def image():
-            while True:
-                image = Image(os.urandom(8).hex(), [base])
-                if image.digest < sha256(base):
-                    return image
-
-        self.start_export(image())
-        whole = self.daemon.exports[self.image.config_digest]
+        """Two images on one base, exported at the same time."""
+        base = Image("x" * 1_000_000).layer
+        self.start("classic", add=False)
+        self.image = self.daemon.add("app:1", Image("one", [base]))
+        whole, go_on = self.daemon.exports[self.image.config_digest], threading.Event()
+        self.addCleanup(go_on.set)
         start = whole.index(base) - tarfile.BLOCKSIZE
 
-        def send(sock):  # up to the base layer, that is
+        def send(sock):  # up to the base layer, and the rest later
             sock.sendall(chunked(whole[:start])[:-5])
-            self.go_on.wait(30)
+            go_on.wait(30)
             sock.sendall(chunked(whole[start:]).split(b"\r\n\r\n", 1)[1])
 
-        self.daemon.faults[f"{self.image.config_digest}/get "] = self.daemon.faults.pop("/get ") and send
-        path = f"/v2/library/app/blobs/{sha256(base)}?ns=docker.io"
-        self.assertEqual(200, self.program.get(MANIFEST).status)
-        layer = self.program.begin_get(path)
-        other = self.daemon.add("other:1", image())
-        self.assertEqual(200, self.program.get("/v2/library/other/manifests/1?ns=docker.io").status)
-        self.program.wait_for_line("done in")
-        self.assertEqual(sha256(base), sha256(self.program.get(path).body))
-        self.go_on.set()
-        self.assertEqual((200, sha256(base)), (layer.status, sha256(layer.read())))
-        self.program.wait_for_line("done in", count=2)
-        self.assertEqual(other.manifest, self.program.get("/v2/library/other/manifests/1?ns=docker.io").body)
+        self.daemon.faults[f"{self.image.config_digest}/get "] = send
+        waiting = threading.Thread(target=self.program.get, args=(MANIFEST,))
+        waiting.start()
+        self.program.wait_for_line(f"export {self.image.config_digest}")
+        other = self.daemon.add("other:1", Image("two", [base]))
+        path = "/v2/library/other/manifests/1?ns=docker.io"
+        self.assertEqual(other.manifest, self.program.get(path).body)
+        go_on.set()
+        waiting.join(30)
+        layer = self.program.get(f"/v2/library/app/blobs/{sha256(base)}?ns=docker.io")
+        self.assertEqual(sha256(base), sha256(layer.body))
         self.assert_serves()
-
-    def test_a_blob_that_was_pushed(self):
-        """It is in the store, but not as Docker's, until the export comes to it."""
-        image = self.large_image(self.SIZE, manifest_first=True)
-        self.start_export(image)
-        pushed = self.program.request("POST", f"/v2/mine/blobs/uploads/?digest={image.config_digest}", {}, image.config)
-        self.assertEqual(201, pushed.status)
-        self.assertEqual(200, self.program.get(MANIFEST).status)
-        config = self.program.begin_get(f"/v2/library/app/blobs/{image.config_digest}?ns=docker.io")
-        self.go_on.set()
-        self.assertEqual((200, image.config), (config.status, config.read()))
-
-    def test_a_push_meanwhile(self):
-        """Who pushes is not told that he need not send what may take long to arrive, or never does."""
-        self.start_export(self.large_image(self.SIZE, manifest_first=True))
-        self.assertEqual(200, self.program.get(MANIFEST).status)
-        digest = sha256(self.image.layer)
-        self.assertEqual(200, self.program.head(self.layer_path()).status, "a node")
-        self.assertEqual(404, self.program.head(f"/v2/mine/blobs/{digest}").status, "who pushes")
-        for blob in (self.image.config, self.image.layer):
-            path = f"/v2/mine/blobs/uploads/?digest={sha256(blob)}"
-            self.assertEqual(201, self.program.request("POST", path, {}, blob).status)
-
-        def put(repository):
-            return self.program.request("PUT", f"/v2/{repository}/manifests/1", {"Content-Type": OCI_MANIFEST},
-                                        self.image.manifest).status
-
-        self.assertEqual(201, put("mine"))
-        self.assertEqual([], self.program.lines("done in"))
-        threading.Timer(0.5, self.go_on.set).start()
-        self.assertEqual(201, put("app"), "what was served as a manifest is taken as one, when all of it is there")
-        self.assertEqual(sha256(self.image.layer), sha256(self.program.get(
-            f"/v2/app/blobs/{sha256(self.image.layer)}").body))
+        self.assertEqual(2, len(self.program.jobs("export")))
 
     def test_a_store_that_a_crash_cut_short(self):
-        """What is there in part does not hide what is arriving."""
-        self.start_export(self.large_image(self.SIZE, manifest_first=True))
-        self.go_on.set()
-        self.assertEqual(200, self.program.get(MANIFEST).status)
-        self.program.wait_for_line("done in")
+        """Content that is there in part is exported again."""
+        self.start("classic")
+        self.assert_serves()
         for path in self.program.store.glob("docker/*/*"):
             os.truncate(path, 0)
-        self.go_on.clear()
-        self.assertEqual((200, self.image.manifest), (self.program.get(MANIFEST).status,
-                                                      self.program.get(MANIFEST).body))
-        layer = self.program.begin_get(self.layer_path())
-        self.assertEqual(str(len(self.image.layer)), layer.headers["Content-Length"])
-        self.assertEqual(404, self.program.get(f"/v2/library/app/manifests/{self.image.config_digest}").status)
-        self.go_on.set()
-        self.assertEqual(sha256(self.image.layer), sha256(layer.read()))
-        self.program.wait_for_line("done in", count=2)
         self.assert_serves()
-
-    def test_another_size_than_the_manifest_says(self):
-        """Of a layer that is in the store already, and comes before the manifest."""
-        image = self.large_image(self.SIZE, manifest_first=True)
-        small = next(small for small in map(Image, map(str, range(1000))) if sha256(small.layer) < "sha256:08")
-        wrong = json.loads(image.manifest)
-        wrong["layers"].append({**wrong["layers"][0], "digest": sha256(small.layer), "size": len(small.layer) + 1})
-        data = b""
-        while not sha256(small.layer) < sha256(data) < sha256(image.layer):
-            wrong["annotations"] = {"nonce": os.urandom(8).hex()}
-            data = json.dumps(wrong).encode()
-        image.manifest, image.digest = data, sha256(data)
-        image.blobs = {sha256(blob): blob for blob in (image.config, image.layer, small.layer, data)}
-        self.start_export(image)
-        self.daemon.faults.clear()
-        self.daemon.add("small:1", small)
-        self.assertEqual(200, self.program.get("/v2/library/small/manifests/1?ns=docker.io").status)
-        answer = self.program.get(MANIFEST)
-        self.assertEqual((502, "ENGINE_FAILED"), (answer.status, answer.code))
-        self.assertIn("as its manifest says", answer.detail)
+        self.assertEqual(2, len(self.program.jobs("export")))
 
     def test_few_files_are_open(self):
         """However many blobs an export has: an image has up to 127 layers, and another blob for each in its export."""
-        layers = [Image(f"layer {i}").layer for i in range(120)]
-        middle = sorted(map(sha256, layers))[60]
-        image = Image()
-        while not middle < sha256(image.layer) < image.digest:
-            image = Image(os.urandom(8).hex(), layers)
-        self.start_export(image)
+        self.start("classic", add=False)
+        self.image = self.daemon.add("app:1", Image("top", [Image(f"layer {i}").layer for i in range(120)]))
+        whole, asked, go_on = self.daemon.exports[self.image.config_digest], threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        def send(sock):
+            sock.sendall(chunked(whole[:-10240])[:-5])
+            asked.set()
+            go_on.wait(30)
+            sock.sendall(chunked(whole[-10240:]).split(b"\r\n\r\n", 1)[1])
+
+        self.daemon.faults["/get "] = send
         waiting = threading.Thread(target=self.program.get, args=(MANIFEST,))
         waiting.start()
-        self.asked.wait(30)
+        asked.wait(30)
         files = len(list(Path(f"/proc/{self.program.process.pid}/fd").iterdir()))
-        self.go_on.set()
+        go_on.set()
         waiting.join(30)
         self.assertLess(files, 30)
-
-    def check_failure(self, change, status, code, reason):
-        """A failure after the manifest was served: no bad content, no silent wait, and a proper status from then on."""
-        self.start_export(self.large_image(self.SIZE, manifest_first=True), change)
-        self.assertEqual(200, self.program.get(MANIFEST).status)
-        layer = self.program.begin_get(self.layer_path())
-        self.go_on.set()
-        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
-            layer.read()
-        self.program.wait_for_line(": failed after")
-        self.assertIn(reason, self.program.wait_for_line("closed early"))
-        for path in (self.layer_path(), MANIFEST, self.layer_path()):
-            answer = self.program.get(path)
-            self.assertEqual((status, code), (answer.status, answer.code))
-        self.assertEqual(404, self.program.get(f"/v2/library/app/manifests/{self.image.digest}?ns=docker.io").status)
-        self.assertEqual(1, len(self.program.lines("while the rest arrives")))
-        self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
-        files = [str(path.resolve()) for path in Path(f"/proc/{self.program.process.pid}/fd").iterdir()]
-        self.assertEqual([], [path for path in files if str(self.program.store) in path], "nothing is held open")
-        self.daemon.faults.clear()
         self.assert_serves()
-
-    def test_it_breaks_off(self):
-        self.check_failure(lambda rest: rest[:2_000_000], 502, "ENGINE_FAILED", "unexpected end of data")
-
-    def test_other_bytes(self):
-        self.check_failure(lambda rest: b"y" + rest[1:], 502, "ENGINE_FAILED", "with the bytes of")
 
     def test_the_disk_is_full(self):
         """Only a real disk is ever full: here, its limit on the size of a file."""
-        image = self.large_image(self.SIZE, manifest_first=True)
-        self.start_export(image)
-        resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (self.SIZE * 3 // 4, resource.RLIM_INFINITY))
-        self.assertEqual(200, self.program.get(MANIFEST).status)
-        layer = self.program.begin_get(self.layer_path())
-        self.go_on.set()
-        with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
-            layer.read()
-        self.assertIn("STORE_FAILED", self.program.wait_for_line("closed early"))
+        self.start("classic", add=False)
+        self.image = self.daemon.add("app:1", Image("x" * 1_000_000))
+        resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
         answer = self.program.get(MANIFEST)
         self.assertEqual((500, "STORE_FAILED"), (answer.status, answer.code))
+        self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
+        files = [str(path.resolve()) for path in Path(f"/proc/{self.program.process.pid}/fd").iterdir()]
+        self.assertEqual([], [path for path in files if str(self.program.store) in path], "nothing is held open")
         resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         self.assert_serves()
 

@@ -18,7 +18,7 @@ from program import MODULE, Program
 from test_engines import MIB, EngineCase, sha256
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import Digest, EngineImage, Layer, LayerDirectory, RegistryError, make_manifest
+from k3d_registry_dockerd import Deadline, Digest, EngineImage, Layer, LayerDirectory, RegistryError, make_manifest
 
 
 def tar_with(*members, **options):
@@ -111,7 +111,7 @@ class FolderCase(unittest.TestCase):
 
     def read(self, start=0, length=None):
         blob = self.blob()
-        with contextlib.closing(blob.open(start, blob.size - start if length is None else length)) as body:
+        with contextlib.closing(blob.open(start, blob.size - start if length is None else length, Deadline())) as body:
             return b"".join(body)
 
 
@@ -173,7 +173,7 @@ class TestFolder(FolderCase):
         self.file("one", b"1" * 300_000)
         self.file("two", b"2" * 300_000)
         self.note(b"header", ("one", b"1" * 300_000), ("two", b"2" * 300_000))
-        parts = self.blob().open(0, len(self.tar)).parts()
+        parts = self.blob().open(0, len(self.tar), Deadline()).parts()
         next(parts)
         self.file("two", b"2" * 299_999)
         with self.assertLogs("k3d-registry-dockerd"), self.assertRaisesRegex(RegistryError, "has changed"):
@@ -222,7 +222,7 @@ class TestFolder(FolderCase):
         path.write_bytes(config)
         digest = self.layers.manifest(image)
         blob = self.layers.find(digest)
-        with contextlib.closing(blob.open(0, blob.size)) as body:
+        with contextlib.closing(blob.open(0, blob.size, Deadline())) as body:
             self.assertEqual(make_manifest((Digest.of(config), 8), *[(Digest.of(b"tar"), 3)] * 2), b"".join(body))
 
     def test_open_files(self):
@@ -232,7 +232,7 @@ class TestFolder(FolderCase):
         before = len(list(Path("/proc/self/fd").iterdir()))
         self.note(("a/one", b"1" * 300_000), ("b/two", b"2"), ("a/one", b"1" * 300_000))
         self.read()
-        body = self.blob().open(0, len(self.tar))
+        body = self.blob().open(0, len(self.tar), Deadline())
         next(iter(body))
         body.close()
         self.note(("a/one", b"1" * 300_000), ("nowhere/two", b"2"))

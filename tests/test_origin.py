@@ -20,7 +20,9 @@ from program import MODULE
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import (
     IDENTITY_TOKEN,
+    ClientGone,
     Credentials,
+    Deadline,
     Digest,
     Engine,
     EngineHost,
@@ -30,10 +32,9 @@ from k3d_registry_dockerd import (
     PullFailed,
     Reference,
     RegistryError,
-    Relay,
-    SharedRead,
-    Sharing,
+    SharedReads,
     StreamBody,
+    Transfer,
 )
 
 try:
@@ -295,32 +296,33 @@ class TestInsecure(unittest.TestCase):
                     self.assertEqual(expected, engine.is_insecure(registry))
 
 
-class TestRelay(unittest.TestCase):
+class TestTransfer(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.path = Path(folder.name) / "file"
         self.data = os.urandom(1_000_000)
-        self.relay = Relay(len(self.data))
+        self.transfer = Transfer(len(self.data))
 
     def write(self, data):
         with open(self.path, "ab") as file:
             file.write(data)
-        self.relay.advance(len(data))
+        self.transfer.advance(len(data))
 
     def begin(self):
         self.path.touch()
-        self.relay.begin(open(self.path, "rb"))  # noqa: SIM115 - the relay closes it
+        self.transfer.begin(open(self.path, "rb"))  # noqa: SIM115 - the relay closes it
 
     def test_many_readers_of_what_grows(self):
         self.begin()
         ranges = [(0, len(self.data)), (0, 1), (500_000, 10), (999_999, 1), (300_000, 700_000)] * 3
         with concurrent.futures.ThreadPoolExecutor(len(ranges)) as pool:
-            readers = [pool.submit(lambda part: b"".join(self.relay.open(*part)), part) for part in ranges]
+            readers = [pool.submit(lambda part: b"".join(self.transfer.open(*part, Deadline())), part)
+                       for part in ranges]
             for start in range(0, len(self.data), 70_000):
                 self.write(self.data[start:start + 70_000])
             self.path.unlink()  # as it is when the content gets its real name
-            self.relay.end()
+            self.transfer.end()
             for (start, length), reader in zip(ranges, readers, strict=True):
                 self.assertEqual(hashlib.sha256(self.data[start:start + length]).hexdigest(),
                                  hashlib.sha256(reader.result(30)).hexdigest())
@@ -328,31 +330,32 @@ class TestRelay(unittest.TestCase):
     def test_the_last_byte_waits_for_the_digest(self):
         self.begin()
         self.write(self.data)
-        pieces = iter(self.relay.open(0, len(self.data)))
+        pieces = iter(self.transfer.open(0, len(self.data), Deadline()))
         got = b""
         while len(got) < len(self.data) - 1:
             got += next(pieces)
-        self.relay.end(RegistryError("ORIGIN_UNAVAILABLE", "other bytes"))
+        self.transfer.end(RegistryError("ORIGIN_UNAVAILABLE", "other bytes"))
         with self.assertRaises(RegistryError):
             next(pieces)
 
     def test_an_end_before_the_beginning(self):
-        self.relay.end(RegistryError("ORIGIN_UNAVAILABLE", "no"))
-        for wait in (lambda: self.relay.begun(1), lambda: list(self.relay.open(0, 1))):
+        self.transfer.end(RegistryError("ORIGIN_UNAVAILABLE", "no"))
+        for wait in (lambda: self.transfer.wait_for_start(Deadline(1)),
+                     lambda: list(self.transfer.open(0, 1, Deadline()))):
             with self.assertRaisesRegex(RegistryError, "no"):
                 wait()
 
     def test_no_beginning(self):
         with self.assertRaises(RegistryError) as caught:
-            self.relay.begun(0.01)
+            self.transfer.wait_for_start(Deadline(0.01))
         self.assertEqual("STILL_PULLING", caught.exception.code)
 
     def test_nothing_to_read(self):
-        relay = Relay(0)
+        transfer = Transfer(0)
         self.path.touch()
-        relay.begin(open(self.path, "rb"))  # noqa: SIM115
-        relay.end()
-        self.assertEqual([], list(relay.open(0, 0)))
+        transfer.begin(open(self.path, "rb"))  # noqa: SIM115
+        transfer.end()
+        self.assertEqual([], list(transfer.open(0, 0, Deadline())))
 
     def test_its_file_is_closed_with_the_last_reader(self):
         def held():
@@ -360,9 +363,9 @@ class TestRelay(unittest.TestCase):
 
         self.begin()
         self.write(self.data)
-        self.relay.end()
-        body = self.relay.open(0, 10)
-        del self.relay
+        self.transfer.end()
+        body = self.transfer.open(0, 10, Deadline())
+        del self.transfer
         self.assertEqual(1, held())
         self.assertEqual(self.data[:10], b"".join(body))
         body.close()
@@ -370,7 +373,7 @@ class TestRelay(unittest.TestCase):
         self.assertEqual(0, held())
 
 
-class TestSharing(unittest.TestCase):
+class TestSharedReads(unittest.TestCase):
     """Ten nodes that want the same layer at the same time."""
 
     PIECE = 300_000
@@ -379,7 +382,7 @@ class TestSharing(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name) / "store"
-        self.sharing = Sharing(self.folder)
+        self.sharing = SharedReads(self.folder)
         self.data = os.urandom(3_000_000)
         self.digest = Digest.of(self.data)
         self.go_on = threading.Event()
@@ -402,7 +405,7 @@ class TestSharing(unittest.TestCase):
         return StreamBody(pieces(), length, lambda: self.closed.append(number))
 
     def open(self):
-        return self.sharing.open(self.digest, len(self.data), self.read)
+        return self.sharing.open(self.digest, len(self.data), self.read, Deadline())
 
     def send(self, body):
         """What a client gets, by sendfile where the server would use that."""
@@ -434,20 +437,20 @@ class TestSharing(unittest.TestCase):
         self.assertEqual({}, self.sharing._reads)
         self.assertEqual([], list(self.folder.iterdir()) if self.folder.is_dir() else [])
 
-    def test_the_source_is_read_once(self):
+    def test_the_source_is_read_twice_for_ten(self):
         self.assert_sent(*[self.open() for _ in range(10)])
-        self.assertEqual([(0, 3_000_000)], [read for read in self.reads if read[1]])
+        self.assertEqual([(0, 3_000_000)] * 2, self.reads)
         self.assert_nothing_left()
 
-    def test_who_comes_later_costs_what_he_missed(self):
+    def test_later_readers_share_one_more_read(self):
         first = self.open()
         parts = first.parts()
         got = bytes(next(parts)) + bytes(next(parts))
         self.assert_sent(self.open(), self.open())
-        got += b"".join(os.pread(part.file.fileno(), part.length, part.start) for part in parts)
+        got += b"".join(parts)
         first.close()
         self.assertEqual(self.digest, Digest.of(got))
-        self.assertEqual([(0, 3_000_000), (0, 2 * self.PIECE)], self.reads)
+        self.assertEqual([(0, 3_000_000)] * 2, self.reads)
         self.assert_nothing_left()
 
     def test_one_after_the_other(self):
@@ -457,26 +460,12 @@ class TestSharing(unittest.TestCase):
         self.assertFalse(self.folder.exists(), "nothing is written for one reader")
         self.assert_nothing_left()
 
-    def test_while_the_first_waits_for_the_source(self):
-        """The piece that he waits for is for all of them."""
-        self.go_on.clear()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            first = pool.submit(self.send, self.open())
-            while self.sharing._reads[self.digest]._given != 1_500_000:
-                time.sleep(0.01)
-            others = [self.open() for _ in range(3)]
-            self.go_on.set()
-            self.assert_sent(*others)
-            self.assertEqual(self.digest, Digest.of(first.result(30)))
-        self.assertEqual([(0, 3_000_000), (0, 1_500_000)], self.reads)
-        self.assert_nothing_left()
-
     def test_a_slow_reader_holds_up_nobody(self):
         slow, second, third = self.open(), self.open(), self.open()
         next(slow.parts()), next(second.parts())
         self.assert_sent(third)
-        self.assert_sent(self.open())  # who comes later follows the same files
-        self.assertEqual([(0, 3_000_000)], [read for read in self.reads if read[1]])
+        self.assert_sent(self.open())  # a later reader follows the same file
+        self.assertEqual([(0, 3_000_000)] * 2, self.reads)
         slow.close(), second.close()
         self.assert_nothing_left()
 
@@ -500,22 +489,6 @@ class TestSharing(unittest.TestCase):
         self.failing = None
         self.assert_sent(self.open())
 
-    def test_a_source_that_fails_while_the_first_waits_for_it(self):
-        self.go_on.clear()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool, self.assertLogs("k3d-registry-dockerd"):
-            body = self.open()
-            first = pool.submit(list, body)
-            while self.sharing._reads[self.digest]._given != 1_500_000:
-                time.sleep(0.01)
-            second = self.open()
-            self.failing = RegistryError("ENGINE_FAILED", "broken")
-            self.go_on.set()
-            for wait in (lambda: first.result(30), lambda: list(second)):
-                with self.assertRaisesRegex(RegistryError, "broken"):
-                    wait()
-        body.close(), second.close()
-        self.assert_nothing_left()
-
     def test_a_source_that_ends_early(self):
         """Nobody waits for what does not come."""
         short = self.data[:2_000_000]
@@ -525,28 +498,37 @@ class TestSharing(unittest.TestCase):
             self.reads.append((start, length))
             return StreamBody(iter([short[start:start + length]]), length, lambda: self.closed.append(number))
 
-        bodies = [self.sharing.open(self.digest, len(self.data), read) for _ in range(2)]
+        bodies = [self.sharing.open(self.digest, len(self.data), read, Deadline()) for _ in range(2)]
         with self.assertLogs("k3d-registry-dockerd"):
             self.assertEqual([short, short], [b"".join(body) for body in bodies])
         for body in bodies:
             body.close()
         self.assert_nothing_left()
 
-    def test_who_comes_between_a_failure_and_its_end(self):
-        """The first reader's source could not be opened, and he has not left yet."""
-        def refuse(start, length):
-            if not failed.is_set():
-                failed.set()
-                raise RegistryError("BLOB_UNKNOWN", "gone")
-            return self.read(start, length)
+    def test_a_reader_that_joins_after_a_failure(self):
+        """The shared read has failed, and the first reader has not left yet: the next one begins another."""
+        first, second = self.open(), self.open()
+        self.failing = RegistryError("ENGINE_FAILED", "broken")
+        with self.assertLogs("k3d-registry-dockerd"), self.assertRaisesRegex(RegistryError, "broken"):
+            list(second)
+        self.failing = None
+        self.assert_sent(self.open())
+        first.close(), second.close()
+        self.assert_nothing_left()
 
-        failed, shared = threading.Event(), SharedRead(len(self.data), refuse, self.folder, threading.Lock())
-        with self.assertRaisesRegex(RegistryError, "gone"):
-            shared.begin()
-        with self.assertLogs("k3d-registry-dockerd"):
-            self.assertEqual(self.data, b"".join(StreamBody(shared.join(), len(self.data), lambda: None)))
-        self.assertTrue(shared.failed)
-        shared.close()
+    def test_a_client_that_has_gone(self):
+        """Its thread does not wait for the source any longer than the client does."""
+        self.go_on.clear()
+        ours, theirs = socket.socketpair()
+        first = self.open()
+        body = self.sharing.open(self.digest, len(self.data), self.read, Deadline(18, ours))
+        parts = body.parts()
+        next(parts)
+        theirs.close()
+        with self.assertRaises(ClientGone):
+            list(parts)
+        ours.close(), body.close(), first.close()
+        self.go_on.set()
         self.assert_nothing_left()
 
     def test_no_thread_can_be_started(self):
@@ -568,7 +550,7 @@ class TestSharing(unittest.TestCase):
             raise RegistryError("BLOB_UNKNOWN", "gone")
 
         with self.assertRaisesRegex(RegistryError, "gone"):
-            self.sharing.open(self.digest, len(self.data), refuse)
+            self.sharing.open(self.digest, len(self.data), refuse, Deadline())
         self.assert_nothing_left()
 
     def test_when_all_have_left(self):

@@ -1,5 +1,6 @@
-"""Section 7: shared work, and what is asked of Docker how often."""
+"""Work that requests share, and what is asked of Docker how often."""
 
+import socket
 import sys
 import tempfile
 import threading
@@ -12,26 +13,69 @@ from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import (
+    Client,
+    ClientGone,
     Credentials,
-    Digest,
+    Deadline,
     Engine,
     EngineHost,
-    Flight,
-    Flights,
+    Jobs,
+    Mirror,
     ProgressLog,
     Reference,
-    Registry,
     RegistryError,
     Store,
 )
 
 
-class TestFlights(unittest.TestCase):
-    def setUp(self):
-        self.flights, self.go_on, self.runs = Flights(), threading.Event(), []
+class TestDeadline(unittest.TestCase):
+    def test_it_passes(self):
+        with mock.patch("time.monotonic", lambda: now):
+            now = 100.0
+            deadline = Deadline(18)
+            self.assertEqual(5, deadline.within(5).left())
+            self.assertEqual(18, deadline.within(30).left())
+            now = 110.0
+            self.assertEqual((8, float("inf")), (deadline.left(), deadline.unlimited().left()))
+            waits = []
+            self.assertFalse(Deadline(0).wait(lambda seconds: waits.append(seconds)))
+            self.assertEqual([0], waits, "what has happened already is seen")
+            now = 119.0
+            self.assertEqual(0, deadline.left())
 
-    def job(self, outcome):
-        def run(flight):
+    def test_what_it_waits_for(self):
+        self.assertEqual("here", Deadline().wait(lambda _: "here"))
+        answers = iter([None, None, "here"])
+        self.assertEqual("here", Deadline().wait(lambda _: next(answers)))
+
+    def test_a_client_that_hangs_up(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        deadline = Deadline(1000, ours)
+        calls = []
+        theirs.send(b"the next request")
+        self.assertTrue(deadline.wait(lambda _: calls.append(1) or len(calls) == 3), "a client may send more")
+        theirs.close()
+        for one in (deadline, deadline.within(500), deadline.unlimited()):
+            with self.assertRaises(ClientGone):
+                one.wait(lambda _: False)
+        ours.close()
+        with self.assertRaises(ClientGone):
+            deadline.wait(lambda _: False)
+
+    def test_cancelled(self):
+        deadline = Deadline()
+        deadline.cancel()
+        with self.assertRaises(ClientGone):
+            deadline.wait(lambda _: False)
+
+
+class TestJobs(unittest.TestCase):
+    def setUp(self):
+        self.jobs, self.go_on, self.runs = Jobs(), threading.Event(), []
+
+    def work(self, outcome):
+        def run():
             self.runs.append(outcome)
             self.go_on.wait(30)
             if isinstance(outcome, Exception):
@@ -39,61 +83,61 @@ class TestFlights(unittest.TestCase):
             return outcome
         return run
 
-    def join_together(self, *keyed_outcomes):
-        """Join flights from a thread each, let them all go once they are under way, and return the outcomes."""
+    def start_together(self, *keyed_outcomes):
+        """Start jobs one after the other while all of them are under way; the outcomes."""
+        jobs = [self.jobs.start(key, self.work(outcome), "at it") for key, outcome in keyed_outcomes]
+        self.assertEqual({key for key, _ in keyed_outcomes}, set(self.jobs._jobs))
+        with self.assertRaises(RegistryError) as caught:
+            jobs[0].outcome(Deadline(0))
+        self.assertEqual("STILL_PULLING", caught.exception.code)
+        self.go_on.set()
         results = []
-
-        def join(key, outcome):
+        for job in jobs:
             try:
-                results.append(self.flights.join(key, self.job(outcome)))
+                results.append(job.outcome(Deadline(30)))
             except Exception as e:
                 results.append(e)
-
-        threads = [threading.Thread(target=join, args=pair) for pair in keyed_outcomes]
-        for thread in threads:
-            thread.start()
-        keys = {key for key, _ in keyed_outcomes}
-        while len(self.runs) < len(keys):
-            threading.Event().wait(0.001)
-        self.assertEqual(keys, set(self.flights._flights))
-        self.go_on.set()
-        for thread in threads:
-            thread.join(30)
         return results
 
     def test_one_key_one_run(self):
-        results = self.join_together(*[("key", i) for i in range(5)])
-        self.assertEqual(results, self.runs * len(results), "all have the outcome of one run")
+        self.assertEqual([0] * 5, self.start_together(*[("key", i) for i in range(5)]), "all have one outcome")
+        self.assertEqual([0], self.runs)
 
     def test_other_keys_run_beside_it(self):
-        self.assertEqual({1, 2, 3}, set(self.join_together(("a", 1), ("b", 2), ("c", 3))))
+        self.assertEqual([1, 2, 3], self.start_together(("a", 1), ("b", 2), ("c", 3)))
 
     def test_an_error_is_shared(self):
         error = RegistryError("ENGINE_FAILED", "no")
-        self.assertEqual({error}, set(self.join_together(*[("key", error)] * 3)))
+        self.assertEqual({error}, set(self.start_together(*[("key", error)] * 3)))
 
     def test_nothing_is_remembered(self):
         self.go_on.set()
-        self.assertEqual([1, 2], [self.flights.join("key", self.job(i)) for i in (1, 2)])
-        self.assertEqual({}, self.flights._flights)
+        outcomes = [self.jobs.start("key", self.work(i), "at it").outcome(Deadline(30)) for i in (1, 2)]
+        self.assertEqual(([1, 2], {}), (outcomes, self.jobs._jobs))
+
+    def test_no_thread_can_be_started(self):
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), \
+                self.assertRaises(RegistryError) as caught:
+            self.jobs.start("key", self.work(1), "at it")
+        self.assertEqual(("UNAVAILABLE", {}), (caught.exception.code, self.jobs._jobs))
 
 
-class RegistryCase(unittest.TestCase):
+class MirrorCase(unittest.TestCase):
     def start(self, store):
         self.daemon = FakeDaemon(store)
         self.daemon.__enter__()
         self.addCleanup(self.daemon.__exit__)
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        self.registry = Registry(Engine(EngineHost(path=self.daemon.path)), Store(Path(folder.name) / "store"))
-        self.addCleanup(self.registry.close)
+        self.mirror = Mirror(Engine(EngineHost(path=self.daemon.path)), Store(Path(folder.name) / "store"))
+        self.addCleanup(self.mirror.close)
         self.image = Image()
 
     def asked(self, text):
         return sum(text in line for line in self.daemon.requests)
 
 
-class TestSharedWork(RegistryCase):
+class TestSharedWork(MirrorCase):
     def test_only_one_export_however_many_ask(self):
         """A slow daemon: all who ask while the export is under way share it, and its failure."""
         self.start("classic")
@@ -101,21 +145,21 @@ class TestSharedWork(RegistryCase):
         go_on, joined, failures = threading.Event(), [], []
         self.addCleanup(go_on.set)
         self.daemon.faults["/get "] = lambda _: go_on.wait(30) and http_answer(500, {"message": "it broke"})
-        flights = self.registry._exports._flights
-        start = flights.start
+        jobs = self.mirror._exports._jobs
+        start = jobs.start
 
-        def join(key, job):
-            flight = start(key, job)
-            joined.append(flight)
-            return flight
+        def join(*arguments):
+            job = start(*arguments)
+            joined.append(job)
+            return job
 
         def ask():
             try:
-                self.registry.manifest(Reference.parse("library/app", "1", "docker.io"), None, None)
+                self.mirror.manifest(Reference.parse("library/app", "1", "docker.io"), Client())
             except RegistryError as e:
                 failures.append(e)
 
-        with mock.patch.object(flights, "start", join), self.assertLogs("k3d-registry-dockerd"):
+        with mock.patch.object(jobs, "start", join), self.assertLogs("k3d-registry-dockerd"):
             threads = [threading.Thread(target=ask) for _ in range(5)]
             for thread in threads:
                 thread.start()
@@ -128,34 +172,23 @@ class TestSharedWork(RegistryCase):
         self.assertTrue(all("it broke" in failure.detail for failure in failures))
         self.assertEqual(1, self.asked("/get "))
 
-    def test_an_export_that_landed_a_moment_ago(self):
-        """A thread that found no export, and came to the flight when it had just landed."""
+    def test_an_export_that_ended_a_moment_ago(self):
+        """A thread that found no export, and came to the job when it had just ended."""
         self.start("classic")
         self.daemon.add("app:1", self.image)
-        image = self.registry.engine.image("app:1")
+        image = self.mirror.engine.image("app:1")
         with self.assertLogs("k3d-registry-dockerd"):
-            found = [str(self.registry._exports._run(image, Flight())) for _ in range(2)]
+            found = [str(self.mirror._exports._run(image)) for _ in range(2)]
         self.assertEqual([self.image.digest] * 2, found)
         self.assertEqual(1, self.asked("/get "))
 
-    def test_an_export_that_lands_while_its_content_is_looked_for(self):
-        """The store has it not yet, and then it is not arriving any more."""
-        self.start("classic")
-        self.daemon.add("app:1", self.image)
-        image, content = self.registry.engine.image("app:1"), self.registry._content
-        with self.assertLogs("k3d-registry-dockerd"):
-            content.sources()
-            with mock.patch.object(content.exporter, "find", lambda digest: self.registry._exports.manifest(
-                    image) and None):
-                self.assertIsNotNone(content.find(Digest.parse(self.image.digest)))
-
-    def test_a_pull_that_landed_a_moment_ago(self):
+    def test_a_pull_that_ended_a_moment_ago(self):
         self.start("containerd")
         reference = Reference.parse("team/app", "1", "registry.example")
         self.daemon.pulls[str(reference)] = lambda: self.daemon.add(str(reference), self.image) and chunked(b"{}")
         with self.assertLogs("k3d-registry-dockerd"):
             for _ in range(2):
-                self.registry._pulls._run(reference, None, None)
+                self.mirror._pulls._run(reference, None, None)
         self.assertEqual(1, self.asked("/images/create"))
 
     def test_credentials_are_part_of_the_key(self):
@@ -163,17 +196,16 @@ class TestSharedWork(RegistryCase):
         self.start("containerd")
         keys = []
 
-        def remember(key, job):
+        def remember(key, *_):
             keys.append(key)
             raise RegistryError("MANIFEST_UNKNOWN", "")
 
         reference = Reference.parse("team/app", "1", "registry.example")
-        with mock.patch.object(self.registry._pulls._flights, "start", remember):
+        self.mirror.images.current()
+        with mock.patch.object(self.mirror._pulls._jobs, "start", remember):
             for credentials in (None, Credentials("a", "x"), Credentials("b", "x"), Credentials("a", "y")):
-                with self.assertRaises(RegistryError), self.assertLogs("k3d-registry-dockerd"):
-                    self.registry._content._sources = None
-                    self.registry.sources()
-                    self.registry.manifest(reference, None, credentials)
+                with self.assertRaises(RegistryError):
+                    self.mirror.manifest(reference, Client(credentials=credentials))
         self.assertEqual(4, len(set(keys)))
 
     def test_the_content_connection_is_reused(self):
@@ -181,24 +213,23 @@ class TestSharedWork(RegistryCase):
         self.daemon.add("app:1", self.image)
         with self.assertLogs("k3d-registry-dockerd"):
             for _ in range(5):
-                self.registry.manifest(Reference.parse("library/app", "1", "docker.io"), None, None)
+                self.mirror.manifest(Reference.parse("library/app", "1", "docker.io"), Client())
         self.assertEqual(1, self.asked("/grpc"))
 
     def test_no_connection_is_left_over(self):
         """Bodies that are given up half-read give up their connections as well."""
         self.start("containerd")
         self.daemon.add("app:1", self.image)
-        reference = Reference.parse_digest("library/app", str(self.registry.engine.image("app:1").id), "docker.io")
         for digest in self.image.blobs:
-            if digest == str(reference.target):
+            if digest == self.image.digest:
                 continue
             with self.assertLogs("k3d-registry-dockerd"):
-                self.registry._content._sources = None
-                blob = self.registry.blob(Reference.parse_digest("library/app", digest, "docker.io"), None, None)
-            body = blob.open(0, blob.size)
+                self.mirror.images._chosen = None
+                blob = self.mirror.blob(Reference.parse_digest("library/app", digest, "docker.io"), Client())
+            body = blob.open(0, blob.size, Deadline())
             next(iter(body))
             body.close()
-        self.assertLessEqual(len(self.registry._content._service._idle), 1)
+        self.assertLessEqual(len(self.mirror.images._service._idle), 1)
 
 
 class TestProgressLog(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""Section 4: our own disk."""
+"""The store and the hosted registry, on our own disk."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from k3d_registry_dockerd import (
     UPLOAD_AGE,
     BlobWriter,
     Digest,
+    Hosted,
     Links,
     Manifest,
     Record,
@@ -36,6 +37,14 @@ class StoreCase(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.root = Path(folder.name) / "store"
         self.store = Store(self.root)
+        self.hosted = Hosted(self.store)
+
+    def tidy_up(self, in_docker, now):
+        """Tidy up as the program does; the number of bytes that are freed."""
+        before = self.store.contents()
+        self.hosted.tidy_up(now)
+        self.store.tidy_up(in_docker, now)
+        return sum(before.values()) - sum(self.store.contents().values())
 
     def put(self, data):
         writer = BlobWriter(self.store)
@@ -131,7 +140,7 @@ class TestExports(StoreCase):
                 path.write_bytes(text)
                 self.assertIsNone(self.store.exported(IMAGE))
                 with self.assertLogs("k3d-registry-dockerd", "WARNING"):
-                    self.store.evict(lambda _: True, NOW)
+                    self.tidy_up(lambda _: True, NOW)
 
     def test_eviction(self):
         """Image in Docker?, seconds since the last use -> is it kept?"""
@@ -140,7 +149,7 @@ class TestExports(StoreCase):
             with self.subTest(in_docker=in_docker, age=age):
                 self.export(IMAGE, b"manifest", b"layer")
                 self.age(age)
-                freed = self.store.evict(lambda _, answer=in_docker: answer, NOW)
+                freed = self.tidy_up(lambda _, answer=in_docker: answer, NOW)
                 self.assertEqual(0 if kept else len(b"manifestlayer"), freed)
                 self.assertEqual(5 if kept else 0, len(self.files()))
 
@@ -149,7 +158,7 @@ class TestExports(StoreCase):
         other = self.export(OTHER, b"other manifest", b"shared")
         self.age(10 * EVICTION_AGE)
         asked = []
-        self.store.evict(lambda image_id: asked.append(image_id) or image_id == OTHER, NOW)
+        self.tidy_up(lambda image_id: asked.append(image_id) or image_id == OTHER, NOW)
         self.assertEqual({IMAGE, OTHER}, set(asked))
         self.assertEqual(other[0], self.store.exported(OTHER))
         self.assertIsNone(self.store.docker.size(Digest.of(b"manifest")))
@@ -159,7 +168,7 @@ class TestExports(StoreCase):
         writer = BlobWriter(self.store)
         (self.root / "blobs/sha256/.left-behind").touch()
         self.age(10 * EVICTION_AGE)
-        self.store.evict(lambda _: True, NOW)
+        self.tidy_up(lambda _: True, NOW)
         self.assertEqual({str(writer.path.relative_to(self.root))}, self.files())
         writer.discard()
 
@@ -167,7 +176,7 @@ class TestExports(StoreCase):
         digest = self.put(b"content")
         self.age(10 * EVICTION_AGE)
         self.assertTrue(self.store.docker.adopt(digest))
-        self.store.evict(lambda _: False, self.store.blob_path(digest).stat().st_mtime)
+        self.tidy_up(lambda _: False, self.store.blob_path(digest).stat().st_mtime)
         self.assertEqual(7, self.store.docker.size(digest))
         self.assertFalse(self.store.docker.adopt(IMAGE))
 
@@ -184,14 +193,14 @@ class TestFetched(StoreCase):
         self.age(FETCHED_AGE + 60 + NOW - now)
         self.store.touch_fetch(IMAGE, dict.fromkeys(list(kept)[:1], len(b"manifest")))
         self.store.touch_fetch(Digest.of(b"never fetched"), {})
-        self.assertEqual(len(b"another"), self.store.evict(lambda _: False, now))
+        self.assertEqual(len(b"another"), self.tidy_up(lambda _: False, now))
         self.assertTrue(all(self.store.docker.size(digest) for digest in kept))
         self.assertIsNone(self.store.docker.size(next(iter(gone))))
 
     def test_longer_than_other_content(self):
         (digest,) = self.fetch(IMAGE, b"layer")
         self.age(10 * EVICTION_AGE)
-        self.assertEqual(0, self.store.evict(lambda _: False, NOW))
+        self.assertEqual(0, self.tidy_up(lambda _: False, NOW))
         self.assertEqual(5, self.store.docker.size(digest))
 
     def test_many_at_once(self):
@@ -211,20 +220,20 @@ class TestFetched(StoreCase):
         now = time.time()
         self.age(FETCHED_AGE + 60 + NOW - now)
         self.store.touch_fetch(OTHER, shared)
-        self.store.evict(lambda _: False, now)
+        self.tidy_up(lambda _: False, now)
         self.assertEqual(6, self.store.docker.size(next(iter(shared))))
 
     def test_one_after_the_other(self):
         both = {**self.fetch(IMAGE, b"manifest"), **self.fetch(IMAGE, b"layer")}
         self.age(10 * EVICTION_AGE)
-        self.store.evict(lambda _: False, NOW)
+        self.tidy_up(lambda _: False, NOW)
         self.assertTrue(all(self.store.docker.size(digest) for digest in both))
 
 
 class TestLinks(StoreCase):
     def test_the_bytes_are_there_once(self):
         digest = self.put(b"content")
-        one, two = self.store.repository("one").blobs, self.store.repository("two").blobs
+        one, two = self.hosted.repository("one").blobs, self.hosted.repository("two").blobs
         self.assertTrue(one.adopt(digest))
         self.assertTrue(two.adopt(digest))
         self.assertTrue(two.adopt(digest), "twice is no harm")
@@ -233,7 +242,7 @@ class TestLinks(StoreCase):
 
     def test_freed_with_the_last_owner(self):
         digest = self.put(b"content")
-        one = self.store.repository("one").blobs
+        one = self.hosted.repository("one").blobs
         one.adopt(digest)
         self.assertTrue(self.store.docker.drop(digest))
         self.assertTrue(self.store.blob_path(digest).exists())
@@ -255,7 +264,7 @@ class TestLinks(StoreCase):
         failures = []
 
         def work(name):
-            links = self.store.repository(name).blobs
+            links = self.hosted.repository(name).blobs
             for _ in range(50):
                 with BlobWriter(self.store) as writer:
                     writer.write(b"shared by all")
@@ -275,7 +284,7 @@ class TestLinks(StoreCase):
 class TestRepository(StoreCase):
     def setUp(self):
         super().setUp()
-        self.repository = self.store.repository("some/app")
+        self.repository = self.hosted.repository("some/app")
 
     def push(self, *blobs, tags=("1",), **more):
         """Push a manifest over blobs, some of which are there."""
@@ -292,9 +301,9 @@ class TestRepository(StoreCase):
     def test_names_are_kept_apart(self):
         self.push()
         for name in ("some", "some/app/below", "some/application"):
-            self.assertIsNone(self.store.repository(name).manifest("1"))
-        self.store.repository("some").begin_upload()
-        self.assertEqual(["some", "some/app"], self.store.repository_names())
+            self.assertIsNone(self.hosted.repository(name).manifest("1"))
+        self.hosted.repository("some").begin_upload()
+        self.assertEqual(["some", "some/app"], self.hosted.names())
 
     def test_a_tag_counts_only_with_its_manifest(self):
         manifest = self.push()
@@ -342,21 +351,21 @@ class TestRepository(StoreCase):
             writer.write(b"of no manifest")
             orphan = writer.keep(self.repository.blobs)
         self.age(UPLOAD_AGE - 1)
-        self.assertEqual(0, self.store.evict(lambda _: True, NOW))
+        self.assertEqual(0, self.tidy_up(lambda _: True, NOW))
         self.age(UPLOAD_AGE + 1)
-        self.assertEqual(len(b"of no manifest"), self.store.evict(lambda _: True, NOW))
+        self.assertEqual(len(b"of no manifest"), self.tidy_up(lambda _: True, NOW))
         self.assertIsNone(self.repository.blobs.size(orphan))
         self.assertEqual(6, self.repository.blobs.size(Digest.of(b"needed")))
         self.repository.delete_manifest(manifest.digest)
         self.age(UPLOAD_AGE + 1)
-        self.assertEqual(len(b"needed"), self.store.evict(lambda _: True, NOW))
+        self.assertEqual(len(b"needed"), self.tidy_up(lambda _: True, NOW))
         self.assertEqual(set(), self.files())
 
     def test_what_is_pushed_and_exported_stays_for_either(self):
         self.push(b"shared")
         self.store.docker.adopt(Digest.of(b"shared"))
         self.age(10 * EVICTION_AGE)
-        self.assertEqual(0, self.store.evict(lambda _: False, NOW))
+        self.assertEqual(0, self.tidy_up(lambda _: False, NOW))
         self.assertIsNone(self.store.docker.size(Digest.of(b"shared")))
         self.assertEqual(6, self.repository.blobs.size(Digest.of(b"shared")))
 
@@ -365,29 +374,29 @@ class TestRepository(StoreCase):
         with self.repository.upload(session) as upload:
             upload.write(b"half")
         self.age(UPLOAD_AGE - 1)
-        self.store.evict(lambda _: True, NOW)
+        self.tidy_up(lambda _: True, NOW)
         with self.repository.upload(session) as upload:
             self.assertEqual(4, upload.size)
             self.age(UPLOAD_AGE + 1)
-            self.store.evict(lambda _: True, NOW)
+            self.tidy_up(lambda _: True, NOW)
             self.assertEqual(1, len(self.files()), "somebody is writing to it")
-        self.store.evict(lambda _: True, NOW)
+        self.tidy_up(lambda _: True, NOW)
         self.assertEqual((set(), {}), (self.files(), self.store.hashes))
 
     def test_an_upload_in_pieces_by_two_processes(self):
         session = self.repository.begin_upload()
         store = self.store
         for piece in (b"one ", b"two ", b"three"):
-            with store.repository("some/app").upload(session) as upload:
+            with Hosted(store).repository("some/app").upload(session) as upload:
                 upload.write(piece)
             store = Store(self.root)  # which knows nothing of the hash
         for algorithm in ("sha512", "sha256"):
             expected = Digest.of(b"one two three", algorithm)
-            with store.repository("some/app").upload(session) as upload:
+            with Hosted(store).repository("some/app").upload(session) as upload:
                 upload.keep(expected, self.repository.blobs)
             self.assertEqual(13, self.repository.blobs.size(expected))
             session = self.repository.begin_upload()
-            with store.repository("some/app").upload(session) as upload:
+            with Hosted(store).repository("some/app").upload(session) as upload:
                 upload.write(b"one two three")
 
     def test_killed_between_the_blob_and_the_end_of_its_upload(self):
@@ -397,7 +406,7 @@ class TestRepository(StoreCase):
             upload.write(b"content")
             upload.keep(Digest.of(b"content"), self.repository.blobs)
         store = Store(self.root)
-        with self.assertRaises(RegistryError) as caught, store.repository("some/app").upload(session) as upload:
+        with self.assertRaises(RegistryError) as caught, Hosted(store).repository("some/app").upload(session) as upload:
             upload.write(b"more")
         self.assertEqual("BLOB_UPLOAD_UNKNOWN", caught.exception.code)
         self.assertEqual(b"content", self.repository.blobs.path(Digest.of(b"content")).read_bytes())

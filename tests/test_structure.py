@@ -1,4 +1,4 @@
-"""The shape of the module: the standard library only, and sections that name only what is above them."""
+"""The shape of the module: the standard library only, and chapters that use what their banners say."""
 
 import ast
 import re
@@ -21,36 +21,54 @@ def foreign_imports(source):
     return {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
 
 
-def sections(source):
-    """(line, number) of each banner."""
-    lines = source.splitlines()
-    return [(at, int(match[1])) for at, line in enumerate(lines, 1)
-            if (match := re.match(r"# (\d+)\. \w", line)) and lines[at - 2].startswith("# ====")]
+class Chapter:
+    """A chapter of the module: its banner says what it is for and which chapters it uses."""
+
+    BANNER = re.compile(r"# =+\n# (\d+)\. ([^:\n]+): [^\n]+\n(?:# Uses: ([^\n]+)\.\n)?# =+\n")
+
+    def __init__(self, match, source):
+        self.number, self.name = int(match[1]), match[2].lower()
+        self.uses = set(match[3].split(", ")) if match[3] else set()
+        self.line = source.count("\n", 0, match.start()) + 1
+        self.end = 0
 
 
-def section_of(line, banners):
-    return max((number for at, number in banners if at <= line), default=0)
-
-
-def definitions(tree, banners):
-    """Name -> section, for all that is defined at the top level."""
-    found = {}
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[node.name] = section_of(node.lineno, banners)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in (name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)):
-                found[name.id] = section_of(node.lineno, banners)
+def chapters_of(source):
+    found = [Chapter(match, source) for match in Chapter.BANNER.finditer(source)]
+    for chapter, following in zip(found, found[1:] + [None], strict=True):
+        chapter.end = following.line if following else source.count("\n") + 1
     return found
 
 
-def looks_down(source):
-    """(line, name) wherever a section names something of a section below it."""
-    tree, banners = ast.parse(source), sections(source)
-    known = definitions(tree, banners)
-    return [(node.lineno, node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)
-            and known.get(node.id, 0) > section_of(node.lineno, banners)]
+def chapter_at(line, chapters):
+    return next((chapter.name for chapter in chapters if chapter.line <= line < chapter.end), "")
+
+
+def definitions(tree, chapters):
+    """Name -> chapter, for everything that is defined at the top level."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = chapter_at(node.lineno, chapters)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in (name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)):
+                found[name.id] = chapter_at(node.lineno, chapters)
+    return found
+
+
+GROUND_FLOOR = {"vocabulary", "references", "manifests"}  # all chapters may use these
+
+
+def used(source):
+    """Chapter -> the chapters that its code names something of, itself and the ground floor left out."""
+    tree, chapters = ast.parse(source), chapters_of(source)
+    known = definitions(tree, chapters)
+    found = {chapter.name: set() for chapter in chapters}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and known.get(node.id) and chapter_at(node.lineno, chapters):
+            found[chapter_at(node.lineno, chapters)].add(known[node.id])
+    return {name: names - {name} - GROUND_FLOOR for name, names in found.items()}
 
 
 def undocumented(source):
@@ -73,11 +91,12 @@ BAD = '''
 import os, requests
 from . import sibling
 # ====
-# 1. First
+# 1. First: the one
+# Uses: third.
 # ====
 def early(x: Late): return LATE
 # ====
-# 2. Second
+# 2. Second: the other
 # ====
 class Late:
     """Documented."""
@@ -94,13 +113,29 @@ class TestStructure(unittest.TestCase):
     def test_it_is_python_3_10(self):
         ast.parse(SOURCE, feature_version=(3, 10))
 
-    def test_sections_name_only_what_is_above(self):
-        self.assertEqual([(7, "LATE"), (7, "Late")], sorted(looks_down(BAD)))
-        self.assertEqual([], looks_down(SOURCE))
+    def test_banners_say_which_chapters_are_used(self):
+        self.assertEqual({"first": {"second"}, "second": {"first"}}, used(BAD))
+        self.assertEqual({"first": {"third"}, "second": set()}, {c.name: c.uses for c in chapters_of(BAD)})
+        said = {chapter.name: chapter.uses - GROUND_FLOOR for chapter in chapters_of(SOURCE)}
+        self.assertEqual(said, used(SOURCE))
 
-    def test_sections_are_in_order(self):
-        self.assertEqual([1, 2], [number for _, number in sections(BAD)])
-        self.assertEqual(list(range(1, 10)), [number for _, number in sections(SOURCE)])
+    def test_chapters_use_only_chapters_above(self):
+        order = [chapter.name for chapter in chapters_of(SOURCE)]
+        for chapter in chapters_of(SOURCE):
+            with self.subTest(chapter.name):
+                self.assertEqual(set(), chapter.uses - set(order[:chapter.number - 1]))
+
+    def test_chapters_are_in_order(self):
+        self.assertEqual([1, 2], [chapter.number for chapter in chapters_of(BAD)])
+        self.assertEqual(list(range(1, len(chapters_of(SOURCE)) + 1)), [c.number for c in chapters_of(SOURCE)])
+        self.assertEqual(len(re.findall(r"(?m)^# \d+\. ", SOURCE)), len(chapters_of(SOURCE)))
+
+    def test_no_chapter_is_long(self):
+        self.assertEqual([], [(c.name, c.end - c.line) for c in chapters_of(SOURCE) if c.end - c.line > 500])
+
+    def test_the_docstring_lists_them(self):
+        listed = re.findall(r"(?m)^ {4,5}(\d+) ([a-z-]+(?: [a-z]+)?)  +\S", ast.get_docstring(ast.parse(SOURCE), False))
+        self.assertEqual([(str(c.number), c.name) for c in chapters_of(SOURCE)], listed)
 
     def test_all_that_is_public_is_documented(self):
         self.assertEqual(["early", "Late.method"], undocumented(BAD))
@@ -109,7 +144,7 @@ class TestStructure(unittest.TestCase):
     def test_what_is_exported_exists(self):
         exported = next(ast.literal_eval(node.value) for node in ast.parse(SOURCE).body
                         if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
-        known = definitions(ast.parse(SOURCE), sections(SOURCE))
+        known = definitions(ast.parse(SOURCE), chapters_of(SOURCE))
         self.assertEqual([], [name for name in exported if name not in known])
 
 

@@ -1,0 +1,224 @@
+"""Who answers: what was pushed, or what Docker has. Row by row of one table."""
+
+import json
+import re
+import unittest
+
+from fake_daemon import FakeDaemon, Image, chunked, http_answer, sha256
+from program import Program
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
+NODE = {"User-Agent": "containerd/2.1.4", "Accept": f"{MANIFEST}, {INDEX}, */*"}
+CRANE = {"User-Agent": "crane/0.20", "Accept": f"{MANIFEST}, {INDEX}, */*"}
+PUSHER = {"User-Agent": "containerd/2.1.4", "Accept": f"{MANIFEST}, */*"}
+
+
+class FrontCase(unittest.TestCase):
+    """both:1 was pushed, and Docker has another image of that name; pushed:1 and docker:1 are what they say."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = FakeDaemon()
+        cls.daemon.__enter__()
+        cls.addClassCleanup(cls.daemon.__exit__)
+        cls.program = Program(cls.daemon.host)
+        cls.addClassCleanup(cls.program.__exit__)
+        cls.images = {name: Image(name)
+                      for name in ("pushed", "both, pushed", "both, Docker's", "docker", "quay", "far")}
+        cls.push("pushed", cls.images["pushed"])
+        cls.push("both", cls.images["both, pushed"])
+        cls.daemon.add("both:1", cls.images["both, Docker's"])
+        cls.daemon.add("docker:1", cls.images["docker"])
+        cls.daemon.add("quay.io/team/quay:1", cls.images["quay"])
+        cls.names = {image.digest: name for name, image in cls.images.items()}
+
+    @classmethod
+    def push(cls, repository, image, tag="1"):
+        for blob in (image.config, image.layer):
+            cls.program.request("POST", f"/v2/{repository}/blobs/uploads/?digest={sha256(blob)}", body=blob)
+        answer = cls.program.request("PUT", f"/v2/{repository}/manifests/{tag}", {"Content-Type": MANIFEST},
+                                     image.manifest)
+        assert answer.status == 201, answer.body
+
+    def tearDown(self):
+        self.assertEqual([], self.program.lines("a bug in this program"))
+
+    def whose(self, method, path, headers=None):
+        """Which image answers, or the status."""
+        answer = self.program.request(method, path, headers or {})
+        return self.names.get(answer.headers["Docker-Content-Digest"], answer.status)
+
+    def check(self, *rows):
+        for method, path, headers, expected in rows:
+            with self.subTest(method=method, path=path, agent=(headers or {}).get("User-Agent")):
+                self.assertEqual(expected, self.whose(method, path, headers))
+
+    def pulls(self):
+        return [line for line in self.daemon.requests if "/images/create" in line]
+
+
+class TestWhoAnswers(FrontCase):
+    def test_another_registry_is_named(self):
+        """Docker has it, or pulls it; what was pushed here is something else."""
+        for method in ("GET", "HEAD"):
+            for headers in (None, NODE, CRANE, PUSHER):
+                self.check((method, "/v2/library/both/manifests/1?ns=docker.io", headers, "both, Docker's"),
+                           (method, "/v2/library/docker/manifests/1?ns=docker.io", headers, "docker"),
+                           (method, "/v2/library/pushed/manifests/1?ns=docker.io", headers, 401),
+                           (method, "/v2/team/quay/manifests/1?ns=quay.io", headers, "quay"))
+
+    def test_this_registry_is_named(self):
+        """What was pushed comes first, then Docker's image of that name. HEAD says what GET says."""
+        self.daemon.add("k3d-x:5000/own:1", self.images["docker"])
+        for method in ("GET", "HEAD"):
+            for ns in ("k3d-x:5000", "k3d-x:12345"):
+                host = {"Host": "k3d-x:5000"}
+                self.check((method, f"/v2/both/manifests/1?ns={ns}", host, "both, pushed"),
+                           (method, f"/v2/pushed/manifests/1?ns={ns}", host, "pushed"))
+            self.check((method, "/v2/own/manifests/1?ns=k3d-x:5000", host, "docker"))
+
+    def test_another_local_registry_is_named(self):
+        """It may be another name of this one; Docker pulls from it otherwise."""
+        far = self.images["far"]
+        self.daemon.pulls["localhost:7777/far:1"] = lambda: self.daemon.add("localhost:7777/far:1", far) and chunked(
+            b'{"status":"done"}')
+        self.check(("HEAD", "/v2/both/manifests/1?ns=localhost:7777", NODE, "both, pushed"),
+                   ("HEAD", "/v2/far/manifests/1?ns=localhost:7777", NODE, "far"))
+        self.assertEqual(1, len(self.pulls()))
+
+    def test_get_without_a_name(self):
+        self.check(("GET", "/v2/both/manifests/1", None, "both, pushed"),
+                   ("GET", "/v2/pushed/manifests/1", None, "pushed"),
+                   ("GET", "/v2/docker/manifests/1", None, "docker"), ("GET", "/v2/far/manifests/1", None, 404),
+                   ("GET", "/v2/library/docker/manifests/1", None, "docker"))
+        self.assertEqual([], [line for line in self.pulls() if "fromImage=far" in line])
+
+    def test_a_manifest_by_digest_without_a_name(self):
+        """Only if Docker has, in this repository, an image that is it."""
+        digest = self.images["docker"].digest
+        self.check(("GET", f"/v2/docker/manifests/{digest}", None, "docker"),
+                   ("GET", f"/v2/other/manifests/{digest}", None, 404),
+                   ("GET", f"/v2/other/manifests/{digest}?ns=docker.io", None, "docker"),
+                   ("HEAD", f"/v2/docker/manifests/{digest}", CRANE, 404),
+                   ("HEAD", f"/v2/docker/manifests/{digest}", NODE, "docker"))
+
+    def test_blobs(self):
+        ours, theirs = sha256(self.images["pushed"].layer), sha256(self.images["docker"].layer)
+        for method, path, status in (
+                ("GET", f"/v2/pushed/blobs/{ours}", 200), ("HEAD", f"/v2/pushed/blobs/{ours}", 200),
+                ("GET", f"/v2/other/blobs/{ours}", 404), ("HEAD", f"/v2/other/blobs/{ours}", 404),
+                ("GET", f"/v2/other/blobs/{theirs}", 200), ("HEAD", f"/v2/other/blobs/{theirs}", 404),
+                ("HEAD", f"/v2/other/blobs/{theirs}?ns=docker.io", 200),
+                ("GET", f"/v2/pushed/blobs/{ours}?ns=docker.io", 404)):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(status, self.program.request(method, path, NODE).status)
+
+    def test_head_without_a_name(self):
+        """It comes before a push, unless a client of containerd's library is about to pull."""
+        for headers, docker in ((None, 404), (CRANE, 404), (PUSHER, 404), (NODE, "docker")):
+            self.check(("HEAD", "/v2/pushed/manifests/1", headers, "pushed"),
+                       ("HEAD", "/v2/both/manifests/1", headers, "both, pushed"),
+                       ("HEAD", "/v2/docker/manifests/1", headers, docker),
+                       ("HEAD", "/v2/nothing/manifests/1", headers, 404))
+
+    def test_mounts(self):
+        ours, theirs = sha256(self.images["pushed"].layer), sha256(self.images["docker"].layer)
+        for query, status in ((f"mount={ours}&from=pushed", 201), (f"mount={theirs}&from=docker", 202),
+                              (f"mount={theirs}&from=library/docker", 202), (f"mount={theirs}", 202)):
+            with self.subTest(query):
+                self.assertEqual(status, self.program.request("POST", f"/v2/mounted/blobs/uploads/?{query}").status)
+
+    def test_the_path_begins_with_a_registry(self):
+        """CRI-O, Podman and skopeo ask so. GET has Docker pull; HEAD never does."""
+        self.push("quay.io/team/hosted", self.images["pushed"])
+        self.daemon.pulls["quay.io/team/new:1"] = lambda: self.daemon.add(
+            "quay.io/team/new:1", self.images["far"]) and chunked(b'{"status":"done"}')
+        self.check(("HEAD", "/v2/quay.io/team/new/manifests/1", None, 404),
+                   ("HEAD", "/v2/quay.io/team/new/manifests/1", NODE, 404))
+        self.assertEqual([], [line for line in self.pulls() if "quay.io" in line])
+        self.check(("GET", "/v2/quay.io/team/hosted/manifests/1", None, "pushed"),
+                   ("GET", "/v2/quay.io/team/quay/manifests/1", None, "quay"),
+                   ("GET", "/v2/quay.io/team/quay/manifests/1?ns=quay.io", None, "quay"),
+                   ("HEAD", "/v2/quay.io/team/quay/manifests/1?ns=quay.io", None, "quay"),
+                   ("GET", "/v2/quay.io/team/new/manifests/1", None, "far"),
+                   ("GET", f"/v2/quay.io/team/new/manifests/{self.images['far'].digest}", None, "far"))
+        layer = sha256(self.images["far"].layer)
+        self.assertEqual(200, self.program.get(f"/v2/quay.io/team/new/blobs/{layer}").status)
+        self.assertEqual(1, len([line for line in self.pulls() if "quay.io" in line]))
+        self.assertEqual([], [line for line in self.daemon.requests if re.search("quay.io(/|%2F)quay.io", line)])
+
+    def test_writes(self):
+        """They concern what was pushed. What is Docker's is not deleted."""
+        digest, layer = self.images["docker"].digest, sha256(self.images["docker"].layer)
+        for path, status in (("/v2/docker/manifests/1", 405), (f"/v2/docker/manifests/{digest}", 405),
+                             (f"/v2/docker/blobs/{layer}", 405), ("/v2/nothing/manifests/1", 404),
+                             ("/v2/pushed/manifests/1?ns=docker.io", 405)):
+            with self.subTest(path):
+                self.assertEqual(status, self.program.request("DELETE", path).status)
+        self.push("gone", self.images["pushed"])
+        self.assertEqual(202, self.program.request("DELETE", "/v2/gone/manifests/1").status)
+
+    def test_docker_asks_while_it_works_for_this_program(self):
+        """It gets 404 at once, whatever it asks for: it would wait for itself."""
+        asked = []
+
+        def pull():
+            agent = next(line for line in self.daemon.heads[-1].split("\r\n") if line.startswith("User-Agent: "))[12:]
+            docker = {"User-Agent": f"docker/28.5.2 go/go1.24 UpstreamClient({agent})", "Accept": NODE["Accept"]}
+            digest = self.images["docker"].digest
+            asked.extend(self.program.request(method, path, docker).status for method in ("GET", "HEAD") for path in (
+                "/v2/team/slow/manifests/1?ns=registry.example", "/v2/docker/manifests/1", "/v2/pushed/manifests/1",
+                f"/v2/docker/manifests/{digest}?ns=docker.io", "/v2/library/docker/manifests/1?ns=docker.io",
+                f"/v2/docker/blobs/{sha256(self.images['docker'].layer)}?ns=docker.io",
+                f"/v2/pushed/blobs/{sha256(self.images['pushed'].layer)}"))
+            return http_answer(404, {"message": "not found"})
+
+        self.daemon.pulls["registry.example/team/slow:1"] = pull
+        self.assertEqual(401, self.program.get("/v2/team/slow/manifests/1?ns=registry.example").status)
+        self.assertEqual([404] * 14, asked)
+
+    def test_each_process_has_a_user_agent_of_its_own(self):
+        with Program(self.daemon.host) as other:
+            other.get("/v2/docker/manifests/1")
+        agents = {line for head in self.daemon.heads for line in head.split("\r\n")
+                  if line.startswith("User-Agent: k3d")}
+        self.assertEqual(2, len(agents))
+
+
+class TestHiddenImages(FrontCase):
+    def test_said_once_for_each_pair(self):
+        """A tag that was pushed hides another image of Docker's."""
+        self.push("twice", self.images["both, pushed"])
+        for count, image in enumerate((Image("built"), Image("built again")), 1):
+            self.daemon.add("twice:1", image)
+            for _ in range(3):
+                self.whose("HEAD", "/v2/twice/manifests/1", NODE)
+                self.program.wait_for_line(image.digest)
+            self.assertEqual(count, len(self.program.lines("twice:1 is served as it was pushed")))
+
+    def test_not_for_the_same_image(self):
+        self.daemon.add("same:1", self.images["pushed"])
+        self.push("same", self.images["pushed"])
+        self.whose("GET", "/v2/same/manifests/1")
+        self.whose("GET", "/v2/both/manifests/1")
+        self.program.wait_for_line("both:1 is served")
+        self.assertEqual([], self.program.lines("same:1 is served"))
+
+    def test_without_docker(self):
+        """Reading what was pushed does not depend on Docker, and no line complains."""
+        with FakeDaemon() as daemon, Program(daemon.host) as program:
+            image = self.images["pushed"]
+            for blob in (image.config, image.layer):
+                program.request("POST", f"/v2/app/blobs/uploads/?digest={sha256(blob)}", body=blob)
+            program.request("PUT", "/v2/app/manifests/1", {"Content-Type": MANIFEST}, image.manifest)
+            daemon.faults[""] = lambda sock: b""
+            asked = len(daemon.requests)
+            self.assertEqual(json.loads(image.manifest), program.get("/v2/app/manifests/1").json)
+            while len(daemon.requests) == asked:  # the comparison has failed
+                pass
+            self.assertEqual([], program.lines("WARNING"))
+
+
+if __name__ == "__main__":
+    unittest.main()

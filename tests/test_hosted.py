@@ -1,0 +1,79 @@
+"""The registry of what was pushed is complete without Docker: the tests of the specification, run against it alone."""
+
+import logging
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import test_spec
+from program import MODULE, Program
+
+sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
+
+
+class Alone:
+    """Hosted behind the end-points, with nothing beside it."""
+
+    def __init__(self, hosted):
+        self.hosted = hosted
+
+    def manifest(self, reference, client, head=False):
+        return self.hosted.manifest(reference)
+
+    def blob(self, reference, client, head=False):
+        return self.hosted.blob(reference)
+
+    def put_manifest(self, reference, manifest, tags, client):
+        self.hosted.put_manifest(reference, manifest, tags)
+
+    def delete_manifest(self, reference, client):
+        self.hosted.delete_manifest(reference)
+
+    def delete_blob(self, reference, client):
+        self.hosted.delete_blob(reference)
+
+    def tags(self, reference, client):
+        return self.hosted.tags(reference)
+
+    def catalog(self, client):
+        return self.hosted.catalog()
+
+    def referrers(self, reference, client):
+        return self.hosted.referrers(reference)
+
+
+class HostedProgram(Program):
+    """The same face as Program has, in this process."""
+
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory()
+        self.store = Path(self._folder.name) / "store"
+        self._server = module.Server(module.Address("127.0.0.1", 0), Alone(module.Hosted(module.Store(self.store))))
+        self.port = self._server.address.port
+        self.log = []
+        self._changed = threading.Condition()
+        self._handler = logging.Handler()
+        self._handler.emit = lambda record: self.log.append(record.getMessage())
+        module.log.addHandler(self._handler)
+        module.log.propagate = False
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def __exit__(self, *error):
+        self._server.shutdown()
+        self._server.server_close()
+        module.log.removeHandler(self._handler)
+        module.log.propagate = True
+        self._folder.cleanup()
+
+
+def set_up(cls):
+    cls.program = HostedProgram()
+    cls.addClassCleanup(cls.program.__exit__)
+
+
+# One class for each of the specification's that says nothing of Docker.
+globals().update({f"{name}OfHosted": type(f"{name}OfHosted", (case,), {"setUpClass": classmethod(set_up)})
+                  for name, case in vars(test_spec).items()
+                  if name.startswith("Test") and case is not test_spec.TestRepositoriesAndDocker})
