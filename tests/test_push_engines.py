@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import unittest
 import uuid
 
 import lab
 from program import Program
 from test_engines import OCI_INDEX, sha256
+from walk import walk_without_docker
 
 
 def setUpModule():
@@ -16,9 +18,13 @@ def setUpModule():
 
 
 class PushCase(unittest.TestCase):
-    """A fresh program, in front of one engine, and a fresh repository name for each test."""
+    """A fresh program, in front of one engine, and a fresh repository name for each test.
+
+    After each test the program is stopped, and everything that was pushed has to be there without Docker.
+    """
 
     engine = lab.ENGINES["containerd"]
+    sparse = ()  # digests that may be missing then
 
     def setUp(self):
         self.name = f"p{uuid.uuid4().hex[:10]}"
@@ -34,11 +40,17 @@ class PushCase(unittest.TestCase):
 
     def tearDown(self):
         self.assertEqual([], self.program.lines("a bug in this program"))
+        self.check_without_docker()
 
-    def build(self, tag, *options):
+    def check_without_docker(self, expected=None, how=signal.SIGTERM):
+        """Stop the program, and fetch everything that it keeps from another one that has no Docker."""
+        self.program.stop(how)
+        return walk_without_docker(self.program.store, expected, self.sparse)
+
+    def build(self, tag, *options, files=None):
         image = f"{self.target}:{tag}"
         self.images.append(image)
-        files = {"data": os.urandom(300_000), "hello": uuid.uuid4().bytes}
+        files = files or {"data": os.urandom(300_000), "hello": uuid.uuid4().bytes}
         self.engine.build(image, files, "base:1", *options)
         return image
 
@@ -106,11 +118,21 @@ class DockerPush:
         digest = self.digest()
         self.engine.remove(image)
         self.program.stop()
-        again = Program("unix:///nowhere", store=self.program.store)
-        self.addCleanup(again.__exit__)
-        reference = f"{again.address}/{self.name}:1"
-        lab.NODE.pull(reference, again.address)
+        self.program = Program("unix:///nowhere", store=self.program.store)
+        self.addCleanup(self.program.__exit__)
+        reference = f"{self.program.address}/{self.name}:1"
+        lab.NODE.pull(reference, self.program.address)
         self.assertEqual(digest, lab.NODE.digest(reference))
+
+    def test_it_outlives_a_kill(self):
+        """The program is killed the moment that the client says that it is done."""
+        image = self.build("1")
+        self.engine.docker("tag", image, f"{self.target}:2")
+        self.images.append(f"{self.target}:2")
+        out = self.engine.docker("push", "--all-tags", self.target)
+        walked = self.check_without_docker(how=signal.SIGKILL)
+        for tag in "12":
+            self.assertIn(walked[f"{self.name}:{tag}"], out)
 
 
 class TestDockerPushContainerd(DockerPush, PushCase):
@@ -174,6 +196,7 @@ class TestCrane(PushCase):
         manifest = self.program.get(f"/v2/{self.name}/manifests/both").json
         self.assertEqual({self.digest("1"), self.digest("2")}, {child["digest"] for child in manifest["manifests"]})
         self.pull_everywhere("2")
+        self.sparse = (self.digest("2"),)  # the index lists it, which does not keep it
         self.crane("delete", f"{self.target}@{self.digest('2')}")
         self.assertEqual(404, self.program.head(f"/v2/{self.name}/manifests/2").status)
         self.assertEqual({"1", "both"}, set(self.crane("ls", self.target).split()) - {"source"})
@@ -250,9 +273,6 @@ class TestOras(PushCase):
         target = f"{self.program.address}/{self.name}"
         self.in_folder(f"oras push --plain-http {target}:1 data.bin")
         self.program.wait_for_line(f"HEAD /v2/{self.name}/blobs/{sha256(self.data)} 200")
-
-
-
 
 
 if __name__ == "__main__":
