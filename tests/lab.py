@@ -455,10 +455,10 @@ class Gate:
 
     BYTES = 200_000
 
-    def __init__(self, origin):
+    def __init__(self, origin, address=("127.0.0.1", 0)):
         self._origin, self._opened, self._sockets = origin, threading.Event(), []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server(address)
+        self.host = "{}:{}".format(*self._listener.getsockname())
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
@@ -504,30 +504,31 @@ class Gate:
 
 
 @contextlib.contextmanager
-def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, told=lambda line: None):
+def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, hear=lambda data: None):
     """A socket that passes everything on to an engine, but answers requests that hold `refuse` with 404.
 
-    tell is called with the number of bytes, each time that the engine sends any; told with each request line.
+    tell is called with the number of bytes, each time that the engine sends any. hear is called with the bytes, each
+    time that a client sends any.
     """
 
     class Pass(socketserver.BaseRequestHandler):
         def handle(self):
             first = self.request.recv(65536)
-            told(first.split(b"\r\n", 1)[0])
+            hear(first)
             if refuse in first or first.startswith(b"PRI "):
                 self.request.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 return
             with socket.socket(socket.AF_UNIX) as upstream:
                 upstream.connect(str(engine.socket))
                 upstream.sendall(first)
-                threading.Thread(target=self.copy, args=(self.request, upstream), daemon=True).start()
-                self.copy(upstream, self.request, tell)
+                threading.Thread(target=self.copy, args=(self.request, upstream, hear), daemon=True).start()
+                self.copy(upstream, self.request, lambda data: tell(len(data)))
 
         @staticmethod
-        def copy(source, target, tell=lambda count: None):
+        def copy(source, target, tell):
             with contextlib.suppress(OSError):
                 while data := source.recv(65536):
-                    tell(len(data))
+                    tell(data)
                     target.sendall(data)
                 target.shutdown(socket.SHUT_WR)
 

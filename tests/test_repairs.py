@@ -150,48 +150,6 @@ class TestLostBlobs(LostBlobs):
         self.assertEqual([], program.jobs("fetch"))
 
 
-class TestNothingIsBuilt(LostBlobs):
-    """An image with ONBUILD triggers: a build on it would run a stranger's commands as root."""
-
-    engine = lab.ENGINES["containerd"]
-
-    def put_triggers(self, **more):
-        """Give the image's config a trigger, and the manifest more properties; then the tag names that manifest."""
-        origin, name = lab.ORIGINS["open"], f"lab/{self.name}"
-        _, _, body = origin.request("GET", f"/v2/{name}/blobs/{self.manifest['config']['digest']}")
-        config = {**json.loads(body), "config": {"OnBuild": ["RUN touch /was-here"]}}
-        described = lab.push_blob(origin, name, json.dumps(config).encode())
-        document = {**self.manifest, "config": {**self.manifest["config"], **described}, **more}
-        self.child = lab.push_document(origin, name, "1", document)["digest"]
-
-    def everything(self):
-        """All of the engine's images and containers."""
-        return self.engine.docker("images", "-aq", "--no-trunc"), self.engine.docker("ps", "-aq")
-
-    def check_served_without_a_build(self, *lost):
-        host = lab.ORIGINS["open"].host
-        reference = self.on(host)
-        self.engine.docker("pull", "-q", reference)
-        for digest in lost:
-            self.engine.containerd("content", "rm", digest)
-        before, asked = self.everything(), []
-        with lab.filtered(self.engine, told=asked.append) as socket, Program(f"unix://{socket}") as program:
-            answer = program.get(self.path("manifests", "1", host))
-            self.assertEqual(200, answer.status, answer.body)
-            self.assertEqual(self.large, sha256(program.get(self.path("blobs", self.large, host)).body))
-        self.assertEqual([], [line for line in asked if b"/build" in line or b"/containers" in line])
-        self.assertTrue(any(line.startswith(b"GET /v1.") for line in asked))
-        self.assertEqual(before, self.everything())
-
-    def test_content_that_docker_never_fetches_is_not_lost(self):
-        self.put_triggers(blobs=[{"mediaType": "application/octet-stream", "digest": sha256(b"nowhere"), "size": 7}])
-        self.check_served_without_a_build()
-
-    def test_a_lost_layer(self):
-        self.put_triggers()
-        self.check_served_without_a_build(self.large)
-
-
 class TestRepairByFetch(LostBlobs):
     """The blob alone comes from the image's registry, into the store."""
 
