@@ -173,6 +173,38 @@ class TestAdoptionClassic(Adoption, PromiseCase):
 
 
 class TestAdoptionContainerd(Adoption, PromiseCase):
+    def docker_client(self, *command):
+        """A command of Docker's that talks to registries itself, and keeps its files in the test's folder."""
+        return self.run_client("docker", *command, env={"DOCKER_HOST": self.engine.host,
+                                                        "DOCKER_CONFIG": f"/lab/{self.name}"})
+
+    def test_clients_that_push_a_manifest_and_nothing_else(self):
+        """Each with an image of its own, by itself or in an index with an attestation."""
+        clients = {
+            "tag": lambda source, tag: self.run_client("oras", "tag", "--plain-http", f"{self.target}:{source}", tag),
+            "index": lambda source, tag: self.run_client(
+                "oras", "manifest", "index", "create", "--plain-http", f"{self.target}:{tag}", source),
+            "imagetools": lambda source, tag: self.docker_client(
+                "buildx", "imagetools", "create", "-t", f"{self.target}:{tag}", f"{self.target}:{source}"),
+            "list": lambda source, tag: (
+                self.docker_client("manifest", "create", "--insecure",
+                                   f"{self.target}:{tag}", f"{self.target}:{source}"),
+                self.docker_client("manifest", "push", "--insecure", f"{self.target}:{tag}"))}
+        tags = []
+        for kind, options in (("plain", ["--provenance=false"]), ("attested", ["--provenance=mode=max"])):
+            for client, push in clients.items():
+                if (kind, client) != ("attested", "list"):  # it takes no index
+                    self.build(f"{kind}-{client}", *options)
+                    tags.append(f"{kind}-{client}-pushed")
+                    push(f"{kind}-{client}", tags[-1])
+        self.assert_whole(*tags)
+
+    def test_imagetools_copies_to_another_repository(self):
+        image = self.build("src", "--provenance=mode=max")
+        other = f"other/{self.name}"
+        self.docker_client("buildx", "imagetools", "create", "-t", f"{self.program.address}/{other}:1", image)
+        self.assert_whole("1", repository=other)
+
     def test_oras_copy_of_platforms_of_which_docker_has_one(self):
         origin = lab.ORIGINS["open"]
         index, (mine, foreign) = lab.push_platforms(origin, f"lab/{self.name}", "all", ["amd64", "arm64"])
@@ -269,6 +301,9 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
 class TestHeads(PromiseCase):
     """Whom a HEAD tells what Docker has."""
 
+    LIBRARY = ("containerd/2.1.4", "containerd/1.6.20+unknown", "buildkit/v0.0-dev",
+               "docker/28.5.2 go/go1.24.9 git-commit/3ef3c07 kernel/6.6 os/linux arch/amd64 containerd-client/2.1.9 "
+               r"storage-driver/overlayfs UpstreamClient(Docker-Client/28.5.2 \(linux\))")
     ACCEPTS = ("the only type", "the only type, */*", SIX_TYPES, FOUR_TYPES + ", */*", "*/*", None)
 
     def headers(self, accept, media_type, **more):
@@ -299,22 +334,22 @@ class TestHeads(PromiseCase):
         media_type, digest = get.headers["Content-Type"], get.headers["Docker-Content-Digest"]
         self.assertEqual(200, get.status)
         for agent, accept, reference in itertools.product(
-                ("curl/8", "crane/0.20", "oras/1.3", None), self.ACCEPTS, ("1", digest)):
+                ("curl/8", "crane/0.20", "go-containerregistry", "oras/1.3.3", None), self.ACCEPTS, ("1", digest)):
             with self.subTest(agent=agent, accept=accept, reference=reference):
                 headers = self.headers(accept, media_type, **({"User-Agent": agent} if agent else {}))
                 answer = self.program.request("HEAD", self.path("manifests", reference), headers)
                 self.assertEqual((404, b""), (answer.status, answer.body))
 
     def test_the_library_of_containerd(self):
-        """It sends four types to pull, and one to push."""
+        """It sends four types to pull, and one to push. Docker and BuildKit use it under names of their own."""
         self.build("1")
         get = self.program.get(self.path("manifests", "1"))
         media_type, digest = get.headers["Content-Type"], get.headers["Docker-Content-Digest"]
-        for reference in ("1", digest):
+        for agent, reference in itertools.product(self.LIBRARY, ("1", digest)):
             for accept, status in ((FOUR_TYPES + ", */*", 200), ("the only type, */*", 404), ("the only type", 404),
                                    ("*/*", 404), (None, 404)):
-                with self.subTest(reference=reference, accept=accept):
-                    headers = self.headers(accept, media_type, **{"User-Agent": "containerd/2.1.4"})
+                with self.subTest(agent=agent, reference=reference, accept=accept):
+                    headers = self.headers(accept, media_type, **{"User-Agent": agent})
                     answer = self.program.request("HEAD", self.path("manifests", reference), headers)
                     self.assertEqual(status, answer.status)
                     if status == 200:
@@ -341,13 +376,36 @@ class TestHeads(PromiseCase):
         self.assertEqual([], self.program.lines("?ns="))
 
     def test_another_docker_pulls_what_only_docker_has(self):
+        """Docker asks with HEAD first."""
         image = self.build("1")
-        for other in ("classic", "containerd-26"):
+        for other in ("classic", "classic-20", "containerd-26"):
             with self.subTest(other):
                 engine = lab.ENGINES[other]
                 self.addCleanup(engine.remove, image)
                 engine.docker("pull", "-q", image)
                 self.assertEqual("linux", engine.inspect(image)["Os"])
+
+    def test_another_docker_builds_on_what_only_docker_has(self):
+        """BuildKit asks with HEAD first."""
+        image = self.build("1")
+        for other in ("classic", "containerd-26"):
+            with self.subTest(other):
+                engine = lab.ENGINES[other]
+                self.addCleanup(engine.remove, f"{self.name}:built")
+                engine.build(f"{self.name}:built", {"more": b"more"}, image)
+
+    def test_clients_that_only_read(self):
+        """They ask with GET, or go on with GET after a HEAD says 404."""
+        image = self.build("1")
+        digest = self.engine.inspect(image)["Id"]
+        self.assertEqual(digest, self.crane("digest", image))
+        for command in (["crane", "manifest", "--insecure", image],
+                        ["oras", "manifest", "fetch", "--plain-http", image],
+                        ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{image}"],
+                        ["docker", "buildx", "imagetools", "inspect", "--raw", image]):
+            with self.subTest(command[0]):
+                out = lab.chroot(*command, text=False, env={"DOCKER_HOST": self.engine.host}).stdout
+                self.assertIn(digest, (sha256(out), sha256(out.rstrip(b"\n"))))
 
 
 class TestMounts(PromiseCase):
