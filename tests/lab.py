@@ -48,11 +48,14 @@ HTPASSWD = "developer:$2b$04$k3dregistrydockerdlab.ThCwkArtkgFA3zXWzBuYJwmAUJIsN
 ENGINE_PACKAGES = "docker.io,containerd,runc,iptables,ca-certificates"
 CLIENT_PACKAGES = "docker-cli,docker-buildx,crane,oras,skopeo,docker-registry,python3,busybox-static"
 SUITES = {
-    "forky": f"{ENGINE_PACKAGES},{CLIENT_PACKAGES}",  # Docker 28, containerd 2.1
+    "forky": f"{ENGINE_PACKAGES},{CLIENT_PACKAGES},podman",  # Docker 28, containerd 2.1, Podman 5.8
     "trixie": ENGINE_PACKAGES,  # Docker 26.1: no Descriptor in inspect
     "bookworm": ENGINE_PACKAGES,  # Docker 20.10: exports are docker-archives
 }
 CLIENT_ROOT = ROOTS / "forky"
+
+OPEN_PORT, PRIVATE_PORT = 15310, 15311  # of the registries to pull from
+FIRST_MIRROR = "127.0.0.1:15312"  # where a test may start the program, for the engine that has it as its mirror
 
 START_TIMEOUT = 60  # seconds for a daemon to answer
 
@@ -148,11 +151,14 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Engine(Daemon):
-    """A dockerd with its own containerd, and the docker client to go with it."""
+    """A dockerd with its own containerd, and the docker client to go with it.
 
-    def __init__(self, name, root, containerd_store):
+    mirrors are URLs of registries that it asks for images of Docker Hub, in this order, before Docker Hub itself.
+    """
+
+    def __init__(self, name, root, containerd_store, mirrors=()):
         super().__init__(name, root)
-        self.containerd_store = containerd_store
+        self.containerd_store, self.mirrors = containerd_store, mirrors
         self.socket = self.folder / "docker.sock"
         self.host = f"unix:///lab/{name}/docker.sock"  # as seen from inside the roots
 
@@ -162,7 +168,8 @@ class Engine(Daemon):
         (self.folder / "daemon.json").write_text(json.dumps(config))
         return ["dockerd", f"--config-file={inside}/daemon.json", f"--host={self.host}",
                 f"--data-root={inside}/data", f"--exec-root={inside}/exec", f"--pidfile={inside}/dockerd.pid",
-                "--iptables=false", "--ip6tables=false", "--bridge=none"]
+                "--iptables=false", "--ip6tables=false", "--bridge=none",
+                *[f"--registry-mirror={mirror}" for mirror in self.mirrors]]
 
     def answers(self):
         return self.api("GET", "/_ping") == b"OK"
@@ -211,6 +218,28 @@ class Engine(Daemon):
         context = tar_of({"Dockerfile": dockerfile.encode(), **files})
         self.docker("build", "-q", "-t", name, *options, "-", input=context, text=False)
         return self.inspect(name)["Id"]
+
+
+class Podman(Engine):
+    """A Podman service. The docker client works with it; short names become localhost/NAME."""
+
+    def __init__(self, name, root):
+        super().__init__(name, root, containerd_store=False)
+
+    def command(self):
+        inside = f"/lab/{self.name}"
+        settings = {
+            "CONTAINERS_CONF": "[engine]\ncgroup_manager = 'cgroupfs'\nevents_logger = 'file'\n",
+            "CONTAINERS_STORAGE_CONF": f"[storage]\ndriver = 'overlay'\ngraphroot = '{inside}/data'\n"
+                                       f"runroot = '{inside}/run'\n",
+            "CONTAINERS_REGISTRIES_CONF": "unqualified-search-registries = ['docker.io']\n"
+                                          "[[registry]]\nprefix = '127.0.0.1'\nlocation = '127.0.0.1'\n"
+                                          "insecure = true\n",
+        }
+        for variable, text in settings.items():
+            (self.folder / variable).write_text(text)
+        return ["env", *[f"{variable}={inside}/{variable}" for variable in settings],
+                "podman", "system", "service", "--time=0", self.host]
 
 
 def tar_of(files, mode=0o755):
@@ -610,10 +639,13 @@ ENGINES = {
     "containerd": Engine("containerd", "forky", containerd_store=True),
     "containerd-26": Engine("containerd-26", "trixie", containerd_store=True),
     "classic-20": Engine("classic-20", "bookworm", containerd_store=False),
+    "podman": Podman("podman", "forky"),
+    "mirrors": Engine("mirrors", "forky", containerd_store=True,
+                      mirrors=[f"http://{FIRST_MIRROR}", f"http://127.0.0.1:{OPEN_PORT}"]),
 }
 ORIGINS = {
-    "open": Origin("origin-open", 15310, private=False),
-    "private": Origin("origin-private", 15311, private=True),
+    "open": Origin("origin-open", OPEN_PORT, private=False),
+    "private": Origin("origin-private", PRIVATE_PORT, private=True),
 }
 NODE = Node()
 DAEMONS = [*ENGINES.values(), *ORIGINS.values(), NODE]
@@ -637,19 +669,31 @@ def mounted(path):
 
 
 def make_root(suite):
-    """Unpack a Debian suite into a folder, once."""
-    root = ROOTS / suite
-    if (root / ".complete").exists():
+    """Unpack a Debian suite into a folder, once. What its package list has got since then is installed there."""
+    root, packages = ROOTS / suite, SUITES[suite]
+    complete = root / ".complete"  # holds the packages that the root was made with
+    if complete.exists():
+        if complete.read_text() != packages:
+            install_packages(root, packages)
+            complete.write_text(packages)
         return
     if not shutil.which("mmdebstrap"):
         run("apt-get", "update")
-        run("apt-get", "install", "-y", "--no-install-recommends", "mmdebstrap")
+        run("apt-get", "install", "-y", "--no-upgrade", "--no-install-recommends", "mmdebstrap")
     print(f"lab: unpacking {suite}", flush=True)
     shutil.rmtree(root, ignore_errors=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     run("mmdebstrap", "--variant=minbase", "--skip=check/empty", '--aptopt=Acquire::Check-Valid-Until "false"',
-        f"--include={SUITES[suite]}", suite, root)
-    (root / ".complete").touch()
+        f"--include={packages}", suite, root)
+    complete.write_text(packages)
+
+
+def install_packages(root, packages):
+    """Install what is missing of a package list in a root, beside the daemons that run there."""
+    print(f"lab: installing packages in {root.name}", flush=True)
+    chroot("apt-get", "update", root=root)
+    chroot("apt-get", "install", "-y", "--no-upgrade", "--no-install-recommends", *packages.split(","), root=root,
+           env={"DEBIAN_FRONTEND": "noninteractive"})
 
 
 def mount_root(suite):

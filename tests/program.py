@@ -38,16 +38,19 @@ class Answer:
 
 
 class Program:
-    """A running registry. Use it in a `with`; `log` holds the lines it wrote so far."""
+    """A running registry. Use it in a `with`; `log` holds the lines it wrote so far.
 
-    def __init__(self, docker_host, *arguments, store=None, command=None, env=None):
+    address is where it listens: by default on a free port.
+    """
+
+    def __init__(self, docker_host, *arguments, store=None, command=None, env=None, address="127.0.0.1:0"):
         self._stack = contextlib.ExitStack()
         self.store = Path(store or self._stack.enter_context(tempfile.TemporaryDirectory()) + "/store")
         self.log = []
         self._changed = threading.Condition()
         command = command or [sys.executable, str(MODULE)]
         self.process = subprocess.Popen(
-            [*command, "-addr", "127.0.0.1:0", "-store", str(self.store), *arguments],
+            [*command, "-addr", address, "-store", str(self.store), *arguments],
             stderr=subprocess.PIPE, text=True,
             env={**os.environ, "DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", "PYTHONUNBUFFERED": "1",
                  **(env or {})})
