@@ -4490,7 +4490,7 @@ class Mirror:
         return self.engine.token in client.user_agent
 
     def _refuse_docker(self, reference: Reference, client: Client) -> None:
-        """Raise MANIFEST_UNKNOWN if the engine itself asks for an image of another registry, as if this were its mirror.
+        """Raise MANIFEST_UNKNOWN if the engine itself asks for an image of another registry, as of a mirror.
 
         It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved.
         Docker's User-Agent names its version, commit and kernel.

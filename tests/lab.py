@@ -213,15 +213,17 @@ class Engine(Daemon):
 
     def build(self, name, files, base="base:1", *options, add=False):
         """Build an image with one layer per file on top of base. add: files are tars, to be unpacked there."""
-        lines = (f"ADD {path} /" if add else f"COPY {path} /{path}" for path in files)
-        dockerfile = "\n".join([f"FROM {base}", *lines, ""])
-        context = tar_of({"Dockerfile": dockerfile.encode(), **files})
-        self.docker("build", "-q", "-t", name, *options, "-", input=context, text=False)
+        self.docker("build", "-q", "-t", name, *options, "-", input=context_of(files, base, add), text=False)
         return self.inspect(name)["Id"]
 
 
 class Podman(Engine):
-    """A Podman service. The docker client works with it; short names become localhost/NAME."""
+    """A Podman service.
+
+    The docker client works with it, except for builds, which it would do in a builder of its own. To the docker
+    client NAME:1 is docker.io/library/NAME:1, to Podman's own client an image that it builds as NAME:1 is
+    localhost/NAME:1.
+    """
 
     def __init__(self, name, root):
         super().__init__(name, root, containerd_store=False)
@@ -241,6 +243,16 @@ class Podman(Engine):
         return ["env", *[f"{variable}={inside}/{variable}" for variable in settings],
                 "podman", "system", "service", "--time=0", self.host]
 
+    def podman(self, *arguments, **options):
+        """`podman …` against this service; its output, stripped."""
+        out = chroot("podman", "--url", self.host, *arguments, **options).stdout
+        return out.strip() if isinstance(out, str) else out
+
+    def build(self, name, files, base="base:1", *options, add=False):
+        """Build an image as Engine.build does; a name without a host is one under localhost."""
+        self.podman("build", "-q", "-t", name, *options, "-", input=context_of(files, base, add), text=False)
+        return self.inspect(name if "." in name.split("/")[0] else f"localhost/{name}")["Id"]
+
 
 def tar_of(files, mode=0o755):
     """A tar archive (bytes) of {path: bytes}."""
@@ -251,6 +263,13 @@ def tar_of(files, mode=0o755):
             member.size, member.mode = len(data), mode
             archive.addfile(member, io.BytesIO(data))
     return out.getvalue()
+
+
+def context_of(files, base, add):
+    """A build context (bytes): a Dockerfile that has one layer per file on top of base, and the files."""
+    lines = (f"ADD {path} /" if add else f"COPY {path} /{path}" for path in files)
+    dockerfile = "\n".join([f"FROM {base}", *lines, ""])
+    return tar_of({"Dockerfile": dockerfile.encode(), **files})
 
 
 def python_image(engine):
@@ -532,12 +551,18 @@ class Gate:
             sock.close()
 
 
-@contextlib.contextmanager
-def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, hear=lambda data: None):
-    """A socket that passes everything on to an engine, but answers requests that hold `refuse` with 404.
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+FORBIDDEN = (  # as HAProxy answers, which is in most proxies for Docker's socket
+    b"HTTP/1.0 403 Forbidden\r\nCache-Control: no-cache\r\nConnection: close\r\nContent-Type: text/html\r\n\r\n"
+    b"<html><body><h1>403 Forbidden</h1>\nRequest forbidden by administrative rules.\n</body></html>\n")
 
-    tell is called with the number of bytes, each time that the engine sends any. hear is called with the bytes, each
-    time that a client sends any.
+
+@contextlib.contextmanager
+def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, answer=NOT_FOUND, hear=lambda data: None):
+    """A socket that passes everything on to an engine, but answers requests that hold `refuse` itself.
+
+    answer is the whole response to those, by default a 404. tell is called with the number of bytes, each time
+    that the engine sends any, and hear with the bytes, each time that a client sends any.
     """
 
     class Pass(socketserver.BaseRequestHandler):
@@ -545,7 +570,7 @@ def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, hear=lambda d
             first = self.request.recv(65536)
             hear(first)
             if refuse in first or first.startswith(b"PRI "):
-                self.request.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                self.request.sendall(answer)
                 return
             with socket.socket(socket.AF_UNIX) as upstream:
                 upstream.connect(str(engine.socket))
