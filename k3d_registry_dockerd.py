@@ -4671,12 +4671,12 @@ class Mirror:
     def _refuse_missing_platform(self, reference: Reference, digest: Digest, client: Client) -> None:
         """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
 
-        Docker was told which platforms to get, so the node has to look for others elsewhere.
+        Docker was told which platforms to get, so the node has to look for others elsewhere. An attestation is none.
         """
         for image in self._images_of(reference, client):
             index = self._content.manifest(image.id)
             child = index.child(digest) if index else None
-            if child:
+            if child and index and digest in index.platforms():
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image.id} in its repository "
                                     f"{reference.docker_repository()}, but not the platform "
                                     f"{platform_of(child.get('platform')) or digest} of it: "
@@ -5312,13 +5312,15 @@ def parse_ranges(header: str | None, size: int) -> list[tuple[int, int]] | None:
     """Parse a Range header for content of size bytes (RFC 9110, 14.1.2). Returns start and length of each, in bytes.
 
     Returns None if the whole content is to be sent: the header is missing, malformed, or asks for more bytes than
-    there are. Ranges outside of the content, or that end before their start, are left out. Raises RANGE_INVALID if
-    no other remains.
+    there are. Ranges outside of the content are left out. Raises RANGE_INVALID if no other remains, and for a single
+    range that ends before its start, as the conformance tests of the distribution specification want.
     """
     unit, equals, text = (header or "").partition("=")
     specs = [spec.strip().partition("-") for spec in text.split(",")]
     if unit.strip() != "bytes" or not equals or len(specs) > RANGES_LIMIT or not all(
             re.fullmatch(r"\d{1,99}-\d{0,99}|-\d{1,99}", "".join(spec), re.ASCII) for spec in specs):
+        return None
+    if len(specs) > 1 and any(first and last and int(first) > int(last) for first, _, last in specs):
         return None
     found = [part for part in (clip_range(first, last, size) for first, _, last in specs) if part]
     if not found:

@@ -88,8 +88,13 @@ class TestTriggers(LostBlobs):
         self.assertEqual([], self.posts(heard))
 
 
-class OtherNames:
-    """An image that shares its lost layer with one that a registry has, under names that no registry knows."""
+class TestOtherNames(LostBlobs):
+    """An image that shares its lost layer with one that a registry has, under names that no registry knows.
+
+    Docker 26.1 does not list images that have lost content, so nothing leads from one name to the other there.
+    """
+
+    engine = lab.ENGINES["containerd"]
 
     def other_names(self, base):
         """Pull the base, lose its layer, and give it to images by other names; these names."""
@@ -171,14 +176,6 @@ class OtherNames:
                         self.assertEqual([], origin.requests)
 
 
-class TestOtherNames(OtherNames, LostBlobs):
-    engine = lab.ENGINES["containerd"]
-
-
-class TestOtherNames26(OtherNames, LostBlobs):
-    engine = lab.ENGINES["containerd-26"]
-
-
 class DigestsOfBuiltImages:
     """The classic store has no manifests, so a digest that was given once has to be found again."""
 
@@ -247,11 +244,14 @@ class TestUnusualNamesClassic(UnusualNames, EngineCase):
     engine = lab.ENGINES["classic"]
 
 
-class HostsInPaths:
+class TestHostsInPaths(EngineCase):
     """Clients that send no `ns`, and put the registry's name at the start of the path.
 
     Names in a path have no port, so the origin has an address of its own, with the port that Docker takes for granted.
+    (On the containerd store that is 443 only, so there a fake daemon has to do.)
     """
+
+    engine = lab.ENGINES["classic"]
 
     def setUp(self):
         super().setUp()
@@ -315,14 +315,6 @@ class HostsInPaths:
         answer = program.get(self.path)
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
         self.assertEqual([], program.jobs("pull"))
-
-
-class TestHostsInPathsContainerd(HostsInPaths, EngineCase):
-    engine = lab.ENGINES["containerd"]
-
-
-class TestHostsInPathsClassic(HostsInPaths, EngineCase):
-    engine = lab.ENGINES["classic"]
 
 
 class TestHostsInPathsOfAFakeDaemon(unittest.TestCase):

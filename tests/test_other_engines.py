@@ -149,7 +149,6 @@ class Podman(OtherEngineCase):
         self.assertIsNotNone(expected)
         for path in (f"/v2/{self.name}/manifests/1", f"/v2/library/{self.name}/manifests/1", self.manifest_path("1")):
             with self.subTest(path):
-                self.assertEqual(expected, program.head(path).headers["Docker-Content-Digest"])
                 self.assertEqual(expected, program.get(path).headers["Docker-Content-Digest"])
 
     def test_an_imported_image_without_a_host(self):
@@ -228,7 +227,6 @@ class UnqualifiedName:
         manifest, _ = self.check_image(program, f"/v2/{self.name}/manifests/1")
         self.assertEqual([layer], [descriptor["digest"] for descriptor in manifest["layers"]])
         self.check_image(program, self.manifest_path("1"))
-        self.assertEqual(200, program.head(f"/v2/{self.name}/manifests/1").status)
 
     def test_a_node_pulls_it(self):
         layer = self.load()
@@ -324,7 +322,7 @@ class SocketProxy:
 
     def test_a_pull_without_grpc(self):
         reference, _ = self.on_origin()
-        program = self.behind_proxy(b"POST /grpc")
+        program = self.behind_proxy(b"/grpc HTTP/1.1")
         self.pull(program, reference)
         program.wait_for_line(f"pull {reference}: done")
         self.assertFalse(program.lines("<html"))
@@ -336,7 +334,7 @@ class SocketProxyContainerd(SocketProxy, OtherEngineCase):
     def test_a_refused_grpc_is_logged(self):
         """Images are exported instead. The log says why, and which call to allow."""
         self.build()
-        program = self.behind_proxy(b"POST /grpc")
+        program = self.behind_proxy(b"/grpc HTTP/1.1")
         self.assertEqual(200, program.get(self.manifest_path("1")).status)
         lines = program.lines("POST /grpc")
         self.assertTrue(lines, program.log)
