@@ -169,7 +169,6 @@ IDLE_TIMEOUT = 120          # seconds after which an idle client connection is c
 STALL_TIMEOUT = 300         # seconds for which a client may read nothing of a body; the kubelet has a similar limit
 ORIGIN_TIMEOUT = 30         # seconds without data from an image's own registry
 ENGINE_FRESH = 10           # seconds for which the engine's description is cached
-PRESENCE_FRESH = 5          # seconds for which content that was found is assumed to exist
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that running requests get to finish on shutdown
 EVICTION_AGE = 3600         # seconds that unreferenced content is kept after its last use
@@ -178,9 +177,7 @@ UPLOAD_AGE = 24 * 3600      # seconds that an upload is kept after its last byte
 TIDY_INTERVAL = 3600        # seconds between two cleanups of the store
 
 FETCHES = 10                # fetches of blobs of one manifest that are started at once
-MEMORY_LIMIT = 10_000       # digests whose content is remembered as found
-MANIFESTS_LIMIT = 200       # manifests that are cached
-MANIFEST_REMEMBERED = 32 * KIB  # bytes of the largest cached manifest
+MEMORY_LIMIT = 1000         # entries of what is remembered only to be said or made once
 LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at the same time
 IDLE_CALLS = 8              # idle connections to the content service that are kept for reuse
 
@@ -3985,9 +3982,6 @@ class Content:
 
     def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
         self._store, self._providers = FolderProvider("store", store.docker.path), providers
-        self._lock = threading.Lock()  # guards what follows
-        self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that holds, and its size
-        self._manifests: dict[Digest, Manifest] = {}
 
     def find(self, digest: Digest) -> Blob | None:
         """The content, from the first provider that has it. The store answers even without Docker."""
@@ -3998,39 +3992,12 @@ class Content:
         return blob
 
     def has(self, digest: Digest, size: int) -> bool:
-        """True if the content is here with its size in bytes: a crash may have cut a file short.
-
-        A good answer holds for a few seconds: one pull asks for the same again and again.
-        """
-        now = time.monotonic()
-        with self._lock:
-            until, known = self._seen.get(digest, (0.0, 0))
-        if now < until and known == size:
-            return True
+        """True if the content is here with its size in bytes: a crash may have cut a file short."""
         blob = self.find(digest)
-        if blob is None or blob.size != size:
-            return False
-        with self._lock:
-            if len(self._seen) >= MEMORY_LIMIT:
-                self._seen.clear()
-            self._seen[digest] = (now + PRESENCE_FRESH, size)
-        return True
+        return blob is not None and blob.size == size
 
     def manifest(self, digest: Digest) -> Manifest | None:
         """The manifest or index with a digest; None if there is none, or if the content is something else."""
-        with self._lock:
-            known = self._manifests.get(digest)
-        if known and self.has(digest, len(known.data)):
-            return known
-        manifest = self._read_manifest(digest)
-        if manifest and len(manifest.data) <= MANIFEST_REMEMBERED:
-            with self._lock:
-                if len(self._manifests) >= MANIFESTS_LIMIT:
-                    self._manifests.clear()
-                self._manifests[digest] = manifest
-        return manifest
-
-    def _read_manifest(self, digest: Digest) -> Manifest | None:
         blob = self.find(digest)
         if blob is None or blob.size > MANIFEST_LIMIT:
             return None
@@ -4060,7 +4027,7 @@ class BareImages:
         config = image.bare_config()
         manifest = make_manifest((Digest.of(config), len(config)))
         with self._lock:
-            if len(self._content) >= MANIFESTS_LIMIT:
+            if len(self._content) >= MEMORY_LIMIT:
                 self._content.clear()
             self._content.update((Digest.of(data), data) for data in (config, manifest))
         return Digest.of(manifest)
@@ -4495,7 +4462,8 @@ class Mirror:
         It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved.
         Docker's User-Agent names its version, commit and kernel.
         """
-        if reference.namespace and client.user_agent.startswith(self.engine.info().user_agent):
+        if reference.namespace and client.user_agent.startswith("docker/") and (
+                client.user_agent.startswith(self.engine.info().user_agent)):
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker has it itself, or pulls it")
 
     def _ask(self, client: Client, question: Callable[[Client], T], late: Callable[[Job], T] | None = None) -> T:
@@ -4944,11 +4912,11 @@ class Adoption:
 
     def _bring(self, repository: Repository, digest: Digest, blob: Blob, client: Client) -> None:
         """Make a blob belong to a repository. Requests that want the same content at the same time share one copy."""
-        if self._store.docker.size(digest) != blob.size:
+        if not repository.blobs.adopt(digest, blob.size):
             job = self._jobs.start(digest, lambda: self._copy(digest, blob), f"copying {digest}")
             job.outcome(client.deadline)
-        if not repository.blobs.adopt(digest, blob.size):
-            raise RegistryError("STORE_FAILED", f"{digest} was removed from the store a moment ago")
+            if not repository.blobs.adopt(digest, blob.size):
+                raise RegistryError("STORE_FAILED", f"{digest} was removed from the store a moment ago")
 
     def _copy(self, digest: Digest, blob: Blob) -> None:
         """Copy content out of Docker into the store."""
@@ -6153,7 +6121,7 @@ def serve(settings: Settings) -> int:
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.address_origin, e.strerror or e)
         return 1
-    start_thread(server.serve_forever)
+    start_thread(server.serve_forever, 0.1)  # seconds that the end may wait for
     start_thread(registry.keep_tidy)
     introduce(settings, registry, server)
     log.info("ending on %s", signal.Signals(signal.sigwait(endings)).name)

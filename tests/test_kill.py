@@ -10,7 +10,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from fake_daemon import FakeDaemon
+import walk
+from fake_daemon import FakeDaemon, Image
 from program import MODULE, Program
 
 # Runs the program, and kills it right before its n-th change of the store.
@@ -77,12 +78,16 @@ class TestKill(unittest.TestCase):
         self.assertEqual([digest_of(self.manifest)], [found["digest"] for found in referrers])
         return True
 
-    def run_killed(self, at, store):
+    def program(self, store, kill_at=0):
+        """A program that kills itself before a change, or never. (It imports the module, so that is compiled once.)"""
+        return Program(self.daemon.host, store=store, command=[sys.executable, "-c", KILLER, str(MODULE)],
+                       env={"KILL_AT": str(kill_at)})
+
+    def run_killed(self, at, store, push):
         """Push to a program that kills itself before its at-th change; whether the push came to its end."""
-        program = Program(self.daemon.host, store=store, command=[sys.executable, "-c", KILLER, str(MODULE)],
-                          env={"KILL_AT": str(at)})
+        program = self.program(store, at)
         try:
-            self.push(program)
+            push(program)
             return True
         except (OSError, http.client.HTTPException):
             self.assertEqual(-signal.SIGKILL, program.process.wait(30))
@@ -96,8 +101,8 @@ class TestKill(unittest.TestCase):
             at += 1
             with self.subTest(at=at), tempfile.TemporaryDirectory() as folder:
                 store = Path(folder) / "store"
-                done = self.run_killed(at, store)
-                with Program(self.daemon.host, store=store) as program:
+                done = self.run_killed(at, store, self.push)
+                with self.program(store) as program:
                     were_there.append(self.check_consistent(program))
                     self.push(program)
                     self.assertTrue(self.check_consistent(program))
@@ -105,6 +110,37 @@ class TestKill(unittest.TestCase):
         self.assertGreater(at, 20)
         self.assertFalse(were_there[0])
         self.assertTrue(were_there[-1])
+        self.assertEqual(sorted(were_there), were_there, "from some change on it is there, and never before")
+
+    def test_at_every_change_of_an_adoption(self):
+        """Somebody tags an image that only Docker has: either that is whole without Docker, or it is not there."""
+        image = self.daemon.add("app:1", Image())
+
+        def tag(program):
+            answer = program.request("PUT", "/v2/kept/manifests/1", {"Content-Type": MANIFEST}, image.manifest)
+            self.assertEqual(201, answer.status, answer.body)
+
+        def is_there(program):
+            """HEAD speaks of what is hosted. If the tag is, so is everything that it needs."""
+            if program.head("/v2/kept/manifests/1").status == 404:
+                return False
+            for blob in (image.config, image.layer):
+                self.assertEqual(200, program.head(f"/v2/kept/blobs/{digest_of(blob)}").status)
+            return True
+
+        at, done, were_there = 0, False, []
+        while not done:
+            at += 1
+            with self.subTest(at=at), tempfile.TemporaryDirectory() as folder:
+                store = Path(folder) / "store"
+                done = self.run_killed(at, store, tag)
+                with self.program(store) as program:
+                    were_there.append(is_there(program))
+                    tag(program)
+                    self.assertTrue(is_there(program))
+                if done:
+                    walk.walk_without_docker(store, {"kept:1": image.digest})
+        self.assertGreater(at, 10)
         self.assertEqual(sorted(were_there), were_there, "from some change on it is there, and never before")
 
 

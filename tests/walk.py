@@ -118,9 +118,9 @@ def references(program, store):
              for tag in pages(program, f"/v2/{repository}/tags/list", "tags")}
     for folder in root.rglob("_manifests"):
         repository = str(folder.parent.relative_to(root))
-        found |= {(repository, f"{path.parent.name}:{path.name}") for path in folder.glob("*/*")}
+        found |= {(repository, f"{path.parent.name}:{path.name}") for path in folder.glob("*/[!.]*")}
     for folder in root.rglob("_tags"):
-        found |= {(str(folder.parent.relative_to(root)), path.name) for path in folder.iterdir()}
+        found |= {(str(folder.parent.relative_to(root)), path.name) for path in folder.glob("[!.]*")}
     return found
 
 
