@@ -365,6 +365,7 @@ class Reference:
     repository: str
     target: str | Digest
     namespace: str | None = None
+    written: str | None = None  # the repository as the request has it, if it began with the namespace
 
     @classmethod
     def parse(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
@@ -421,7 +422,7 @@ class Reference:
         """
         host, slash, rest = self.repository.partition("/")
         if slash and is_host(host) and self.namespace in (None, host):
-            return Reference(rest, self.target, host)
+            return Reference(rest, self.target, host, None if self.namespace else self.repository)
         return None
 
     def docker_repository(self) -> str:
@@ -433,6 +434,9 @@ class Reference:
 
         Without a namespace, the image is one of this registry, or one that Docker shows by the same name.
         """
+        if self.written:
+            yield from Reference(self.written, self.target).aliases(own_name)
+            return
         yield from (self.under(host) for host in self._hosts(self.namespace or own_name, own_name))
         if self.namespace is None:
             yield self
@@ -498,6 +502,11 @@ def platform_of(platform: Any) -> str:
     """Return an object with os, architecture and variant as Docker writes it: linux/arm64/v8. Empty if it has none."""
     parts = [platform.get(key) for key in ("os", "architecture", "variant")] if isinstance(platform, dict) else []
     return "/".join(str(part) for part in parts if part)
+
+
+def same_platform(one: str, other: str) -> bool:
+    """Return True if two platforms have the same operating system and architecture, whatever the variant."""
+    return one.split("/")[:2] == other.split("/")[:2]
 
 
 @dataclass(frozen=True)
@@ -1244,14 +1253,14 @@ class Engine:
     def _check_refusal(method: str, path: str, status: int, content_type: str) -> None:
         """Raise ENGINE_FAILED if something in front of Docker, and not Docker, refuses a call.
 
-        Docker's own errors are JSON. The advice is for docker-socket-proxy and its like.
+        Docker's own errors are JSON, and none is 403. The advice is for docker-socket-proxy and its like.
         """
-        if status not in (401, 403, 405) or content_type.startswith("application/json"):
+        if status < 300 or status == 500 or (status != 403 and content_type.split(";")[0] in ("", "application/json")):
             return
         call = re.sub(r"^/v[\d.]+|\?.*$", "", path)
         section = call.split("/")[1].upper()
         raise RegistryError("ENGINE_FAILED", (
-            f"{method} {call} was refused with status {status}, not by Docker but by a proxy in front of its socket: "
+            f"{method} {call} was answered with status {status}, not by Docker but by a proxy in front of its socket: "
             f"allow that call (docker-socket-proxy: {section}=1{' POST=1' if method == 'POST' else ''})"))
 
     def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
@@ -4010,6 +4019,17 @@ class Content:
         return Manifest(digest, media_type, data)
 
 
+@contextlib.contextmanager
+def engine_failures_logged() -> Iterator[None]:
+    """Log ENGINE_FAILED instead of raising it: there are others to try."""
+    try:
+        yield
+    except RegistryError as e:
+        if e.code != "ENGINE_FAILED":
+            raise
+        log.warning("%s", e.detail)
+
+
 class BareImages:
     """Images without any layer (FROM scratch), which Docker's classic store cannot export.
 
@@ -4114,13 +4134,9 @@ class ExportedImages:
 
     def target(self, image: EngineImage, deadline: Deadline) -> Digest:
         """See ImageStore. An export of an image of which Docker has lost content holds none of its blobs."""
-        try:
+        with engine_failures_logged():
             return self._exports.manifest(image, deadline)
-        except RegistryError as e:
-            if e.code != "ENGINE_FAILED":
-                raise
-            log.warning("%s; it may be fetched from its registry", e.detail)
-            return image.id
+        return image.id  # its registry may have what it lacks
 
     def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
         """See ImageStore."""
@@ -4155,11 +4171,9 @@ class ClassicImages:
         self._bare = BareImages()
         self.providers: tuple[Provider, ...] = (layers, self._bare) if layers else (self._bare,)
         self.sources: tuple[str, ...] = (layers.name, "export") if layers else ("export",)
-        self._warned: set[Digest] = set()  # images for another platform that the log has named; needs no lock
 
     def target(self, image: EngineImage, deadline: Deadline) -> Digest:
         """See ImageStore."""
-        self._check_platform(image)
         return self._made(image) or self._exports.manifest(image, deadline)
 
     def _made(self, image: EngineImage) -> Digest | None:
@@ -4180,20 +4194,12 @@ class ClassicImages:
         """See ImageStore."""
         for image in images:
             if image.is_bare or all(digest == image.id or str(digest) in image.layers for digest in blobs):
-                self.target(image, deadline)
+                with engine_failures_logged():
+                    self.target(image, deadline)
 
     def origins(self, digest: Digest) -> list[str]:
         """See ImageStore."""
         return []
-
-    def _check_platform(self, image: EngineImage) -> None:
-        """Warn once of an image for another platform than Docker's own: a container of it may not run."""
-        if image.platform and self.info.platform and image.id not in self._warned and (
-                image.platform.split("/")[:2] != self.info.platform.split("/")[:2]):
-            self._warned.add(image.id)
-            log.warning("the image %s is for %s, and this Docker is %s: on a node like that its containers end with "
-                        "\"exec format error\"; get the other with docker pull --platform %s", image.id,
-                        printable(image.platform), printable(self.info.platform), printable(self.info.platform))
 
 
 class ImageStores:
@@ -4444,6 +4450,7 @@ class Mirror:
         self._pulls = Pulls(engine, self.images, self._policy)
         self._fetches = Fetches(engine, store, self._policy)
         self._jobs = Jobs()
+        self._warned: set[Digest] = set()  # images for another platform that the log has named; needs no lock
 
     def close(self) -> None:
         """Close what is kept open."""
@@ -4456,15 +4463,15 @@ class Mirror:
         """
         return self.engine.token in client.user_agent
 
-    def _refuse_docker(self, reference: Reference, client: Client) -> None:
-        """Raise MANIFEST_UNKNOWN if the engine itself asks for an image of another registry, as of a mirror.
+    def _refuse_docker(self, reference: Reference, client: Client, code: str) -> None:
+        """Raise an error if the engine itself asks for an image of another registry, as of a mirror.
 
-        It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved.
-        Docker's User-Agent names its version, commit and kernel.
+        It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved;
+        and a pull that this program has it do may wait for that one. Its User-Agent names version, commit and kernel.
         """
         if reference.namespace and client.user_agent.startswith("docker/") and (
                 client.user_agent.startswith(self.engine.info().user_agent)):
-            raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker has it itself, or pulls it")
+            raise RegistryError(code, f"{reference}: Docker has it itself, or pulls it")
 
     def _ask(self, client: Client, question: Callable[[Client], T], late: Callable[[Job], T] | None = None) -> T:
         """Ask Docker something in a thread of its own, so no sum of delays outlasts the client's deadline.
@@ -4511,7 +4518,7 @@ class Mirror:
 
         on_sure is called when there will be a manifest, as far as that can be known, and only its digest is not known.
         """
-        self._refuse_docker(reference, client)
+        self._refuse_docker(reference, client, "MANIFEST_UNKNOWN")
         if isinstance(reference.target, Digest):
             manifest = self._manifest_by_digest(reference, reference.target, client, may_pull)
         else:
@@ -4536,8 +4543,20 @@ class Mirror:
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
         on_sure()
+        self._check_platform(image)
         digest = self.images.current().target(image, client.deadline)
-        return self._content.manifest(digest) or self._lost_manifest(reference, digest, image, client)
+        return self._content.manifest(digest) or self._lost_manifest(reference, digest, client)
+
+    def _check_platform(self, image: EngineImage) -> None:
+        """Warn once of an image for another platform than Docker's own: its containers may not run on the nodes."""
+        ours = self.engine.info().platform
+        if image.platform and ours and not same_platform(image.platform, ours) and image.id not in self._warned:
+            if len(self._warned) >= MEMORY_LIMIT:
+                self._warned.clear()
+            self._warned.add(image.id)
+            log.warning("the image %s is for %s, and this Docker is %s: on a node like that its containers end with "
+                        "\"exec format error\"; get the other with docker pull --platform %s", image.id,
+                        printable(image.platform), printable(ours), printable(ours))
 
     def _pull(self, reference: Reference, client: Client, may_pull: bool, old: EngineImage | None = None,
               on_lasting: Callable[[], None] = lambda: None) -> Manifest | None:
@@ -4593,8 +4612,9 @@ class Mirror:
         """The manifest with a digest, if Docker has an image in this repository that is it or lists it, or None."""
         images = self.images.current()
         for image in self._images_of(reference, client):
-            if images.includes(image, digest, client.deadline, explore):
-                return self._content.manifest(digest)
+            with engine_failures_logged():
+                if images.includes(image, digest, client.deadline, explore):
+                    return self._content.manifest(digest)
         return None
 
     def _manifest_here(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
@@ -4633,22 +4653,28 @@ class Mirror:
             self.images.current().target(image, client.deadline)
         manifest = self._content.manifest(digest)
         if manifest is None:
-            return self._lost_manifest(reference, digest, image, client)
+            return self._lost_manifest(reference, digest, client)
         return manifest
 
     def _refuse_missing_platform(self, reference: Reference, digest: Digest, client: Client) -> None:
         """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
 
-        Docker was told which platforms to get, so the node has to look for others elsewhere. An attestation is none.
+        Docker was told which platforms to get, so the node has to look for others elsewhere. Attestations are not
+        platforms, and Docker's own platform is one that it has lost.
         """
         for image in self._images_of(reference, client):
             index = self._content.manifest(image.id)
             child = index.child(digest) if index else None
-            if child and index and digest in index.platforms():
+            if child and index and digest in index.platforms() and not self._is_ours(child):
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image.id} in its repository "
                                     f"{reference.docker_repository()}, but not the platform "
                                     f"{platform_of(child.get('platform')) or digest} of it: "
                                     "get it with docker pull --platform")
+
+    def _is_ours(self, descriptor: Mapping[str, Any]) -> bool:
+        """True if a manifest of an index is for Docker's own platform."""
+        ours = self.engine.info().platform
+        return bool(ours) and same_platform(platform_of(descriptor.get("platform")), ours)
 
     # ---- what a manifest refers to
 
@@ -4689,7 +4715,7 @@ class Mirror:
         """
         self._restore(reference, self._missing(reference, manifest, client), client)
         missing, errors = self._missing(reference, manifest, client), []
-        for source in itertools.chain([None], self._other_names(manifest, missing) if missing else ()):
+        for source in itertools.chain([None], self._other_names(manifest.digest, missing, manifest)):
             if not missing:
                 return
             try:
@@ -4723,36 +4749,34 @@ class Mirror:
         self._fetches.begin(reference, missing, client, source)
         self._store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers")})
 
-    def _other_names(self, manifest: Manifest, missing: Mapping[Digest, int]) -> Iterator[Reference]:
-        """Other names under which Docker got some of this content: their registries may still have it."""
-        names = [name for image in self.engine.listed() if self._shares(image.id, missing)
-                 for name in (*image.origins, *image.tags)]
-        for digest in manifest.listed("config", "layers"):
-            names += self.images.current().origins(digest)
-        for host, repository in dict.fromkeys(docker_name(repository_of(name)) for name in names):
-            if REPOSITORY.fullmatch(repository):
-                yield Reference(repository, manifest.digest, host)
-
-    def _shares(self, image_id: Digest, content: Mapping[Digest, int]) -> bool:
-        """True if an image has some of this content, as far as its manifests are here."""
-        manifest = self._content.manifest(image_id)
-        children = map(self._content.manifest, manifest.platforms()) if manifest else ()
-        return any(not content.keys().isdisjoint(found.sizes("config", "layers"))
-                   for found in (manifest, *children) if found)
-
-    def _lost_manifest(self, reference: Reference, digest: Digest, image: EngineImage | None,
-                       client: Client) -> Manifest:
-        """A manifest that Docker lists and has lost, from a registry that the image came from."""
-        origins = (docker_name(repository_of(name)) for name in (image.origins if image else ()))
-        others = (Reference(repository, digest, host) for host, repository in origins)
+    def _lost_manifest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
+        """A manifest that Docker lists and has lost, by any name that leads to it."""
         errors = []
-        for source in itertools.chain([reference], others):
+        for source in itertools.chain([reference], self._other_names(digest, {})):
             try:
                 return self._fetches.manifest(source, digest, client.credentials if source is reference else None)
             except RegistryError as e:
                 errors.append(e)
         raise self._not_recovered(errors, f"Docker lists {reference} as {digest}, but that content is missing from its "
                                           "store")
+
+    def _other_names(self, target: Digest, missing: Mapping[Digest, int],
+                     manifest: Manifest | None = None) -> Iterator[Reference]:
+        """Other names under which Docker got a manifest, or some missing blobs of it, from registries."""
+        names = [name for image in self.engine.listed() if self._leads_to(image.id, target, missing)
+                 for name in (*image.origins, *image.tags)]
+        for digest in manifest.listed("config", "layers") if manifest else ():
+            names += self.images.current().origins(digest)
+        for host, repository in dict.fromkeys(docker_name(repository_of(name)) for name in names):
+            if REPOSITORY.fullmatch(repository):
+                yield Reference(repository, target, host)
+
+    def _leads_to(self, image_id: Digest, target: Digest, blobs: Mapping[Digest, int]) -> bool:
+        """True if an image is a manifest, or lists it, or has some of these blobs, as far as its manifests are here."""
+        found = self._content.manifest(image_id)
+        children = map(self._content.manifest, found.platforms()) if found else ()
+        return image_id == target or (found is not None and found.child(target) is not None) or any(
+            not blobs.keys().isdisjoint(one.sizes("config", "layers")) for one in (found, *children) if one)
 
     # ---- who has these bytes?
 
@@ -4766,10 +4790,11 @@ class Mirror:
         return self._ask(client, lambda asking: self._find_blob(reference, asking))
 
     def _find_blob(self, reference: Reference, client: Client) -> Blob:
+        self._refuse_docker(reference, client, "BLOB_UNKNOWN")
         digest = reference.digest
         blob = self._content.find(digest)
         if blob is None:
-            arriving = self._pulls.blob(digest) or self._fetches.blob(reference, digest, client)
+            arriving = self._arriving(reference, digest, client)
             if arriving:
                 return arriving
             if reference.namespace:  # a node; a client that pushes does not want an image exported
@@ -4794,12 +4819,21 @@ class Mirror:
         return self._ask(client, lambda asking: self._find_contents(reference, list(digests), asking))
 
     def _find_contents(self, reference: Reference, digests: list[Digest], client: Client) -> dict[Digest, Blob]:
-        found = {digest: blob for digest in digests if (blob := self._content.find(digest))}
+        found = {digest: blob for digest in digests if (blob := self._content.find(digest) or self._arriving(
+            reference, digest, client))}
         lacking = {digest: 0 for digest in digests if digest not in found}
         if lacking:
             self._restore(reference, lacking, client)
             found.update((digest, blob) for digest in lacking if (blob := self._content.find(digest)))
         return found
+
+    def _arriving(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
+        """Content that a pull or a fetch is bringing for this client, or None."""
+        return self._pulls.blob(digest) or self._fetches.blob(reference, digest, client)
+
+    def has_content(self, digest: Digest, client: Client) -> bool:
+        """True if Docker has the bytes of a digest at hand."""
+        return self._ask(client, lambda _: self._content.find(digest)) is not None
 
     def manifest_content(self, digest: Digest, client: Client) -> Manifest | None:
         """The manifest with a digest, if Docker has its bytes under whatever name, or None."""
@@ -4847,6 +4881,25 @@ class Mirror:
 # =====================================================================================================================
 
 
+@dataclass
+class AdoptionPlan:
+    """What has to be brought into a repository for a manifest to be whole there: blobs, and manifests of an index.
+
+    Each manifest comes behind those that it lists. seen are the manifests that have been looked at.
+    """
+
+    reference: Reference
+    repository: Repository
+    client: Client
+    blobs: dict[Digest, Blob] = field(default_factory=dict)
+    manifests: list[Manifest] = field(default_factory=list)
+    seen: set[Digest] = field(default_factory=set)
+
+    def has(self, digest: Digest) -> bool:
+        """True if a blob is in the repository, where it counts as used now, or will be brought there."""
+        return digest in self.blobs or self.repository.blobs.touch(digest)
+
+
 class Adoption:
     """Makes what is pushed whole: the only bridge from the mirror to what is hosted.
 
@@ -4855,8 +4908,6 @@ class Adoption:
     linked, the rest is read from Docker, verified and kept. So what was pushed stays, whatever Docker drops later.
     Content of other repositories is never taken: that is what mounts are for.
     """
-
-    DEPTH = 8  # indexes in indexes
 
     def __init__(self, store: Store, hosted: Hosted, mirror: Mirror):
         self._store, self._hosted, self._mirror = store, hosted, mirror
@@ -4869,46 +4920,47 @@ class Adoption:
         manifest of an index with everything that it needs, is allowed (OCI Distribution Spec v1.1, "Pushing
         Manifests"). Nothing is copied before it is clear that all of it is available, and fits on the disk.
         """
-        repository = self._hosted.repository(reference.repository)
-        blobs, manifests = self._plan(reference, repository, manifest, client, self.DEPTH)
-        self._store.check_space(sum(blob.size for digest, blob in blobs.items() if not self._store.docker.size(digest)))
-        for digest, blob in blobs.items():
-            self._bring(repository, digest, blob, client)
-        for child in manifests:
-            repository.put_manifest(child, ())
+        plan = AdoptionPlan(reference, self._hosted.repository(reference.repository), client)
+        self._plan(plan, manifest)
+        self._store.check_space(sum(blob.size for digest, blob in plan.blobs.items()
+                                    if not self._store.docker.size(digest)))
+        for digest, blob in plan.blobs.items():
+            self._bring(plan.repository, digest, blob, client)
+        for child in plan.manifests:
+            plan.repository.put_manifest(child, ())
 
-    def _plan(self, reference: Reference, repository: Repository, manifest: Manifest, client: Client,
-              depth: int) -> tuple[dict[Digest, Blob], list[Manifest]]:
-        """The blobs to bring, and the manifests of an index to keep, each behind those that it lists."""
-        required = [digest for digest in manifest.blobs() if not repository.blobs.touch(digest)]
-        optional = [digest for digest in manifest.undistributed() if not repository.blobs.touch(digest)]
-        blobs = self._mirror.contents(reference, (*required, *optional), client) if required or optional else {}
-        missing = [str(digest) for digest in required if digest not in blobs]
+    def _plan(self, plan: AdoptionPlan, manifest: Manifest) -> None:
+        """Add what a manifest lacks, and what those that it lists lack, to a plan."""
+        required, optional = ([digest for digest in digests if not plan.has(digest)]
+                              for digests in (manifest.blobs(), manifest.undistributed()))
+        if required or optional:
+            plan.blobs.update(self._mirror.contents(plan.reference, (*required, *optional), plan.client))
+        missing = [str(digest) for digest in required if digest not in plan.blobs]
         if missing:
-            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {reference.repository} nor Docker has "
+            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {plan.repository.name} nor Docker has "
                                                          f"{', '.join(missing)}: push blobs before the manifest that "
                                                          "refers to them")
-        manifests: list[Manifest] = []
-        for digest in manifest.listed("manifests") if depth else ():
-            if repository.manifests.size(digest) is None:
-                more_blobs, more_manifests = self._plan_child(reference, repository, digest, client, depth)
-                blobs.update(more_blobs)
-                manifests += more_manifests
-        return blobs, manifests
+        for digest in manifest.listed("manifests"):
+            self._plan_child(plan, digest)
 
-    def _plan_child(self, reference: Reference, repository: Repository, digest: Digest, client: Client,
-                    depth: int) -> tuple[dict[Digest, Blob], list[Manifest]]:
-        child = self._mirror.manifest_content(digest, client)
+    def _plan_child(self, plan: AdoptionPlan, digest: Digest) -> None:
+        """Add a manifest of an index, behind what it refers to; or nothing, if not all of it is available."""
+        if digest in plan.seen:
+            return
+        plan.seen.add(digest)
+        hosted = plan.repository.manifest(digest)
+        child = hosted or self._mirror.manifest_content(digest, plan.client)
         if child is None:
-            return {}, []
+            return
         try:
-            blobs, manifests = self._plan(reference, repository, child, client, depth - 1)
+            self._plan(plan, child)
         except RegistryError as e:
             if e.code != "MANIFEST_BLOB_UNKNOWN":
                 raise
-            log.info("%s: pushed without the manifest %s, whose content nobody here has", reference, digest)
-            return {}, []
-        return blobs, [*manifests, child]
+            log.info("%s: pushed without the manifest %s: %s", plan.reference, digest, e.detail)
+        else:
+            if hosted is None:
+                plan.manifests.append(child)
 
     def _bring(self, repository: Repository, digest: Digest, blob: Blob, client: Client) -> None:
         """Make a blob belong to a repository. Requests that want the same content at the same time share one copy."""
@@ -5042,13 +5094,12 @@ class Front:
 
     def delete_blob(self, reference: Reference, client: Client) -> None:
         """Remove a blob from a repository. BLOB_UNKNOWN, UNSUPPORTED."""
-        in_docker = functools.partial(self.mirror.contents, reference, [reference.digest], client)
-        with self._unless_in_docker(reference, in_docker):
+        with self._unless_in_docker(reference, lambda: self.mirror.has_content(reference.digest, client)):
             self.hosted.delete_blob(reference)
 
     @staticmethod
     @contextlib.contextmanager
-    def _unless_in_docker(reference: Reference, in_docker: Callable[[], Any]) -> Iterator[None]:
+    def _unless_in_docker(reference: Reference, in_docker: Callable[[], bool]) -> Iterator[None]:
         """Turn "unknown" into UNSUPPORTED for what cannot be deleted because it is Docker's."""
         try:
             yield
@@ -5284,8 +5335,8 @@ def parse_ranges(header: str | None, size: int) -> list[tuple[int, int]] | None:
     range that ends before its start, as the conformance tests of the distribution specification want.
     """
     unit, equals, text = (header or "").partition("=")
-    specs = [spec.strip().partition("-") for spec in text.split(",")]
-    if unit.strip() != "bytes" or not equals or len(specs) > RANGES_LIMIT or not all(
+    specs = [spec.strip().partition("-") for spec in text.split(",") if spec.strip()]
+    if unit.strip().lower() != "bytes" or not specs or not equals or len(specs) > RANGES_LIMIT or not all(
             re.fullmatch(r"\d{1,99}-\d{0,99}|-\d{1,99}", "".join(spec), re.ASCII) for spec in specs):
         return None
     if len(specs) > 1 and any(first and last and int(first) > int(last) for first, _, last in specs):
@@ -5325,7 +5376,7 @@ def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline
 
     pieces = parts()
     total = sum(map(len, heads)) + sum(length for _, length in ranges) + len(end)
-    return StreamBody(pieces, total, pieces.close)
+    return StreamBody(pieces, total, pieces.close, waits=True)
 
 
 def parse_content_range(header: str | None, length: int | None) -> int | None:
@@ -5434,7 +5485,7 @@ class Endpoints:
         mount, digest = request.parameter("mount"), request.parameter("digest")
         if mount is not None and self._mount(repository, mount, request.parameter("from")):
             return self._created(repository, mount)
-        if digest is None:
+        if digest is None or (mount is not None and request.body.length == 0):
             return self._upload_status(202, repository, repository.begin_upload(), 0)
         self._registry.hosted.push_blob(Reference(repository.name, requested_digest(digest)), request.body)
         return self._created(repository, digest)

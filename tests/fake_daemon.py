@@ -188,6 +188,7 @@ class FakeDaemon:
         self.images, self.content, self.pulls, self.faults = {}, {}, {}, {}
         self.exports, self.origins, self.info = {}, {}, {}
         self.reading = None
+        self.version = {}
         self.requests, self.heads, self.read = [], [], []
         self.connections = 0
         self._lock = threading.Lock()  # guards the counter and the lists
@@ -275,7 +276,8 @@ class FakeDaemon:
         path = url.path.split("/", 2)[2] if url.path.startswith("/v1.") else url.path[1:]
         query = dict(urllib.parse.parse_qsl(url.query))
         if path == "version":
-            return http_answer(200, {"Version": "28.5.2", "ApiVersion": "1.51", "MinAPIVersion": "1.24"})
+            return http_answer(200, {"Version": "28.5.2", "ApiVersion": "1.51", "MinAPIVersion": "1.24",
+                                     **self.version})
         if path == "info":
             status = [["driver-type", "io.containerd.snapshotter.v1"]] if self.store == "containerd" else [
                 ["Backing Filesystem", "extfs"], ["Supports d_type", "true"]]

@@ -413,7 +413,9 @@ class TestBrokenAnswers(EngineCase):
     ANSWERS = (
         ("500 with a message", http_answer(500, {"message": "disk on fire"}), "ENGINE_FAILED", "disk on fire"),
         ("500 with HTML", http_answer(500, b"<html>nginx</html>", "text/html"), "ENGINE_FAILED", "<html>nginx</html>"),
-        ("404 with HTML", http_answer(404, b"<html>nginx</html>", "text/html"), "ENGINE_FAILED", "<html>nginx</html>"),
+        *((f"{status} with HTML", http_answer(status, b"<html>nginx</html>", "text/html"), "ENGINE_FAILED",
+           f"was answered with status {status}, not by Docker") for status in (302, 400, 401, 403, 404, 405, 503)),
+        ("403 with JSON", http_answer(403, {"message": "policy"}), "ENGINE_FAILED", "allow that call"),
         ("200 with garbage", http_answer(200, b"\0\1\2garbage"), "ENGINE_FAILED", "garbage"),
         ("200 with deep JSON", http_answer(200, b"[" * 200_000), "ENGINE_FAILED", "not JSON"),
         ("no answer", b"", "UNAVAILABLE", "Docker is restarting"),

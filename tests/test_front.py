@@ -148,6 +148,27 @@ class TestWhoAnswers(FrontCase):
         self.assertEqual(1, len([line for line in self.pulls() if "quay.io" in line]))
         self.assertEqual([], [line for line in self.daemon.requests if re.search("quay.io(/|%2F)quay.io", line)])
 
+    def test_that_very_name_comes_first(self):
+        """Docker may have an image of this registry whose path begins with a host."""
+        self.daemon.add("k3d-x:5000/quay.io/team/quay:1", self.images["far"])
+        host = {"Host": "k3d-x:5000"}
+        self.check(("GET", "/v2/quay.io/team/quay/manifests/1", host, "far"),
+                   ("GET", "/v2/quay.io/team/quay/manifests/1?ns=quay.io", host, "quay"))
+
+    def test_the_engine_itself_asks_as_of_a_mirror(self):
+        """`docker pull` has to see that a tag has moved. It may read what was pushed, and what names no registry."""
+        self.daemon.version = {"GoVersion": "go1.24", "GitCommit": "abc", "KernelVersion": "6.18", "Os": "linux",
+                               "Arch": "amd64"}
+        with Program(self.daemon.host, store=self.program.store) as program:
+            agent = "docker/28.5.2 go/go1.24 git-commit/abc kernel/6.18 os/linux arch/amd64 UpstreamClient(x)"
+            layer = sha256(self.images["docker"].layer)
+            for path, status in (("library/docker/manifests/1?ns=docker.io", 404), ("docker/manifests/1", 200),
+                                 (f"library/docker/blobs/{layer}?ns=docker.io", 404), ("pushed/manifests/1", 200)):
+                with self.subTest(path):
+                    headers = {"User-Agent": agent, "Accept": NODE["Accept"]}
+                    self.assertEqual(status, program.request("GET", f"/v2/{path}", headers).status)
+                    self.assertEqual(200, program.request("GET", f"/v2/{path}", NODE).status)
+
     def test_writes(self):
         """They concern what was pushed. What is Docker's is not deleted."""
         digest, layer = self.images["docker"].digest, sha256(self.images["docker"].layer)

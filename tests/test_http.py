@@ -138,6 +138,7 @@ class TestRoutes(HttpCase):
         size = len(self.image.layer)
         for header, expected in (("bytes=0-99,1000-1099", [(0, 100), (1000, 1100)]),
                                  ("bytes=5-9, -7", [(5, 10), (size - 7, size)]),
+                                 ("Bytes=0-9,,20-29,", [(0, 10), (20, 30)]),
                                  (f"bytes=0-0,{size}-,2-2,1-3", [(0, 1), (2, 3), (1, 4)])):
             with self.subTest(header):
                 answer = self.program.get(self.layer, Range=header)

@@ -273,7 +273,8 @@ class TestBlobUpload(SpecCase):
         self.push_blob(data, base="/v2/third")
         for query in (f"mount={digest_of(b'nowhere')}&from=third", f"mount={digest}&from=fourth",
                       f"mount={digest_of(b'nowhere')}", f"mount={digest}&from=Bad", f"mount={digest}&from=app:1",
-                      f"mount={digest}&from=", "mount=sha256:abc&from=third", "mount=", "mount=md5:0123"):
+                      f"mount={digest}&from=", "mount=sha256:abc&from=third", "mount=", "mount=md5:0123",
+                      f"mount=sha256:abc&digest={digest}"):
             with self.subTest(query):
                 self.ask("GET", self.ask("POST", f"/blobs/uploads/?{query}", 202).headers["Location"], 204)
 

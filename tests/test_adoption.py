@@ -1,0 +1,203 @@
+"""A manifest that is pushed brings what it refers to out of Docker: what is there then is whole without Docker."""
+
+import json
+import os
+import threading
+import unittest
+
+import walk
+from fake_daemon import OCI_INDEX, OCI_MANIFEST, FakeDaemon, Image, sha256
+from program import Program
+
+
+def index_of(*manifests):
+    """The bytes of an index that lists manifests or indexes (bytes)."""
+    return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+        {"mediaType": json.loads(data)["mediaType"], "digest": sha256(data), "size": len(data)}
+        for data in manifests]}).encode()
+
+
+class AdoptionCase(unittest.TestCase):
+    def setUp(self):
+        self.daemon = FakeDaemon()
+        self.daemon.__enter__()
+        self.addCleanup(self.daemon.__exit__)
+        self.program = Program(self.daemon.host)
+        self.addCleanup(self.program.__exit__)
+
+    def put(self, data, path="/v2/kept/manifests/1", status=201):
+        answer = self.program.request("PUT", path, {"Content-Type": json.loads(data)["mediaType"]}, data)
+        self.assertEqual(status, answer.status, answer.body)
+        return answer
+
+    def give(self, *contents):
+        """Have Docker's content store hold some content."""
+        self.daemon.content.update((sha256(data), data) for data in contents)
+
+    def give_image(self, image):
+        self.give(image.manifest, image.config, image.layer)
+
+    def check_whole(self, sparse=()):
+        """Whole without Docker."""
+        self.assertEqual([], self.program.lines("a bug in this program"))
+        self.program.stop()
+        return walk.walk_without_docker(self.program.store, sparse=sparse)
+
+
+class TestAdoption(AdoptionCase):
+    def test_an_image(self):
+        image = Image()
+        self.give_image(image)
+        self.put(image.manifest)
+        self.assertEqual({"kept:1": image.digest}, {name: digest for name, digest in self.check_whole().items()
+                                                    if name == "kept:1"})
+
+    def test_an_index_of_indexes(self):
+        one, two = Image("one"), Image("two")
+        for image in (one, two):
+            self.give_image(image)
+        inner = index_of(one.manifest, two.manifest)
+        outer = index_of(inner, two.manifest)
+        self.give(inner)
+        self.put(outer)
+        self.assertIn(f"kept@{one.digest}", self.check_whole())
+
+    def test_what_is_missing_below_a_hosted_manifest(self):
+        """A second push brings what nobody had at the first one."""
+        here, later = Image("here"), Image("later")
+        self.give_image(here)
+        inner = index_of(here.manifest, later.manifest)
+        outer = index_of(inner)
+        self.give(inner)
+        self.put(outer)
+        self.assertEqual(404, self.program.head(f"/v2/kept/manifests/{later.digest}").status)
+        self.give_image(later)
+        self.put(outer)
+        self.assertIn(f"kept@{later.digest}", self.check_whole())
+
+    def test_a_blob_that_was_deleted_below_a_hosted_manifest(self):
+        image = Image()
+        self.give_image(image)
+        index = index_of(image.manifest)
+        self.put(index)
+        path = f"/v2/kept/blobs/{sha256(image.layer)}"
+        self.assertEqual(202, self.program.request("DELETE", path).status)
+        self.put(index)
+        self.assertEqual(200, self.program.head(path).status)
+        self.check_whole()
+
+    def test_a_platform_whose_layers_nobody_has(self):
+        """Its manifest is not kept either: what is here is whole."""
+        whole, part = Image("whole"), Image("part")
+        self.give_image(whole)
+        self.give(part.manifest, part.config)
+        self.put(index_of(whole.manifest, part.manifest))
+        self.assertEqual(404, self.program.head(f"/v2/kept/manifests/{part.digest}").status)
+        self.check_whole({part.digest})
+
+    def test_a_blob_that_nobody_has(self):
+        image = Image()
+        self.give(image.config)
+        answer = self.put(image.manifest, status=404)
+        self.assertEqual("MANIFEST_BLOB_UNKNOWN", answer.code)
+        self.assertIn(sha256(image.layer), answer.detail)
+        self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
+
+    def test_content_of_other_repositories_is_not_taken(self):
+        """That is what mounts are for."""
+        image = Image()
+        for blob in (image.config, image.layer):
+            self.program.request("POST", f"/v2/other/blobs/uploads/?digest={sha256(blob)}", body=blob)
+        self.assertEqual("MANIFEST_BLOB_UNKNOWN", self.put(image.manifest, status=404).code)
+
+    def test_other_bytes_than_docker_says(self):
+        image = Image()
+        self.give(image.manifest, image.config)
+        self.daemon.content[sha256(image.layer)] = os.urandom(len(image.layer))
+        self.assertEqual("ENGINE_FAILED", self.put(image.manifest, status=502).code)
+        self.assertEqual(404, self.program.head("/v2/kept/manifests/1").status)
+
+    def test_layers_that_need_not_be_distributed(self):
+        """They are kept if Docker has them, and may be missing otherwise."""
+        image = Image()
+        document = json.loads(image.manifest)
+        for number, more in enumerate(({"urls": ["https://example.com/layer"]}, {
+                "mediaType": "application/vnd.oci.image.layer.nondistributable.v1.tar"})):
+            foreign = os.urandom(1000)
+            layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": sha256(foreign),
+                     "size": len(foreign), **more}
+            data = json.dumps({**document, "layers": [*document["layers"], layer]}).encode()
+            self.give(image.config, image.layer)
+            with self.subTest(more):
+                self.put(data, f"/v2/without{number}/manifests/1")
+                self.assertEqual(404, self.program.head(f"/v2/without{number}/blobs/{sha256(foreign)}").status)
+                self.give(foreign)
+                self.put(data, f"/v2/with{number}/manifests/1")
+                self.assertEqual(200, self.program.head(f"/v2/with{number}/blobs/{sha256(foreign)}").status)
+                del self.daemon.content[sha256(foreign)]
+
+    def test_what_docker_refers_to_is_not_looked_for_when_all_is_here(self):
+        """A push that needs nothing of Docker works without it."""
+        image = Image()
+        for blob in (image.config, image.layer):
+            self.program.request("POST", f"/v2/kept/blobs/uploads/?digest={sha256(blob)}", body=blob)
+        self.daemon.faults[""] = lambda sock: b""
+        self.put(image.manifest)
+        self.check_whole()
+
+    def test_requests_share_one_copy(self):
+        """Counted by what is read of Docker, while the first read is held up."""
+        image, go_on, asked = Image("x" * 100_000), threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        self.give_image(image)
+
+        def hold(sock, stream, digest, part):
+            if digest == sha256(image.layer):
+                asked.set()
+                go_on.wait(30)
+            self.daemon.answer_call(sock, stream, b"\x12" + self.varint(len(part)) + part)
+
+        self.daemon.reading = hold
+        threads = [threading.Thread(target=self.put, args=(image.manifest, f"/v2/kept{i}/manifests/1"))
+                   for i in range(5)]
+        for thread in threads:
+            thread.start()
+        asked.wait(30)
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+        self.assertEqual(1, len(self.program.jobs("copy")) - 1, "the layer and the config, once each")
+        self.check_whole()
+
+    @staticmethod
+    def varint(number):
+        out = bytearray()
+        while number > 127:
+            out.append(number & 127 | 128)
+            number >>= 7
+        return bytes((*out, number))
+
+    def test_deleting_what_is_docker_s_exports_nothing(self):
+        with FakeDaemon("classic") as daemon, Program(daemon.host) as program:
+            image = daemon.add("app:1", Image())
+            for path in (f"blobs/{sha256(image.layer)}", f"blobs/{sha256(b'nowhere')}", f"manifests/{image.digest}"):
+                self.assertIn(program.request("DELETE", f"/v2/app/{path}").status, (404, 405))
+            self.assertEqual([], program.jobs("export"))
+
+
+class TestClassicDigests(unittest.TestCase):
+    """On the classic store the digest of a manifest leads to an image by way of an export."""
+
+    def test_an_image_that_cannot_be_exported_hides_no_other(self):
+        with FakeDaemon("classic") as daemon, Program(daemon.host) as program:
+            broken, image = daemon.add("app:broken", Image("broken")), daemon.add("app:1", Image("whole"))
+            daemon.exports[broken.config_digest] = b""
+            for ns in ("", "?ns=docker.io"):
+                with self.subTest(ns):
+                    answer = program.get(f"/v2/library/app/manifests/{image.digest}{ns}")
+                    self.assertEqual((200, image.manifest), (answer.status, answer.body))
+        self.assertEqual(OCI_MANIFEST, json.loads(image.manifest)["mediaType"])
+
+
+if __name__ == "__main__":
+    unittest.main()
