@@ -71,7 +71,7 @@ Chapters, in the order of what uses what; each says at its head which others it 
     12 export            the tar of docker save
     13 origin            an image's own registry
     14 images            how Docker's image stores differ
-    15 pulls             images that Docker pulls, and what they bring while they arrive
+    15 pulls             images that Docker pulls, and content that is fetched because Docker lacks it
     16 mirror            names to content: look up, pull, recover
     17 front             who answers; adoption
     18 requests          parsed requests, responses as values
@@ -916,7 +916,7 @@ class Client:
     user_agent: str = ""
     accept: str = ""
 
-    # Nodes, Docker and BuildKit: all of them use containerd's library, or push without such a question.
+    # Nodes, Docker and BuildKit use containerd's library. (Docker's classic store sends no such HEAD before a push.)
     CONTAINERD: ClassVar[re.Pattern[str]] = re.compile(r"(?:^|[ /-])(?:containerd|docker|buildkit|nerdctl)/")
 
     def is_about_to_pull(self) -> bool:
@@ -948,7 +948,7 @@ def on_failure(action: Callable[[], Any]) -> Iterator[None]:
 
 
 def without_frames(error: Exception) -> Exception:
-    """The same error without tracebacks, which would keep everything alive that its job had in hand: files, say."""
+    """The same error without tracebacks, which would keep the objects of its job alive, such as open files."""
     link: BaseException | None = error
     while link:
         link.__traceback__ = None
@@ -957,7 +957,7 @@ def without_frames(error: Exception) -> Exception:
 
 
 class Job:
-    """Work in a thread of its own, and its outcome for everybody who waits for it."""
+    """Work in a thread of its own, and its result, which all waiting threads share."""
 
     def __init__(self, what: str):
         """what names the work in an error: "pulling alpine:3"."""
@@ -1597,7 +1597,7 @@ class Blob(Protocol):
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """length bytes from start on, for the client of a deadline.
 
-        Raises RegistryError, here rather than while the body is read wherever that is possible.
+        Raises RegistryError: where possible here, and not while the body is read.
         """
 
 
@@ -1688,8 +1688,8 @@ class Transfer:
     """Content on its way: one source fills it, many readers follow it, each at its own pace.
 
     It has a size in bytes, and a file that grows; or the source says in which blob the content has turned up. The
-    last byte is held back until the source has verified the digest, so nobody takes bad content for good. The file
-    may lose its name meanwhile: it stays open until nobody needs it.
+    last byte is held back until the source has verified the digest, so no reader accepts unverified content. The file
+    may lose its name meanwhile: it stays open until no reader needs it.
 
     The source calls begin() or found(), then advance(), and end() in any case.
     """
@@ -1714,7 +1714,7 @@ class Transfer:
             self._change.notify_all()
 
     def begin_at(self, path: Path) -> None:
-        """The same with a path, whatever becomes of its name later; STORE_FAILED."""
+        """The same with a path. The file may be renamed or removed later. STORE_FAILED."""
         with disk_errors(f"read {path}"):
             self.begin(open(path, "rb"))  # noqa: SIM115 - closed when nobody needs it
 
@@ -1830,7 +1830,7 @@ class Transfers:
             error = e
         with self._lock:
             del self._transfers[key]
-        transfer.end(error)  # last: whoever learns of the end finds it gone from the table
+        transfer.end(error)  # last, so a reader that sees the end no longer finds it in the table
 
 
 def in_turn(*actions: Callable[[], None]) -> Callable[[], None]:
@@ -1846,19 +1846,18 @@ def in_turn(*actions: Callable[[], None]) -> Callable[[], None]:
 
 @dataclass
 class SharedRead:
-    """Content that somebody is reading: how many readers there are, and what those after the first one follow."""
+    """Content that is being read: how many readers there are, and what they follow once there is a second one."""
 
     readers: int = 0
-    followers: int = 0
     transfer: Transfer | None = None
 
 
 class SharedReads:
-    """Lets those who read the same content at the same time share what it costs to get it from its source.
+    """Shares reads of a source among simultaneous readers of the same content.
 
-    The first reader has the source to itself: most content has one reader at a time, and needs no file. All that
-    come while anybody reads the content share one more read of the source, into a file without a name. If that
-    file fails, each of them goes on from the source at its own position.
+    The first reader has the source to itself: most content has one reader at a time, and needs no file. When a
+    second one comes, the source is read once more, into a file without a name, and the first follows that file too,
+    from where it is. If the file fails, each reader continues from the source at its own position.
     """
 
     WORTHWHILE = MIB    # bytes of content from which on it is shared
@@ -1867,7 +1866,7 @@ class SharedReads:
     def __init__(self, folder: Path):
         """folder is where the files are. It is made when it is needed."""
         self._folder = folder
-        self._lock = threading.Lock()  # guards _reads, and the counts in it
+        self._lock = threading.Lock()  # guards _reads, and what is in it
         self._reads: dict[Digest, SharedRead] = {}
 
     def open(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody], deadline: Deadline) -> Body:
@@ -1876,36 +1875,46 @@ class SharedReads:
             return read(0, size)
         with self._lock:
             shared = self._reads.setdefault(digest, SharedRead())
-            first, begins = shared.readers == 0, False
+            first, begins = shared.readers == 0, None
             shared.readers += 1
-            if not first:
-                shared.followers += 1
-                begins = shared.transfer is None or shared.transfer.failed
-                if begins:
-                    shared.transfer = Transfer(size)
-        leave = functools.partial(self._leave, digest, shared, first)
+            if not first and (shared.transfer is None or shared.transfer.failed):
+                begins = shared.transfer = Transfer(size)
+        leave = functools.partial(self._leave, digest, shared)
         with on_failure(leave):
-            if first or shared.transfer is None:
-                source = read(0, size)
-                return StreamBody(source.parts(), size, in_turn(source.close, leave))
             if begins:
-                self._begin(shared, shared.transfer, read)
-            parts = self._follow(shared.transfer, read, size, deadline)
-        return StreamBody(parts, size, in_turn(parts.close, leave), waits=True)
+                self._begin(shared, begins, read)
+            if not first:
+                parts = self._follow(shared, read, size, 0, deadline)
+                return StreamBody(parts, size, in_turn(parts.close, leave), waits=True)
+            source = read(0, size)
+        parts = self._first(shared, source, read, size, deadline)
+        return StreamBody(parts, size, in_turn(parts.close, source.close, leave))
 
-    def _leave(self, digest: Digest, shared: SharedRead, first: bool) -> None:
+    def _leave(self, digest: Digest, shared: SharedRead) -> None:
         with self._lock:
             shared.readers -= 1
-            shared.followers -= not first
             if not shared.readers:
                 del self._reads[digest]
 
-    @staticmethod
-    def _follow(transfer: Transfer, read: Callable[[int, int], StreamBody], size: int,
-                deadline: Deadline) -> Generator[Part, None, None]:
+    def _first(self, shared: SharedRead, source: StreamBody, read: Callable[[int, int], StreamBody], size: int,
+               deadline: Deadline) -> Generator[Part, None, None]:
+        """The content for the first reader: out of the source, until there is something to follow."""
         position = 0
+        for piece in source:
+            yield piece
+            position += len(piece)
+            if shared.transfer:
+                source.close()
+                yield from self._follow(shared, read, size, position, deadline)
+                return
+
+    @staticmethod
+    def _follow(shared: SharedRead, read: Callable[[int, int], StreamBody], size: int, position: int,
+                deadline: Deadline) -> Generator[Part, None, None]:
+        """The content from a position on, out of the file; or from the source if that fails."""
+        assert shared.transfer is not None
         try:
-            for part in transfer.follow(0, size, deadline):
+            for part in shared.transfer.follow(position, size - position, deadline):
                 yield part
                 position += part.length if isinstance(part, FileBody) else len(part)
         except RegistryError as e:
@@ -1920,7 +1929,7 @@ class SharedReads:
             transfer.end(e)
 
     def _fill(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], StreamBody]) -> None:
-        """Read all of the content into a file, for as long as anybody follows."""
+        """Read all of the content into a file, for as long as there are readers."""
         try:
             with contextlib.closing(read(0, transfer.size)) as source, disk_errors(f"write to {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -1944,7 +1953,7 @@ class SharedReads:
                 position += len(part)
             if position - transfer.count >= self.STEP or position == transfer.size:
                 transfer.advance(position - transfer.count)
-            if not shared.followers:
+            if not shared.readers:
                 raise RegistryError("UNAVAILABLE", "nobody reads the content any more")
 
 
@@ -2064,7 +2073,7 @@ class Links:
 
 
 class Store:
-    """Our own disk: content by digest, and who it belongs to.
+    """Our own disk: content by digest, and its owners.
 
         blobs/sha256/<hex>          content, whole and verified
         docker/sha256/<hex>         links to what came from Docker, or was fetched because Docker lacks it
@@ -3582,7 +3591,10 @@ class Unpacking:
 
 
 class Exports:
-    """Copies images out of Docker into the store, each once for all who want it: the slow way that always works."""
+    """Copies images out of Docker into the store: slow, but always possible.
+
+    Each image is exported once, however many requests want it.
+    """
 
     def __init__(self, engine: Engine, store: Store, done: Callable[[], None]):
         """done is called after each export."""
@@ -3601,11 +3613,27 @@ class Exports:
         done = self._store.exported(image.id)
         if done:  # by a job that ended after the caller had looked
             return done
+        if image.is_bare:
+            return self._make_bare(image)
         with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
             target = self._export(image.id, lines.tell_rate)
             lines.done(f"manifest {target}")
         self._done()
         return target
+
+    def _make_bare(self, image: EngineImage) -> Digest:
+        """Make the config and the manifest of an image without layers (FROM scratch), which Docker cannot export.
+
+        Docker gives the config of an image only as part of an export, so a config with the same meaning is made.
+        """
+        config = image.bare_config()
+        kept = []
+        for data in (config, make_manifest((Digest.of(config), len(config)))):
+            with BlobWriter(self._store) as writer:
+                writer.write(data)
+                kept.append(writer.keep(self._store.docker))
+        self._store.record_export(image.id, kept[-1], kept)
+        return kept[-1]
 
     def _export(self, image_id: Digest, progress: Callable[[int], None]) -> Digest:
         """Export an image and return the digest of its manifest. progress gets the number of bytes read so far.
@@ -3632,7 +3660,7 @@ class Exports:
 
 # =====================================================================================================================
 # 13. Origin: an image's own registry
-# Uses: configuration, waiting, engine, transfers, store.
+# Uses: configuration, engine.
 # =====================================================================================================================
 
 
@@ -3783,6 +3811,253 @@ class Origin:
         return request, None
 
 
+# =====================================================================================================================
+# 14. Images: the image stores of Docker
+# Uses: waiting, engine, transfers, store, content service, layers, export.
+# =====================================================================================================================
+
+
+def content_folder(root: Path) -> Path | None:
+    """containerd's content folder, or None where it can't be read from here.
+
+    It is under Docker's data folder, unless Docker uses the system's containerd, or is Docker Desktop.
+    """
+    folders = (root / "containerd/daemon", root, root / "daemon", Path("/var/lib/containerd"),
+               Path("/var/lib/desktop-containerd/daemon"))
+    found = (folder / "io.containerd.content.v1.content/blobs" for folder in folders)
+    return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
+
+
+class Content:
+    """The question content(digest) -> bytes, asked of our own store and of the providers that the engine has now."""
+
+    def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
+        self._store, self._providers = FolderProvider("store", store.docker.path), providers
+
+    def find(self, digest: Digest) -> Blob | None:
+        """The content, from the first provider that has it. The store answers even without Docker."""
+        blob = self._store.find(digest)
+        if blob is None:
+            for provider in self._providers():
+                blob = blob or provider.find(digest)
+        return blob
+
+    def has(self, digest: Digest, size: int) -> bool:
+        """True if the content is here with its size in bytes: a crash may have cut a file short."""
+        blob = self.find(digest)
+        return blob is not None and blob.size == size
+
+    def manifest(self, digest: Digest) -> Manifest | None:
+        """The manifest or index with a digest; None if there is none, or if the content is something else."""
+        blob = self.find(digest)
+        if blob is None or blob.size > MANIFEST_LIMIT:
+            return None
+        data = read_blob(blob, MANIFEST_LIMIT)
+        media_type = manifest_type(data)
+        if media_type is None:
+            return None
+        if Digest.of(data, digest.algorithm) != digest:
+            raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
+        return Manifest(digest, media_type, data)
+
+
+@contextlib.contextmanager
+def engine_failures_logged() -> Iterator[None]:
+    """Log ENGINE_FAILED instead of raising it: there are others to try."""
+    try:
+        yield
+    except RegistryError as e:
+        if e.code != "ENGINE_FAILED":
+            raise
+        log.warning("%s", e.detail)
+
+
+class ImageStore:
+    """One of Docker's image stores: the questions that they answer differently.
+
+    As it stands, this one is the containerd store, where an image's ID is the digest of its manifest or index.
+
+    providers are where content is read from, after our own store; sources names for people where it comes from, and
+    problem what could be better, or None. flows says that content can be read while a pull brings it. made_type is
+    the media type of every manifest, for a store whose manifests are made here.
+    """
+
+    flows = False
+    made_type: str | None = None
+
+    def __init__(self, info: EngineInfo, content: Content, providers: Iterable[Provider | None], problem: str | None):
+        """Providers that are None do not count."""
+        self.info, self.problem, self._content = info, problem, content
+        self.providers = tuple(provider for provider in providers if provider)
+        self.sources = tuple(provider.name for provider in self.providers)
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """The digest of an image's manifest, made or exported if need be."""
+        return image.id
+
+    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
+        """True if a digest is that of an image's manifest, or of one that its index lists.
+
+        Unless explore is set, that is answered only from what is known without an export.
+        """
+        if image.id == digest:
+            return True
+        index = self._content.manifest(self.target(image, deadline) if explore else image.id)
+        return index is not None and digest in index.listed("manifests")
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """Bring blobs here again that belong to one of these images, if this store can."""
+
+    def origins(self, digest: Digest) -> list[str]:
+        """The names of the repositories that Docker got some content from, as far as this store remembers."""
+        return []
+
+
+class ContainerdImages(ImageStore):
+    """Docker's containerd image store, whose content can be read as it is."""
+
+    flows = True
+
+    def __init__(self, info: EngineInfo, content: Content, files: Provider | None, service: ContentService | None,
+                 problem: str | None):
+        super().__init__(info, content, (files, service), problem)
+        self._service = service
+
+    def origins(self, digest: Digest) -> list[str]:
+        """See ImageStore. containerd notes them with the content."""
+        return self._service.origins(digest) if self._service else []
+
+
+class ExportedImages(ImageStore):
+    """Docker's containerd image store when its content cannot be read: each image is exported once."""
+
+    def __init__(self, info: EngineInfo, content: Content, exports: Exports, problem: str | None):
+        super().__init__(info, content, (), problem)
+        self._exports, self.sources = exports, ("export",)
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """See ImageStore. An export of an image of which Docker has lost content holds none of its blobs."""
+        with engine_failures_logged():
+            return self._exports.manifest(image, deadline)
+        return image.id  # its registry may have what it lacks
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """See ImageStore. Which blobs an image has is not known before it is exported."""
+        for image in images:
+            self.target(image, deadline)
+
+
+class ClassicImages(ImageStore):
+    """Docker's classic image store: an image's ID is its config's digest.
+
+    It has no manifests and no compressed layers. Manifests are made, from Docker's own files where they can be read,
+    otherwise from an export.
+    """
+
+    made_type = OCI_MANIFEST
+
+    def __init__(self, info: EngineInfo, content: Content, store: Store, exports: Exports,
+                 layers: LayerDirectory | None, problem: str | None):
+        super().__init__(info, content, (layers,), problem)
+        self._store, self._exports, self._layers = store, exports, layers
+        self.sources = (*self.sources, "export")
+
+    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
+        """See ImageStore."""
+        return self._made(image) or self._exports.manifest(image, deadline)
+
+    def _made(self, image: EngineImage) -> Digest | None:
+        """The digest of a manifest made from Docker's own files, or None if it takes an export."""
+        if self._layers:
+            with contextlib.suppress(RegistryError):  # the log has said it
+                return self._layers.manifest(image)
+        return None
+
+    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
+        """See ImageStore."""
+        known = self._made(image) or self._store.noted_target(image.id)
+        if known == digest or (known is None and explore):
+            return self.target(image, deadline) == digest
+        return False
+
+    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
+        """See ImageStore."""
+        for image in images:
+            if image.is_bare or all(digest == image.id or str(digest) in image.layers for digest in blobs):
+                with engine_failures_logged():
+                    self.target(image, deadline)
+
+
+class ImageStores:
+    """Docker's image store as it is now: this is the one place that asks which store that is."""
+
+    def __init__(self, engine: Engine, store: Store, exports: Exports, root: Path | None):
+        """root is where Docker's data folder is mounted, if that is not the place that Docker names."""
+        self._engine, self._store, self._exports, self._root = engine, store, exports, root
+        self._service = ContentService(engine, store.root)
+        self.content = Content(store, lambda: self.current().providers)
+        self._chosen: ImageStore | None = None  # replaced whole: needs no lock
+
+    def close(self) -> None:
+        """Close what is kept open."""
+        self._service.close()
+
+    def current(self) -> ImageStore:
+        """The image store of the engine as it is now, logged whenever that changes."""
+        info, known = self._engine.info(), self._chosen
+        if known and (info is known.info or (info == known.info and not known.problem)):
+            return known
+        chosen = self._choose(info)
+        if not known or (info, chosen.sources, chosen.problem) != (known.info, known.sources, known.problem):
+            log.info("%s; content from: %s", info, ", ".join(("store", *chosen.sources)))
+            if chosen.problem:
+                log.warning("%s", chosen.problem)
+        self._chosen = chosen
+        return chosen
+
+    def _choose(self, info: EngineInfo) -> ImageStore:
+        root = self._root or info.root
+        if info.store == "classic":
+            layers = LayerDirectory(root) if os.access(root / "image/overlay2/layerdb/sha256", os.R_OK) else None
+            problem = self._folder_problem(layers, root, info)
+            return ClassicImages(info, self.content, self._store, self._exports, None if problem else layers, problem)
+        folder = content_folder(root)
+        files = FolderProvider(f"content directory {folder}", lambda digest: folder / digest.algorithm / digest.hex
+                               ) if folder else None
+        problem = self._folder_problem(files, root, info)
+        unserved = self._service.problem()
+        if unserved is None:
+            return ContainerdImages(info, self.content, None if problem else files, self._service, problem)
+        if files and not problem:
+            return ContainerdImages(info, self.content, files, None, None)
+        return ExportedImages(info, self.content, self._exports, (
+            f"images are exported one by one: Docker's content cannot be read: {unserved}"))
+
+    def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
+        """Why files that may be this engine's are not used, or None if they are (or if there are none by default).
+
+        Another engine's folder would do no harm, for content is found by its digest; but a person wants to know.
+        """
+        if files is None:
+            return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
+        try:
+            identity = (root / "engine-id").read_text().strip()
+        except OSError:
+            identity = ""  # engines before 23 have no such file; the folder of the system's containerd has none either
+        if identity and identity != info.identity:
+            return f"{root} is the data folder of another Docker: it is not used"
+        images = self._engine.image_ids()
+        found = sum(files.find(image) is not None for image in images)
+        enough = (found > 0 or not images) if identity else (found == len(images) > 0)
+        return None if enough else f"{root} does not hold the images of this Docker: it is not used"
+
+
+# =====================================================================================================================
+# 15. Pulls: what comes from registries, by way of Docker or without it
+# Uses: configuration, waiting, engine, transfers, store, origin, images.
+# =====================================================================================================================
+
+
 @dataclass(frozen=True)
 class PullPolicy:
     """Which registries images may come from, when, and with whose credentials.
@@ -3820,9 +4095,9 @@ class PullPolicy:
 def pull_error(failure: PullFailed, reference: Reference, credentials: Credentials | None) -> RegistryError:
     """The answer for a failed pull, to a request with these credentials.
 
-    A registry does not tell strangers what exists, so without credentials "not found" may well
-    mean "log in": 401 with a challenge makes the node come again with the pod's secret. Wrong
-    credentials get a 401 without the challenge, or the node would try them again.
+    Registries hide private images from anonymous clients, so without credentials "not found" can mean "log in": a
+    401 with a challenge makes the node come again with the pod's secret. Wrong credentials get a 401 without the
+    challenge, or the node would try them again.
     """
     detail = f"Docker could not pull {reference}: {failure}"
     if failure.code == "TOOMANYREQUESTS":
@@ -3969,311 +4244,8 @@ class Fetches:
             writer.keep(self._store.docker)
 
 
-# =====================================================================================================================
-# 14. Images: the image stores of Docker
-# Uses: waiting, engine, transfers, store, content service, layers, export.
-# =====================================================================================================================
-
-
-def content_folder(root: Path) -> Path | None:
-    """containerd's content folder, or None where it can't be read from here.
-
-    It is under Docker's data folder, unless Docker uses the system's containerd, or is Docker Desktop.
-    """
-    folders = (root / "containerd/daemon", root, root / "daemon", Path("/var/lib/containerd"),
-               Path("/var/lib/desktop-containerd/daemon"))
-    found = (folder / "io.containerd.content.v1.content/blobs" for folder in folders)
-    return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
-
-
-class Content:
-    """The question content(digest) -> bytes, asked of our own store and of the providers that the engine has now."""
-
-    def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
-        self._store, self._providers = FolderProvider("store", store.docker.path), providers
-
-    def find(self, digest: Digest) -> Blob | None:
-        """The content, from the first provider that has it. The store answers even without Docker."""
-        blob = self._store.find(digest)
-        if blob is None:
-            for provider in self._providers():
-                blob = blob or provider.find(digest)
-        return blob
-
-    def has(self, digest: Digest, size: int) -> bool:
-        """True if the content is here with its size in bytes: a crash may have cut a file short."""
-        blob = self.find(digest)
-        return blob is not None and blob.size == size
-
-    def manifest(self, digest: Digest) -> Manifest | None:
-        """The manifest or index with a digest; None if there is none, or if the content is something else."""
-        blob = self.find(digest)
-        if blob is None or blob.size > MANIFEST_LIMIT:
-            return None
-        data = read_blob(blob, MANIFEST_LIMIT)
-        media_type = manifest_type(data)
-        if media_type is None:
-            return None
-        if Digest.of(data, digest.algorithm) != digest:
-            raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
-        return Manifest(digest, media_type, data)
-
-
-@contextlib.contextmanager
-def engine_failures_logged() -> Iterator[None]:
-    """Log ENGINE_FAILED instead of raising it: there are others to try."""
-    try:
-        yield
-    except RegistryError as e:
-        if e.code != "ENGINE_FAILED":
-            raise
-        log.warning("%s", e.detail)
-
-
-class BareImages:
-    """Images without any layer (FROM scratch), which Docker's classic store cannot export.
-
-    Docker gives the config of an image only as part of an export, so a config with the same meaning is made.
-    """
-
-    name = "images without layers"
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _content
-        self._content: dict[Digest, bytes] = {}
-
-    def manifest(self, image: EngineImage) -> Digest:
-        """Make the config and the manifest of an image. The digest of the manifest."""
-        config = image.bare_config()
-        manifest = make_manifest((Digest.of(config), len(config)))
-        with self._lock:
-            if len(self._content) >= MEMORY_LIMIT:
-                self._content.clear()
-            self._content.update((Digest.of(data), data) for data in (config, manifest))
-        return Digest.of(manifest)
-
-    def find(self, digest: Digest) -> Blob | None:
-        """See Provider."""
-        with self._lock:
-            data = self._content.get(digest)
-        return BytesBlob(data) if data is not None else None
-
-
-class ImageStore(Protocol):
-    """One of Docker's image stores: how it answers the questions that the two answer differently.
-
-    providers are where content is read from, after our own store, and sources names for people where it comes from.
-    problem is what a person should know if something could be better, or None. flows says that content can be read
-    while a pull brings it. made_type is the media type of every manifest, for a store whose manifests are made here.
-    """
-
-    info: EngineInfo
-    providers: tuple[Provider, ...]
-    sources: tuple[str, ...]
-    problem: str | None
-    flows: bool
-    made_type: str | None
-
-    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
-        """The digest of an image's manifest, made or exported if need be."""
-
-    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
-        """True if a digest is that of an image's manifest, or of one that its index lists.
-
-        Unless explore is set, that is answered only from what is known without an export.
-        """
-
-    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
-        """Bring blobs here again that belong to one of these images, if this store can."""
-
-    def origins(self, digest: Digest) -> list[str]:
-        """The names of the repositories that Docker got some content from, as far as this store remembers."""
-
-
-class ContainerdImages:
-    """Docker's containerd image store, whose content can be read as it is: an image's ID is its manifest's digest."""
-
-    flows = True
-    made_type: str | None = None
-
-    def __init__(self, info: EngineInfo, content: Content, files: Provider | None, service: ContentService | None,
-                 problem: str | None):
-        self.info, self.problem, self._content, self._service = info, problem, content, service
-        self.providers = tuple(provider for provider in (files, service) if provider)
-        self.sources = tuple(provider.name for provider in self.providers)
-
-    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
-        """See ImageStore."""
-        return image.id
-
-    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
-        """See ImageStore."""
-        if image.id == digest:
-            return True
-        index = self._content.manifest(image.id)
-        return index is not None and digest in index.listed("manifests")
-
-    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
-        """See ImageStore. This store cannot give what it has lost."""
-
-    def origins(self, digest: Digest) -> list[str]:
-        """See ImageStore. containerd notes them with the content."""
-        return self._service.origins(digest) if self._service else []
-
-
-class ExportedImages:
-    """Docker's containerd image store when its content cannot be read: each image is exported once."""
-
-    flows = False
-    made_type: str | None = None
-    providers: tuple[Provider, ...] = ()
-    sources: tuple[str, ...] = ("export",)
-
-    def __init__(self, info: EngineInfo, content: Content, exports: Exports, problem: str | None):
-        self.info, self.problem, self._content, self._exports = info, problem, content, exports
-
-    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
-        """See ImageStore. An export of an image of which Docker has lost content holds none of its blobs."""
-        with engine_failures_logged():
-            return self._exports.manifest(image, deadline)
-        return image.id  # its registry may have what it lacks
-
-    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
-        """See ImageStore."""
-        if image.id == digest:
-            return True
-        index = self._content.manifest(self.target(image, deadline) if explore else image.id)
-        return index is not None and digest in index.listed("manifests")
-
-    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
-        """See ImageStore. Which blobs an image has is not known before it is exported."""
-        for image in images:
-            self.target(image, deadline)
-
-    def origins(self, digest: Digest) -> list[str]:
-        """See ImageStore."""
-        return []
-
-
-class ClassicImages:
-    """Docker's classic image store: an image's ID is its config's digest.
-
-    It has no manifests and no compressed layers. Manifests are made, from Docker's own files where they can be read,
-    otherwise from an export.
-    """
-
-    flows = False
-    made_type: str | None = OCI_MANIFEST
-
-    def __init__(self, info: EngineInfo, store: Store, exports: Exports, layers: LayerDirectory | None,
-                 problem: str | None):
-        self.info, self.problem, self._store, self._exports, self._layers = info, problem, store, exports, layers
-        self._bare = BareImages()
-        self.providers: tuple[Provider, ...] = (layers, self._bare) if layers else (self._bare,)
-        self.sources: tuple[str, ...] = (layers.name, "export") if layers else ("export",)
-
-    def target(self, image: EngineImage, deadline: Deadline) -> Digest:
-        """See ImageStore."""
-        return self._made(image) or self._exports.manifest(image, deadline)
-
-    def _made(self, image: EngineImage) -> Digest | None:
-        """The digest of a manifest made without an export, or None if it takes one."""
-        if self._layers:
-            with contextlib.suppress(RegistryError):  # the log has said it
-                return self._layers.manifest(image)
-        return self._bare.manifest(image) if image.is_bare else None
-
-    def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
-        """See ImageStore."""
-        known = self._made(image) or self._store.noted_target(image.id)
-        if known in (None, digest) and (known or explore):
-            return self.target(image, deadline) == digest
-        return False
-
-    def restore(self, images: Iterable[EngineImage], blobs: Iterable[Digest], deadline: Deadline) -> None:
-        """See ImageStore."""
-        for image in images:
-            if image.is_bare or all(digest == image.id or str(digest) in image.layers for digest in blobs):
-                with engine_failures_logged():
-                    self.target(image, deadline)
-
-    def origins(self, digest: Digest) -> list[str]:
-        """See ImageStore."""
-        return []
-
-
-class ImageStores:
-    """Docker's image store as it is now: this is the one place that asks which store that is."""
-
-    def __init__(self, engine: Engine, store: Store, exports: Exports, root: Path | None):
-        """root is where Docker's data folder is mounted, if that is not the place that Docker names."""
-        self._engine, self._store, self._exports, self._root = engine, store, exports, root
-        self._service = ContentService(engine, store.root)
-        self.content = Content(store, lambda: self.current().providers)
-        self._chosen: ImageStore | None = None  # replaced whole: needs no lock
-
-    def close(self) -> None:
-        """Close what is kept open."""
-        self._service.close()
-
-    def current(self) -> ImageStore:
-        """The image store of the engine as it is now, logged whenever that changes."""
-        info, known = self._engine.info(), self._chosen
-        if known and (info is known.info or (info == known.info and not known.problem)):
-            return known
-        chosen = self._choose(info)
-        if not known or (info, chosen.sources, chosen.problem) != (known.info, known.sources, known.problem):
-            log.info("%s; content from: %s", info, ", ".join(("store", *chosen.sources)))
-            if chosen.problem:
-                log.warning("%s", chosen.problem)
-        self._chosen = chosen
-        return chosen
-
-    def _choose(self, info: EngineInfo) -> ImageStore:
-        root = self._root or info.root
-        if info.store == "classic":
-            layers = LayerDirectory(root) if os.access(root / "image/overlay2/layerdb/sha256", os.R_OK) else None
-            problem = self._folder_problem(layers, root, info)
-            return ClassicImages(info, self._store, self._exports, None if problem else layers, problem)
-        folder = content_folder(root)
-        files = FolderProvider(f"content directory {folder}", lambda digest: folder / digest.algorithm / digest.hex
-                               ) if folder else None
-        problem = self._folder_problem(files, root, info)
-        unserved = self._service.problem()
-        if unserved is None:
-            return ContainerdImages(info, self.content, None if problem else files, self._service, problem)
-        if files and not problem:
-            return ContainerdImages(info, self.content, files, None, None)
-        return ExportedImages(info, self.content, self._exports, (
-            f"images are exported one by one: Docker's content cannot be read: {unserved}"))
-
-    def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
-        """Why files that may be this engine's are not used, or None if they are (or if there are none by default).
-
-        Another engine's folder would do no harm, for content is found by its digest; but a person wants to know.
-        """
-        if files is None:
-            return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
-        try:
-            identity = (root / "engine-id").read_text().strip()
-        except OSError:
-            identity = ""  # engines before 23 have none, nor has the folder of the system's containerd
-        if identity and identity != info.identity:
-            return f"{root} is the data folder of another Docker: it is not used"
-        images = self._engine.image_ids()
-        found = sum(files.find(image) is not None for image in images)
-        enough = (found > 0 or not images) if identity else (found == len(images) > 0)
-        return None if enough else f"{root} does not hold the images of this Docker: it is not used"
-
-
-# =====================================================================================================================
-# 15. Pulls: what Docker gets from registries
-# Uses: configuration, waiting, engine, transfers, origin, images.
-# =====================================================================================================================
-
-
 class Pulls:
-    """Has Docker pull images, once for all who want the same, and knows what the pulls under way will bring.
+    """Has Docker pull images: one pull for all requests for the same image. Knows what the pulls under way will bring.
 
     What a pull will bring is known on Docker's containerd store, where content can be read as it arrives.
     """
@@ -4287,12 +4259,12 @@ class Pulls:
         self._expected: dict[Digest, tuple[int, Job]] = {}  # what a pull will bring: its size in bytes, and the pull
 
     def pull(self, reference: Reference, client: Client, old: EngineImage | None = None,
-             on_lasting: Callable[[], None] = lambda: None) -> Manifest | None:
+             on_slow: Callable[[], None] = lambda: None) -> Manifest | None:
         """Have Docker pull an image; requests for the same image with the same credentials share one pull.
 
         If it takes long, and content can be read while it arrives, the manifest is returned as soon as it is here,
         and the rest is on its way. Otherwise the result is None at the end of the pull. old is what Docker has under
-        that name, to be replaced. on_lasting is called if the pull has not failed early. Raises what
+        that name, to be replaced. on_slow is called if the pull has not failed early. Raises what
         PullPolicy.check() and pull_error() do.
         """
         self._policy.check(reference)
@@ -4301,7 +4273,7 @@ class Pulls:
                                 f"pulling {reference}")
         try:
             if not client.deadline.within(EARLY_ANSWER).wait(pull.done.wait):
-                on_lasting()
+                on_slow()
                 if self._images.current().flows:
                     return self._early_manifest(pull, reference, used, client.deadline)
             pull.outcome(client.deadline)
@@ -4417,7 +4389,7 @@ class Pulls:
 
 # =====================================================================================================================
 # 16. Mirror: the registry of what Docker has, or gets
-# Uses: waiting, engine, transfers, store, export, origin, images, pulls.
+# Uses: waiting, engine, transfers, store, export, images, pulls.
 # =====================================================================================================================
 
 
@@ -4457,20 +4429,23 @@ class Mirror:
         self.images.close()
 
     def is_docker_on_our_behalf(self, client: Client) -> bool:
-        """True if Docker sent a request because this program had asked it for something, a pull say.
+        """True if Docker sent a request because this program had asked it for something, for example a pull.
 
         Docker repeats our User-Agent to registries. It may ask us, if it was told that this is a mirror of others.
         """
         return self.engine.token in client.user_agent
 
-    def _refuse_docker(self, reference: Reference, client: Client, code: str) -> None:
+    def _is_docker(self, client: Client) -> bool:
+        """True if the client is the engine itself: its User-Agent names its version, its commit and its kernel."""
+        return client.user_agent.startswith("docker/") and client.user_agent.startswith(self.engine.info().user_agent)
+
+    def _refuse_own_engine(self, reference: Reference, client: Client, code: str) -> None:
         """Raise an error if the engine itself asks for an image of another registry, as of a mirror.
 
         It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved;
-        and a pull that this program has it do may wait for that one. Its User-Agent names version, commit and kernel.
+        and a pull that this program has it do may wait for that one.
         """
-        if reference.namespace and client.user_agent.startswith("docker/") and (
-                client.user_agent.startswith(self.engine.info().user_agent)):
+        if reference.namespace and self._is_docker(client):
             raise RegistryError(code, f"{reference}: Docker has it itself, or pulls it")
 
     def _ask(self, client: Client, question: Callable[[Client], T], late: Callable[[Job], T] | None = None) -> T:
@@ -4498,40 +4473,41 @@ class Mirror:
         deadline, the answer is what is known by then. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED,
         TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
         """
-        sure = threading.Event()
+        known = threading.Event()
 
         def late(job: Job) -> Manifest | ArrivingManifest:
             made_type = self.images.current().made_type
-            if made_type is None or not sure.is_set():
+            if made_type is None or not known.is_set():
                 raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
             log.info("%s: answered while Docker is still getting it", reference)
             return ArrivingManifest(made_type, lambda: job.outcome(client.deadline.unlimited()))
 
         def find(asking: Client) -> Manifest | ArrivingManifest:
-            return self._find_manifest(reference, asking, may_pull, sure.set)
+            return self._find_manifest(reference, asking, may_pull, known.set)
 
         return self._ask(client, find, late)
 
     def _find_manifest(self, reference: Reference, client: Client, may_pull: bool,
-                       on_sure: Callable[[], None]) -> Manifest:
+                       on_image_known: Callable[[], None]) -> Manifest:
         """The manifest of an image that Docker has, or gets now; takes as long as it takes.
 
-        on_sure is called when there will be a manifest, as far as that can be known, and only its digest is not known.
+        on_image_known is called when Docker has the image, as far as that can be known, and only the digest of its
+        manifest is not known.
         """
-        self._refuse_docker(reference, client, "MANIFEST_UNKNOWN")
+        self._refuse_own_engine(reference, client, "MANIFEST_UNKNOWN")
         if isinstance(reference.target, Digest):
             manifest = self._manifest_by_digest(reference, reference.target, client, may_pull)
         else:
-            manifest = self._manifest_by_tag(reference, client, may_pull, on_sure)
+            manifest = self._manifest_by_tag(reference, client, may_pull, on_image_known)
         self._promise(reference, manifest, client)
         return manifest
 
     def _manifest_by_tag(self, reference: Reference, client: Client, may_pull: bool,
-                         on_sure: Callable[[], None]) -> Manifest:
+                         on_image_known: Callable[[], None]) -> Manifest:
         image = self._local_image(reference, client)
         if image is None or (may_pull and self._is_to_be_replaced(reference, image, client)):
             try:
-                arriving = self._pull(reference, client, may_pull, image, on_sure)
+                arriving = self._pull(reference, client, may_pull, image, on_image_known)
             except RegistryError as e:
                 if image is None:
                     raise
@@ -4542,7 +4518,7 @@ class Mirror:
                 image = self._local_image(reference, client)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
-        on_sure()
+        on_image_known()
         self._check_platform(image)
         digest = self.images.current().target(image, client.deadline)
         return self._content.manifest(digest) or self._lost_manifest(reference, digest, client)
@@ -4559,10 +4535,10 @@ class Mirror:
                         printable(image.platform), printable(ours), printable(ours))
 
     def _pull(self, reference: Reference, client: Client, may_pull: bool, old: EngineImage | None = None,
-              on_lasting: Callable[[], None] = lambda: None) -> Manifest | None:
+              on_slow: Callable[[], None] = lambda: None) -> Manifest | None:
         if not may_pull:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}")
-        return self._pulls.pull(reference, client, old, on_lasting)
+        return self._pulls.pull(reference, client, old, on_slow)
 
     def _is_to_be_replaced(self, reference: Reference, image: EngineImage, client: Client) -> bool:
         """True if Docker is to pull an image that it has: one of another registry, whose tag has moved there."""
@@ -4579,8 +4555,11 @@ class Mirror:
 
     def _local_image(self, reference: Reference, client: Client) -> EngineImage | None:
         names = self._names(reference, client)
+        return self._inspected_image(names) or self._listed_image(names)
+
+    def _inspected_image(self, names: Iterable[Reference]) -> EngineImage | None:
         images = (self.engine.image(str(name)) for name in names)
-        return next((image for image in images if image), None) or self._listed_image(names)
+        return next((image for image in images if image), None)
 
     def _listed_image(self, names: Iterable[Reference]) -> EngineImage | None:
         """An image that Docker lists under a name by which it does not find it: one that is not fully qualified."""
@@ -4597,7 +4576,7 @@ class Mirror:
         if manifest:
             return manifest
         if self.images.current().made_type:
-            return self._fetched_by_digest(reference, digest, client)
+            return self._fetched_by_digest(reference, digest, client, may_pull)
         return self._pulled_by_digest(reference, digest, client, may_pull)
 
     def _images_of(self, reference: Reference, client: Client) -> Iterator[EngineImage]:
@@ -4619,16 +4598,20 @@ class Mirror:
 
     def _manifest_here(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         """A manifest by digest for a client that names no registry: only what Docker has in this very repository."""
-        manifest = self._included(reference, digest, client, False) or self._included(reference, digest, client, True)
+        manifest = self._included(reference, digest, client, False)
+        if manifest is None and not self._is_docker(client):  # nothing is exported for a `docker pull`
+            manifest = self._included(reference, digest, client, True)
         if manifest is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {digest} in {reference.repository}")
         return manifest
 
-    def _fetched_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
+    def _fetched_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
         """A manifest that an earlier process made of an image, or one that only the image's registry has."""
         manifest = self._included(reference, digest, client, False)
         if manifest:
             return manifest
+        if not may_pull:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have {reference}")
         try:
             return self._fetches.manifest(reference, digest, client.credentials)
         except RegistryError as e:
@@ -4786,11 +4769,10 @@ class Mirror:
         Docker does not keep its content apart by repository, so the repository does not matter. BLOB_UNKNOWN if
         nobody has it, and for manifests too: to a node, 200 means that the digest is not one.
         """
-
         return self._ask(client, lambda asking: self._find_blob(reference, asking))
 
     def _find_blob(self, reference: Reference, client: Client) -> Blob:
-        self._refuse_docker(reference, client, "BLOB_UNKNOWN")
+        self._refuse_own_engine(reference, client, "BLOB_UNKNOWN")
         digest = reference.digest
         blob = self._content.find(digest)
         if blob is None:
@@ -4836,12 +4818,12 @@ class Mirror:
         return self._ask(client, lambda _: self._content.find(digest)) is not None
 
     def manifest_content(self, digest: Digest, client: Client) -> Manifest | None:
-        """The manifest with a digest, if Docker has its bytes under whatever name, or None."""
+        """The manifest with a digest, if Docker has its bytes under any name, or None."""
         return self._ask(client, lambda _: self._content.manifest(digest))
 
     def image(self, reference: Reference, client: Client) -> EngineImage | None:
-        """The image that Docker has under a name now, or under another name for the same, or None."""
-        return self._ask(client, lambda _: self._local_image(reference, client))
+        """The image that Docker finds under a name now, or under another name for the same, or None."""
+        return self._ask(client, lambda _: self._inspected_image(self._names(reference, client)))
 
     # ---- lists
 
@@ -4905,7 +4887,7 @@ class Adoption:
 
     A client may push a manifest that it read here, of an image that only Docker has (crane tag, say). Before that is
     answered, everything that it refers to is brought into its repository: what the store holds of Docker's is
-    linked, the rest is read from Docker, verified and kept. So what was pushed stays, whatever Docker drops later.
+    linked, the rest is read from Docker, verified and kept. So what was pushed stays, even if Docker removes it later.
     Content of other repositories is never taken: that is what mounts are for.
     """
 
@@ -4989,9 +4971,9 @@ class Adoption:
 class Front:
     """Decides which of the two registries answers a request.
 
-    Whoever names another registry (`ns`) means what Docker has, or can get. All others mean what was pushed here, and
-    then what Docker has under that very name. HEAD is different: most clients ask so before a push, and take 200 for
-    "you need not push this". So without `ns` it never says more than what is hosted, and every push is one.
+    A request with `ns` for another registry refers to Docker's images. Any other request refers to what was pushed
+    here, and then to what Docker has under that very name. HEAD is different: most clients send it before a push, and
+    take 200 for "you need not push this". So without `ns` it speaks only of what is hosted.
     """
 
     def __init__(self, hosted: Hosted, mirror: Mirror, store: Store):
@@ -5027,10 +5009,10 @@ class Front:
         hosted = self._hosted_manifest(reference, client)
         if hosted:
             return hosted
-        asks_us = head and reference.namespace is None
-        if asks_us and not client.is_about_to_pull():
+        before_pull = head and reference.namespace is None
+        if before_pull and not client.is_about_to_pull():
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
-        return self.mirror.manifest(self._in_docker(reference, client), client, may_pull=not asks_us)
+        return self.mirror.manifest(self._in_docker(reference, client), client, may_pull=not before_pull)
 
     def _hosted_manifest(self, reference: Reference, client: Client) -> Manifest | None:
         if not self._is_ours(reference, client):
@@ -5038,15 +5020,20 @@ class Front:
         manifest = self.hosted.repository(reference.repository).manifest(reference.target)
         if manifest and not isinstance(reference.target, Digest):
             with contextlib.suppress(RegistryError):  # the answer does not depend on it
-                self._jobs.start((reference, client.own_name), lambda: self._tell_what_it_hides(
+                self._jobs.start((reference, client.own_name), lambda: self._log_hidden_image(
                     reference, manifest, client.own_name), "comparing")
         return manifest
 
-    def _tell_what_it_hides(self, reference: Reference, manifest: Manifest, own_name: str | None) -> None:
+    def _log_hidden_image(self, reference: Reference, manifest: Manifest, own_name: str | None) -> None:
         """Log, once for each pair, that a pushed tag hides another image of Docker's."""
         asking = Client(own_name)
-        image = self.mirror.image(self._in_docker(reference, asking), asking)
-        if image is None or self._is_same(image, manifest, asking) or (image.id, manifest.digest) in self._hidden:
+        try:
+            image = self.mirror.image(self._in_docker(reference, asking), asking)
+            same = image is None or self._is_same(image, manifest, asking)
+        except RegistryError as e:  # not worth a line above debug: what was pushed does not depend on Docker
+            log.debug("%s was not compared with Docker's image: %s", reference, e.detail)
+            return
+        if same or image is None or (image.id, manifest.digest) in self._hidden:
             return
         if len(self._hidden) >= MEMORY_LIMIT:
             self._hidden.clear()
@@ -5987,7 +5974,7 @@ class Server(ThreadingHTTPServer):
 
 # =====================================================================================================================
 # 21. Command line: arguments, environment, signals
-# Uses: configuration, waiting, engine, store, hosted, origin, mirror, front, server.
+# Uses: configuration, waiting, engine, store, hosted, pulls, mirror, front, server.
 # =====================================================================================================================
 
 DEFAULT_ADDRESS = ":5000"
