@@ -75,7 +75,7 @@ class TestExports(FaultCase):
     """The classic store: only a complete export is used."""
 
     def check_broken(self, export, *expected):
-        """This export causes one error whose reason contains these texts, and leaves no files. A good one works then."""
+        """Check that this export is one error with these texts and leaves no files, and that a good export works then."""
         self.start("classic")
         image_id, good = self.image.config_digest, self.daemon.exports[self.image.config_digest]
         self.daemon.exports[image_id] = export
@@ -362,7 +362,7 @@ class TestContentService(FaultCase):
     def test_faults_while_connecting(self):
         """The engine sends a malformed response for /grpc: the registry logs it, and exports images."""
         for what, fault in (
-                ("empty response", lambda sock: b""), ("half of a response", b"HTTP/1.1 10"),
+                ("no response", lambda sock: b""), ("half of a response", b"HTTP/1.1 10"),
                 ("no HTTP/2 after the 101", b"HTTP/1.1 101 UPGRADED\r\n\r\n" + b"\x00" * 20 + b"hello")):
             with self.subTest(what):
                 self.start()
@@ -427,13 +427,13 @@ class TestInspect(FaultCase):
                  "database is locked"),
                 ("500 in HTML", http_answer(500, b"<h1>Oops</h1>"), 502, "ENGINE_FAILED", "Oops"),
                 ("garbage", b"\x00\x01\x02\x03\r\n\r\n", 502, "ENGINE_FAILED", "malformed"),
-                ("garbage in JSON", http_answer(200, b"{{{{"), 502, "ENGINE_FAILED", "not JSON"),
-                ("the wrong JSON", http_answer(200, [1, 2]), 502, "ENGINE_FAILED", "lacks Id"),
+                ("malformed JSON", http_answer(200, b"{{{{"), 502, "ENGINE_FAILED", "not JSON"),
+                ("other JSON", http_answer(200, [1, 2]), 502, "ENGINE_FAILED", "lacks Id"),
                 ("a bad Id", http_answer(200, {"Id": "sha256:../../x"}), 502, "ENGINE_FAILED", "malformed"),
-                ("odd layers", http_answer(200, {"Id": "sha256:" + "a" * 64, "RootFS": [], "Size": "x"}),
+                ("malformed layers", http_answer(200, {"Id": "sha256:" + "a" * 64, "RootFS": [], "Size": "x"}),
                  502, "ENGINE_FAILED", "malformed"),
-                ("nothing", lambda sock: b"", 503, "UNAVAILABLE", "the connection"),
-                ("half", HTTP_OK + b"Content-Length: 100\r\n\r\n{", 503, "UNAVAILABLE", "the connection")):
+                ("no response", lambda sock: b"", 503, "UNAVAILABLE", "the connection"),
+                ("half a response", HTTP_OK + b"Content-Length: 100\r\n\r\n{", 503, "UNAVAILABLE", "the connection")):
             with self.subTest(what):
                 if not hasattr(self, "program"):
                     self.start()
@@ -477,12 +477,12 @@ class TestPulls(FaultCase):
                     "errorDetail": {"message": "toomanyrequests: You have reached your pull rate limit"},
                     "error": "toomanyrequests: You have reached your pull rate limit"}),
                  429, "TOOMANYREQUESTS", "log in"),
-                ("network within the stream", self.lines(progress, {
+                ("network error within the stream", self.lines(progress, {
                     "error": "read tcp 10.0.0.1:443: connection reset by peer"}), 502, "ORIGIN_UNAVAILABLE", "reset"),
-                ("disk within the stream", self.lines(progress, {
+                ("disk full within the stream", self.lines(progress, {
                     "error": "write /var/lib/docker/tmp/x: no space left on device"}),
                  502, "ENGINE_FAILED", "no space"),
-                ("garbage within the stream", chunked(b'{"status":"x"}\n<html>'), 502, "ENGINE_FAILED", "not JSON"),
+                ("malformed line in the stream", chunked(b'{"status":"x"}\n<html>'), 502, "ENGINE_FAILED", "not JSON"),
                 ("cut off", self.lines(progress)[:-5], 503, "UNAVAILABLE", "the connection"),
                 ("status 429", http_answer(429, {"message": "slow down"}), 429, "TOOMANYREQUESTS", "slow down"),
                 ("status 500 without a reason", http_answer(500, b""), 502, "ENGINE_FAILED", "status 500"),

@@ -268,7 +268,7 @@ class GraphDriver:
                 _, config = self.check_image(program, path)
                 self.assertEqual({"id": self.name}, config["config"]["Labels"])
                 self.assertEqual(("amd64", "linux"), (config["architecture"], config["os"]))
-                self.assertEqual(digest, program.head(path).headers["Docker-Content-Digest"], "the digest must not change")
+                self.assertEqual(digest, program.head(path).headers["Docker-Content-Digest"], "digest has changed")
 
     def test_image_of_another_platform_is_served_with_warning(self):
         """A tag that was pulled for another platform is served, but the log warns: a pod would not start."""

@@ -335,7 +335,7 @@ class DigestsOnClassic:
                     self.assertEqual(expected, answer.result().status)
             blob = self.path("blobs", self.large, gate.host)
             arriving = program.begin_get(blob, Authorization=good)
-            self.assertEqual(404, program.get(blob, Authorization=wrong).status, "the blob was not promised to this client")
+            self.assertEqual(404, program.get(blob, Authorization=wrong).status, "it was not promised the blob")
             self.assertEqual(404, program.get(blob).status)
             gate.open()
             self.assertEqual(self.large, sha256(arriving.read()))
@@ -360,7 +360,7 @@ class PullPolicy:
     """-pull, with the same meaning as in docker run."""
 
     def current(self, program, host):
-        """Return the digest of the config that a tag leads to now, through the program."""
+        """Return the program's response for tag 1."""
         answer = program.get(self.path("manifests", "1", host))
         self.assertEqual(200, answer.status, answer.body)
         return answer
@@ -372,7 +372,7 @@ class PullPolicy:
         return document["config"]["digest"]
 
     def test_moved_tag(self):
-        """missing and never serve Docker's own image, always serves the one in the registry."""
+        """missing and never serve Docker's own image, always serves the registry's."""
         with lab.Gate(lab.ORIGINS["open"]) as gate:
             gate.open()
             reference = self.on(gate.host)
