@@ -75,7 +75,7 @@ class TestExports(FaultCase):
     """The classic store: only a complete export is used."""
 
     def check_broken(self, export, *expected):
-        """Check that this export is one error with these texts and leaves no files, and that a good export works then."""
+        """Check that this export is one error with these texts and leaves no files, and that a good one works then."""
         self.start("classic")
         image_id, good = self.image.config_digest, self.daemon.exports[self.image.config_digest]
         self.daemon.exports[image_id] = export

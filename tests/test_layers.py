@@ -361,7 +361,7 @@ class ClassicFolder(Folder):
                 os.utime(path)
 
     def test_changed_file_leads_to_export(self):
-        """A touched file may have changed. The connection to the node is closed, and the next request gets the export."""
+        """A touched file may have changed: the connection is closed, and the next request gets the exported layer."""
         content = os.urandom(3_000_000)
         self.build("1", {"touched": content, "after": b"after"})
         program = self.mounted(command=[sys.executable, "-c", STRICT, str(MODULE)])

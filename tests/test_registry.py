@@ -100,7 +100,7 @@ class TestJobs(unittest.TestCase):
         return results
 
     def test_jobs_with_one_key_run_once(self):
-        self.assertEqual([0] * 5, self.start_together(*[("key", i) for i in range(5)]), "all must have the same outcome")
+        self.assertEqual([0] * 5, self.start_together(*[("key", i) for i in range(5)]), "all share one outcome")
         self.assertEqual([0], self.runs)
 
     def test_jobs_with_other_keys_run_concurrently(self):
