@@ -149,7 +149,7 @@ class TestPullAlways(BehaviourCase):
                 self.daemon = self.enter(FakeDaemon(store))
                 image, go_on = self.daemon.add(self.NAME, Image()), self.event()
                 self.daemon.faults["/distribution/"] = lambda _, go_on=go_on: go_on.wait(60) and None
-                # Without an early answer there would be none before the last one, which is an error.
+                # Without an early answer, the first response would be the last answer, an error.
                 self.start("-pull", "always", constants={"EARLY_ANSWER": 0.3, "LAST_ANSWER": 10})
                 self.assertEqual(image.manifest, self.ask("GET", self.PATH, 200).body)
                 self.assertIn("WARNING", self.program.wait_for_line("Docker's own image is served"))

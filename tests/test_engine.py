@@ -1,4 +1,4 @@
-"""Tests of the engine section: the Docker Engine API, its messages, and connections to it."""
+"""Tests of the engine chapter: the Docker Engine API, its messages, and connections to it."""
 
 import base64
 import contextlib
@@ -97,8 +97,8 @@ class TestPullFailure(unittest.TestCase):
                 self.assertEqual(expected, module.pull_failure(message, status, NAME))
 
     def test_phrases_in_names(self):
-        """Repository names may contain any phrase. X is the requested name. S is the name that the classic store prints,
-        which is short for images of Docker Hub. P is the repository in the registry."""
+        """Repository names may contain any phrase. X is the requested name. S is what the classic store prints, which
+        is short for images of Docker Hub. P is the repository in the registry."""
         for name, short in (("r.example/unauthorized", None), ("r.example/team/not-found", None),
                             ("r.example/team/eof", None), ("r.example/rate-limit/timeout", None),
                             ("r.example/e", None), ("r.example/found", None), ("r.example/denied", None),

@@ -1,4 +1,4 @@
-"""Tests of the server section: responses to requests of every kind, good and bad."""
+"""Tests of the server chapter: responses to requests of every kind, good and bad."""
 
 import base64
 import contextlib

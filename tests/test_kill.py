@@ -63,7 +63,10 @@ class TestKill(unittest.TestCase):
         self.assertEqual([201] * 3, [answer.status for answer in answers])
 
     def check_consistent(self, program):
-        """Check that every file matches its digest, and that a tag has its manifest and blobs. True if the tag exists."""
+        """Check that every file matches its digest, and that a tag has its manifest and blobs.
+
+        Return True if the tag exists.
+        """
         for path in program.store.glob("**/sha256/[0-9a-f]*"):
             if path.is_file() and path.parent.parent.name != "_types":
                 self.assertEqual(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), path)
@@ -113,7 +116,7 @@ class TestKill(unittest.TestCase):
         self.assertGreater(at, 20)
         self.assertFalse(were_there[0])
         self.assertTrue(were_there[-1])
-        self.assertEqual(sorted(were_there), were_there, "the image must be present after a certain change, and never before it")
+        self.assertEqual(sorted(were_there), were_there, "once the image is present, it must stay")
 
     def test_kill_during_adoption(self):
         """Push the manifest of an image that only Docker has. Then all of the image is hosted, or nothing."""
@@ -144,7 +147,7 @@ class TestKill(unittest.TestCase):
                 if done:
                     walk.walk_without_docker(store, {"kept:1": image.digest})
         self.assertGreater(at, 10)
-        self.assertEqual(sorted(were_there), were_there, "the image must be present after a certain change, and never before it")
+        self.assertEqual(sorted(were_there), were_there, "once the image is present, it must stay")
 
 
 if __name__ == "__main__":

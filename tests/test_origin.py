@@ -1,4 +1,4 @@
-"""Tests of the origin section: requests to an image's own registry, and content that is read while it arrives."""
+"""Tests of the origin chapter: requests to an image's own registry, and content that is read while it arrives."""
 
 import concurrent.futures
 import contextlib
