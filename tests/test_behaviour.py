@@ -374,9 +374,9 @@ class TestRequests(BehaviourCase):
     def test_range_of_an_upload(self):
         """An empty upload has the range 0-0, as clients of the first registries expect, and so has one byte."""
         self.start()
-        begun = self.ask("POST", "/v2/team/app/blobs/uploads/", 202)
-        location = begun.headers["Location"]
-        self.assertEqual("0-0", begun.headers["Range"])
+        upload = self.ask("POST", "/v2/team/app/blobs/uploads/", 202)
+        location = upload.headers["Location"]
+        self.assertEqual("0-0", upload.headers["Range"])
         self.assertEqual("0-0", self.ask("GET", location, 204).headers["Range"])
         for count, expected in ((1, "0-0"), (1, "0-1"), (8, "0-9")):
             self.assertEqual(expected, self.ask("PATCH", location, 202, b"x" * count).headers["Range"])
@@ -589,15 +589,15 @@ class TestArriving(BehaviourCase):
         self.start_fetching(image)
         self.origin.authorization = good
         self.origin.hold(image.layer, go_on)
-        strangers = ({}, {"Authorization": wrong})
-        for headers, challenge in zip(strangers, (f'Basic realm="{self.origin.host}"', None), strict=True):
+        other_clients = ({}, {"Authorization": wrong})
+        for headers, challenge in zip(other_clients, (f'Basic realm="{self.origin.host}"', None), strict=True):
             answer = self.ask("GET", self.manifest, 401, **headers)
             self.assertEqual(challenge, answer.headers["WWW-Authenticate"])
         self.assertEqual(image.manifest, self.ask("GET", self.manifest, 200, Authorization=good).body)
         reader = self.program.begin_get(self.layer, Authorization=good)
         self.assertEqual(200, reader.status)
         self.assertTrue(reader.read(1000))
-        for headers in strangers:
+        for headers in other_clients:
             for method in ("GET", "HEAD"):
                 with self.subTest(headers=headers, method=method):
                     self.ask(method, self.layer, 404, **headers)

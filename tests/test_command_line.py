@@ -172,8 +172,8 @@ class TestRunning(CommandCase):
         pull = "/v2/library/app/manifests/1?ns=docker.io"
         self.assert_unavailable(program, pull, f"{path} does not exist", "mount it with -v")
         self.assertEqual(200, program.get("/v2/").status)
-        with socket.socket(socket.AF_UNIX) as nobody:
-            nobody.bind(str(path))
+        with socket.socket(socket.AF_UNIX) as unused:
+            unused.bind(str(path))
         self.assert_unavailable(program, pull, "connection refused")
         path.unlink()
         with FakeDaemon() as daemon:

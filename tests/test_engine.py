@@ -179,9 +179,9 @@ class EngineCase(unittest.TestCase):
 
     def pull(self, engine=None, reference=REFERENCE, credentials=None):
         """Pull, and return the progress messages."""
-        told = []
-        (engine or self.engine).pull(reference, credentials, told.append)
-        return told
+        messages = []
+        (engine or self.engine).pull(reference, credentials, messages.append)
+        return messages
 
 
 class TestInfo(EngineCase):
@@ -330,11 +330,11 @@ class TestPull(EngineCase):
                                ("only error", {"error": error})):
                 with self.subTest(error, line=what):
                     self.stream({"status": "Downloading"}, line, {"status": "never read"})
-                    told = []
+                    messages = []
                     with self.assertRaises(PullFailed) as caught:
-                        self.engine.pull(REFERENCE, None, told.append)
+                        self.engine.pull(REFERENCE, None, messages.append)
                     self.assertEqual((code, error), (caught.exception.code, str(caught.exception)))
-                    self.assertEqual([{"status": "Downloading"}], told)
+                    self.assertEqual([{"status": "Downloading"}], messages)
 
     def test_errors_with_a_status(self):
         for status, message, code in ((404, f"manifest for {REFERENCE} not found", "MANIFEST_UNKNOWN"),
@@ -592,7 +592,7 @@ class TestTls(EngineCase):
     def setUp(self):
         super().setUp()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.authority, self.stranger = trustme.CA(), trustme.CA()
+        self.authority, self.other = trustme.CA(), trustme.CA()
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.authority.issue_cert("127.0.0.1").configure_cert(tls)
         self.authority.configure_trust(tls)
@@ -616,8 +616,8 @@ class TestTls(EngineCase):
 
     def test_bad_certificates(self):
         for what, host, reason in (
-                ("unknown issuer of Docker's", self.host(self.stranger, self.authority), "certificate verify failed"),
-                ("unknown issuer of ours", self.host(self.authority, self.stranger), "UNKNOWN_CA|unknown ca|was lost"),
+                ("unknown issuer of Docker's", self.host(self.other, self.authority), "certificate verify failed"),
+                ("unknown issuer of ours", self.host(self.authority, self.other), "UNKNOWN_CA|unknown ca|was lost"),
                 ("the client uses no TLS", EngineHost(host="127.0.0.1", port=self.proxy.port), "was lost")):
             with self.subTest(what):
                 error = self.error_of(Engine(host).info)
@@ -634,7 +634,7 @@ class TestTls(EngineCase):
     def test_missing_and_malformed_files(self):
         for name in ("ca.pem", "cert.pem", "key.pem"):
             for what, spoil in (("missing", Path.unlink), ("empty", lambda path: path.write_bytes(b"")),
-                                ("nonsense", lambda path: path.write_bytes(b"hello"))):
+                                ("malformed", lambda path: path.write_bytes(b"hello"))):
                 with self.subTest(name, what=what):
                     self.host(self.authority, self.authority)
                     spoil(self.folder / name)

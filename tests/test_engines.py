@@ -238,7 +238,7 @@ class EveryEngine:
 
     def test_pull_failures(self):
         program = self.program()
-        nobody = f"127.0.0.1:1/lab/{self.name}:1"
+        unreachable = f"127.0.0.1:1/lab/{self.name}:1"
         for what, path, authorization, status in (
                 ("no such repository", f"/v2/lab/no-{self.name}/manifests/1?ns={lab.ORIGINS['open'].host}", None, 401),
                 ("the same, logged in", f"/v2/lab/no-{self.name}/manifests/1?ns={lab.ORIGINS['open'].host}",
@@ -248,7 +248,7 @@ class EveryEngine:
                 answer = program.get(path, **({"Authorization": authorization} if authorization else {}))
                 self.assertEqual(status, answer.status, answer.body)
         self.assertIn("connection refused", program.get(f"/v2/lab/{self.name}/manifests/1?ns=127.0.0.1:1").detail)
-        program.wait_for_line(f"pull {nobody}: failed")
+        program.wait_for_line(f"pull {unreachable}: failed")
 
     def test_origin_error_statuses(self):
         program = self.program()

@@ -44,7 +44,7 @@ class FrontCase(unittest.TestCase):
     def tearDown(self):
         self.assertEqual([], self.program.lines("a bug in this program"))
 
-    def whose(self, method, path, headers=None):
+    def answering_image(self, method, path, headers=None):
         """Return the name of the image in the response, or the status."""
         answer = self.program.request(method, path, headers or {})
         return self.names.get(answer.headers["Docker-Content-Digest"], answer.status)
@@ -52,7 +52,7 @@ class FrontCase(unittest.TestCase):
     def check(self, *rows):
         for method, path, headers, expected in rows:
             with self.subTest(method=method, path=path, agent=(headers or {}).get("User-Agent")):
-                self.assertEqual(expected, self.whose(method, path, headers))
+                self.assertEqual(expected, self.answering_image(method, path, headers))
 
     def pulls(self):
         return [line for line in self.daemon.requests if "/images/create" in line]
@@ -214,15 +214,15 @@ class TestHiddenImages(FrontCase):
         for count, image in enumerate((Image("built"), Image("built again")), 1):
             self.daemon.add("twice:1", image)
             for _ in range(3):
-                self.whose("HEAD", "/v2/twice/manifests/1", NODE)
+                self.answering_image("HEAD", "/v2/twice/manifests/1", NODE)
                 self.program.wait_for_line(image.digest)
             self.assertEqual(count, len(self.program.lines("twice:1 is served as it was pushed")))
 
     def test_not_logged_for_the_same_image(self):
         self.daemon.add("same:1", self.images["pushed"])
         self.push("same", self.images["pushed"])
-        self.whose("GET", "/v2/same/manifests/1")
-        self.whose("GET", "/v2/both/manifests/1")
+        self.answering_image("GET", "/v2/same/manifests/1")
+        self.answering_image("GET", "/v2/both/manifests/1")
         self.program.wait_for_line("both:1 is served")
         self.assertEqual([], self.program.lines("same:1 is served"))
 

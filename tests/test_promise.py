@@ -563,7 +563,7 @@ class Ranges:
                 answer = self.get_ranges(ranges)
                 self.assertEqual((416, f"bytes */{size}"), (answer.status, answer.headers["Content-Range"]))
 
-    def test_a_thousand_ranges(self):
+    def test_thousand_ranges(self):
         for ranges in (",".join(f"{i * 3}-{i * 3}" for i in range(1000)), ",".join(["0-"] * 1000)):
             answer = self.get_ranges(f"bytes={ranges}")
             if answer.status == 200:

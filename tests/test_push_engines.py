@@ -262,8 +262,8 @@ class TestOras(PushCase):
 
     def test_interrupted_push_is_resumed(self):
         """The program is killed in the middle of a blob. After a restart the same session continues."""
-        begun = self.program.request("POST", f"/v2/{self.name}/blobs/uploads/")
-        location = begun.headers["Location"]
+        upload = self.program.request("POST", f"/v2/{self.name}/blobs/uploads/")
+        location = upload.headers["Location"]
         half = len(self.data) // 2
         self.program.request("PATCH", location, body=self.data[:half])
         self.program.stop(how=9)

@@ -148,11 +148,11 @@ class TestBlobUpload(SpecCase):
         for algorithm in self.ALGORITHMS:
             with self.subTest(algorithm):
                 data = os.urandom(5000)
-                begun = self.ask("POST", "/blobs/uploads/", 202)
-                self.assertTrue(begun.headers["Location"].startswith("/v2/"), "proxies need a relative Location")
-                self.assertTrue(begun.headers["Docker-Upload-UUID"])
+                upload = self.ask("POST", "/blobs/uploads/", 202)
+                self.assertTrue(upload.headers["Location"].startswith("/v2/"), "proxies need a relative Location")
+                self.assertTrue(upload.headers["Docker-Upload-UUID"])
                 digest = digest_of(data, algorithm)
-                location = begun.headers["Location"]
+                location = upload.headers["Location"]
                 self.check_pushed(self.ask("PUT", f"{location}?digest={digest}", 201, data), data, digest)
 
     def test_end_4b_single_post(self):
