@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""How fast: pulls through this registry beside a static registry, docker save, and save plus import.
+"""Speed of pulls through this registry, compared with a static registry, docker save, and save plus import.
 
     python tests/lab.py up
     python tests/benchmark.py [--runs 5] [--size 500] [--json FILE] [containerd] [classic]
 
-Everything runs in turn, in one run, on the engines of the test lab, and is given as the median of the runs. Ratios are
-to the static registry (a docker-registry that holds the very same manifest and layers) and to `docker save`. Progress
+All measurements run in turn on the engines of the test lab; the results are medians of the runs. Ratios are
+to the static registry (a docker-registry with exactly the same manifest and layers) and to `docker save`. Progress
 goes to stderr; the tables, in Markdown, to stdout.
 
-The image has layers of random data and of text. A pull is `ctr content fetch` by a containerd node that has nothing of
-it: all that a kubelet does, hashing included, but for the unpacking, which is the node's own and the same however
-the content came. "Ten nodes" are processes that each read all blobs of the image at once and throw them away.
+The image has layers of random data and of text. A pull is `ctr content fetch` by a containerd node that has none of
+it: everything that a kubelet does, including hashing, except unpacking, which takes the same time wherever
+the content is from. "Ten nodes" are processes that each read all blobs of the image at once and discard them.
 """
 
 import argparse
@@ -45,17 +45,17 @@ def say(text):
 
 
 def seconds(call, *arguments):
-    """How long a call takes."""
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     call(*arguments)
     return time.perf_counter() - started
 
 
 class Image:
-    """An image that an engine has, and a static registry too, as this registry serves it."""
+    """An image that both an engine and a static registry have, the latter as this registry serves it."""
 
     def __init__(self, engine, name, make):
-        """make(engine, name) gives it to the engine."""
+        """make(engine, name) creates the image on the engine."""
         self.engine, self.name, self.reference = engine, f"{name}:1", f"docker.io/library/{name}:1"
         make(engine, self.name)
         with Program(f"unix://{engine.socket}") as program:
@@ -69,14 +69,14 @@ class Image:
         return answer
 
     def platform(self, program):
-        """The manifest for this machine, parsed."""
+        """Return the manifest for this machine, parsed."""
         document = self.get(program, "manifests", "1").json
         if "manifests" in document:
             document = self.get(program, "manifests", document["manifests"][0]["digest"]).json
         return document
 
     def copy(self, program, name):
-        """Push everything that the name leads to, to the static registry."""
+        """Push everything below the name to the static registry."""
         origin, repository = lab.ORIGINS["open"], f"library/{name}"
 
         def push(answer, target):
@@ -101,7 +101,7 @@ class Image:
 
 
 def app(size):
-    """What makes an image of about that many bytes: random data, text that compresses well, small files."""
+    """Return a function that makes an image of about size bytes: random data, compressible text, small files."""
     text = bytes(ord("a") + i * i % 23 for i in range(100_000))
     parts = {"random": size // 2, "more": size // 4}
     files = {name: os.urandom(count) for name, count in parts.items()}
@@ -119,24 +119,24 @@ def many_files(engine, name):
 
 
 def registry(image, mounted=False):
-    """This program, on an empty store."""
+    """Start this program on an empty store."""
     options = ["-docker-root", str(lab.SHARE / image.engine.name / "data")] if mounted else []
     return Program(f"unix://{image.engine.socket}", *options)
 
 
 def pull(image, address):
-    """A cold pull by the node, in seconds."""
+    """Return the seconds of a cold pull by the node."""
     lab.NODE.forget()
     return seconds(lab.NODE.fetch, image.reference, address)
 
 
 def save(engine, name):
-    """`docker save` to nowhere, in seconds."""
+    """Return the seconds of a `docker save` that discards its output."""
     return seconds(lab.chroot, "sh", "-c", f"docker -H {engine.host} save {name} > /dev/null")
 
 
 def save_and_import(image):
-    """What `k3d image import` does, in seconds: a tar on disk, and its import by the node."""
+    """Return the seconds of what `k3d image import` does: write a tar to disk, and import it on the node."""
     lab.NODE.forget()
     return seconds(lab.chroot, "sh", "-c", f"docker -H {image.engine.host} save {image.name} > /lab/image.tar && "
                                            "ctr -a /lab/node/containerd.sock -n k8s.io images import --no-unpack "
@@ -144,7 +144,7 @@ def save_and_import(image):
 
 
 def cost(program):
-    """CPU seconds and peak memory (MB) of the program so far, and what it has on disk (MB)."""
+    """Return the CPU seconds and peak memory (MB) of the program so far, and the size of its store (MB)."""
     fields = Path(f"/proc/{program.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     disk = int(subprocess.run(["du", "-sb", program.store], capture_output=True, text=True).stdout.split()[0]
@@ -153,7 +153,7 @@ def cost(program):
 
 
 def read_all(address, name, digests, barrier):
-    """Read all blobs at once, as three connections of a node would, and throw them away."""
+    """Read all blobs at once, over three connections like a node, and discard them."""
     host, port = address.split(":")
 
     def read(digest):
@@ -172,7 +172,7 @@ def read_all(address, name, digests, barrier):
 
 
 def many_nodes(image, address):
-    """Seconds until ten readers have all blobs, from when all are ready to start."""
+    """Return the seconds until ten readers have all blobs, from when all of them are ready to start."""
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(NODES + 1)
     digests = [blob["digest"] for blob in image.blobs]
@@ -189,7 +189,7 @@ def many_nodes(image, address):
 
 
 def latency(image, address, target):
-    """Milliseconds for a HEAD of the manifest on one connection, the median; and such requests per second on eight."""
+    """Return the median milliseconds of a HEAD of the manifest, and the requests per second on eight connections."""
     host, port = address.split(":")
     path = f"/v2/library/{image.name.split(':')[0]}/manifests/{target}?ns=docker.io"
 
@@ -214,7 +214,7 @@ def latency(image, address, target):
 
 
 class Series:
-    """Times by case and way, all of one engine."""
+    """The times of one engine, by case and way."""
 
     def __init__(self, engine):
         self.engine, self.times, self.costs = engine, {}, {}
@@ -226,7 +226,7 @@ class Series:
         say(f"{self.engine.name}: {case}, {way}: {value:.2f} s")
 
     def table(self):
-        """Rows of (case, way, median seconds, ratio to static, ratio to save, CPU, memory, disk)."""
+        """Return rows of (case, way, median seconds, ratio to static, ratio to save, CPU, memory, disk)."""
         for case, ways in self.times.items():
             medians = {way: statistics.median(values) for way, values in ways.items()}
             for way, median in medians.items():
@@ -250,7 +250,7 @@ def cold_pulls(series, case, image, runs):
 
 
 def rebuilt(series, image, runs):
-    """The developer's loop: a small layer changed, all else is on the node."""
+    """A developer's loop: a small layer has changed, and the node has all others."""
     case = "one small layer changed"
     for way, mounted in WAYS:
         with registry(image, mounted) as program:
@@ -266,7 +266,7 @@ def rebuilt(series, image, runs):
 
 
 def push(engine, name, address):
-    """`docker push` of an image that an engine has, in seconds."""
+    """Return the seconds of a `docker push` of an image of the engine."""
     target = f"{address}/{name}"
     engine.docker("tag", name, target)
     duration = seconds(engine.docker, "push", "-q", target)
@@ -276,7 +276,7 @@ def push(engine, name, address):
 
 @contextlib.contextmanager
 def empty_registry():
-    """A static registry with nothing in it; gives its HOST:PORT."""
+    """Start an empty static registry; yield its HOST:PORT."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     origin = lab.Origin("bench-origin", port, private=False)
@@ -289,7 +289,7 @@ def empty_registry():
 
 
 def pushes(series, image, runs):
-    """The developer's other loop: docker push of a large image that was rebuilt, when the one before is there."""
+    """A developer's other loop: push a large image that was rebuilt, when its predecessor has been pushed."""
     case = "push, one small layer changed"
     with contextlib.ExitStack() as stack:
         programs = {way: stack.enter_context(registry(image, mounted)) for way, mounted in WAYS}
@@ -314,12 +314,12 @@ def ten_nodes(series, image, runs):
         series.add(case, "static registry", many_nodes(image, lab.ORIGINS["open"].host))
         for way, mounted in WAYS:
             with registry(image, mounted) as program:
-                image.get(program, "manifests", "1")  # on the classic store, when most of the export is over
+                image.get(program, "manifests", "1")  # on the classic store, after most of the export
                 series.add(case, way, many_nodes(image, program.address), cost(program))
 
 
 def small_requests(image):
-    """Latency and rate, of this program and of the static registry."""
+    """Measure latency and rate of this program and of the static registry."""
     found = {}
     with registry(image) as program:
         digest = image.get(program, "manifests", "1").headers["Docker-Content-Digest"]
@@ -332,7 +332,7 @@ def small_requests(image):
 
 
 def start_up(runs=5):
-    """Seconds from the start of the process to its answer."""
+    """Return the seconds from the start of the process to its first response."""
     times = []
     for _ in range(runs):
         started = time.perf_counter()

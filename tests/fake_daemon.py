@@ -1,7 +1,7 @@
-"""A Docker daemon that fails on demand: a real server on a unix socket, with answers recorded from real ones.
+"""A Docker daemon that fails on demand: a real server on a unix socket, with recorded responses of a real daemon.
 
-Everything that it says when nothing is wrong was said by Docker 28.5 (see test_engines.py, which checks the
-same behaviour on real engines). What goes wrong is up to the test.
+All its responses in the absence of faults were recorded from Docker 28.5; test_engines.py checks the same behaviour
+on real engines. The tests add the faults.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
-# Blocks of HTTP/2 headers as Docker 28.5.2 sends them: of a response, and of its end with status 0 and 5.
+# Blocks of HTTP/2 headers as Docker 28.5.2 sends them: those of a response, and its trailers with status 0 and 5.
 RESPONSE_HEADERS = bytes.fromhex(
     "20880f108b1d75d0620d263d4c4d656400854d833505b388c565645b72469b5100854d833505b389c565645b415081cc5f00854d833505b3"
     "91c565645b72469b50b5f2a466a10b5d355f")
@@ -29,7 +29,7 @@ TRAILERS_NOT_FOUND = bytes.fromhex(
     "00899acac8b5254207317fd8b2b2285b2c3d971421e42a9029a4e9c27b6a91490a822902843d492d4952434c5425444e3136e5c000000000"
     "00000000000000000000000000000000000000000000000000000000000000000000000000000b8a5474a929edaa4f00889acac8b21234da"
     "8f0135")
-# What an engine that knows no HTTP/2 by prior knowledge answers to its preface.
+# The response to the HTTP/2 preface of an engine that does not support HTTP/2 by prior knowledge.
 NO_HTTP2 = (b"HTTP/1.1 301 Moved Permanently\r\nLocation: /%2A\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
 DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
@@ -47,7 +47,7 @@ def frame(kind, flags, stream, payload=b""):
 
 
 def message(data):
-    """A gRPC message."""
+    """Return a gRPC message with this payload."""
     return struct.pack(">BI", 0, len(data)) + data
 
 
@@ -60,7 +60,7 @@ def varint(number):
 
 
 def fields_of(data):
-    """The fields of a protobuf message that holds short strings and integers."""
+    """Return the fields of a protobuf message of short strings and integers."""
     fields, at = {}, 0
 
     def number():
@@ -84,7 +84,7 @@ def fields_of(data):
 
 
 class Image:
-    """An image in all the forms that an engine keeps or gives: a layer of its own on top of what is below."""
+    """An image in all forms that an engine keeps or exports. It has one layer of its own on top of those in below."""
 
     def __init__(self, text="hello", below=()):
         out = io.BytesIO()
@@ -106,7 +106,7 @@ class Image:
         self.blobs = {sha256(data): data for data in (*layers, self.config, self.manifest)}
 
     def export(self, leave_out=(), replace=()):
-        """What `docker save` gives: an OCI layout, in the order of the classic store."""
+        """Return the tar of `docker save`: an OCI layout, in the order of the classic store."""
         blobs = {digest: data for digest, data in sorted(self.blobs.items()) if digest not in leave_out}
         blobs.update(replace)
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
@@ -115,7 +115,7 @@ class Image:
                        "index.json": json.dumps(index).encode(), "oci-layout": b'{"imageLayoutVersion":"1.0.0"}'})
 
     def docker_archive(self):
-        """What Docker before 25 gives: a config and layers under names of their own, and no manifest."""
+        """Return the tar of `docker save` before Docker 25: a config and layers under other names, and no manifest."""
         config = self.config_digest.split(":")[1] + ".json"
         listing = [{"Config": config, "RepoTags": None, "Layers": ["aa/layer.tar"]}]
         return tar_of({"aa/layer.tar": self.layer, "aa/json": b"{}", "aa/VERSION": b"1.0", config: self.config,
@@ -123,10 +123,10 @@ class Image:
 
 
 class Index:
-    """An image of several platforms, as the containerd store has it: all its blobs, but for the platforms left out."""
+    """An image of several platforms in the containerd store: all its blobs, except those of missing platforms."""
 
     def __init__(self, images, left_out=()):
-        """images are those of each platform, by the name of its architecture; left_out are such names."""
+        """images are the images by architecture; left_out are the architectures that are missing."""
         self.layer = next(iter(images.values())).layer
         self.manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
             {"mediaType": OCI_MANIFEST, "digest": image.digest, "size": len(image.manifest),
@@ -137,7 +137,7 @@ class Index:
             self.blobs.update({} if name in left_out else image.blobs)
 
     def export(self):
-        """What `docker save` gives: an OCI layout."""
+        """Return the tar of `docker save`: an OCI layout."""
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
             {"mediaType": OCI_INDEX, "digest": self.digest, "size": len(self.manifest)}]}
         return tar_of({**{f"blobs/{digest.replace(':', '/')}": data for digest, data in sorted(self.blobs.items())},
@@ -162,25 +162,25 @@ def http_answer(status, body, content_type="application/json"):
 
 
 def chunked(body, status=200):
-    """A response as Docker streams it: without a length, in chunks of 32 KiB."""
+    """Return a response as Docker streams it: without a length, in chunks of 32 KiB."""
     chunks = [body[i:i + 32768] for i in range(0, len(body), 32768)]
     return (f"HTTP/1.1 {status} OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
             + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n")
 
 
 class FakeDaemon:
-    """The daemon. Use it in a `with`; change its attributes at any time.
+    """The daemon. Use it in a `with`. Its attributes can be changed at any time.
 
-    images    name as Docker is asked for it -> Image
-    content   digest -> bytes, behind the content service
+    images    name, as in requests to Docker -> Image
+    content   digest -> bytes, served by the content service
     store     "containerd" or "classic"
-    grpc      how the content service is reached: "upgrade", "prior" knowledge, or None
-    pulls     reference -> what the pull answers: raw bytes of HTTP, or a callable that gives them
-    origins   reference -> the digest that its registry has for it now, as Docker finds out
+    grpc      how clients reach the content service: "upgrade", "prior" knowledge, or None
+    pulls     reference -> the response to its pull: raw bytes of HTTP, or a callable that returns them
+    origins   reference -> the digest that its registry has for it now, as Docker would find it
     info      more fields of /info
-    faults    text in the request line -> raw bytes to answer, or a callable that gets the socket
-    reading   a callable that gets (socket, stream, digest, part asked for) and answers Read instead of us
-    requests  the request lines so far; `read` the digests asked of Read; `heads` the whole heads
+    faults    text in the request line -> raw bytes to send, or a callable that gets the socket
+    reading   a callable that gets (socket, stream, digest, requested part) and handles Read instead of the daemon
+    requests  the request lines so far; `read`: the digests of Read requests; `heads`: the complete heads
     """
 
     def __init__(self, store="containerd", grpc="upgrade"):
@@ -194,7 +194,7 @@ class FakeDaemon:
         self._lock = threading.Lock()  # guards the counter and the lists
 
     def add(self, name, image, export=None):
-        """Make an image known under a name, and its content readable."""
+        """Add an image under a name, and its content."""
         self.images[name] = image
         if self.store == "containerd":
             self.content.update(image.blobs)
@@ -232,7 +232,7 @@ class FakeDaemon:
         Path(self.path).unlink()
 
     def restart(self, store):
-        """Begin again at the same socket with another image store, which has nothing yet."""
+        """Start again at the same socket with another image store, which is empty."""
         self.stop()
         self.store, self.images, self.content = store, {}, {}
         self.start()
@@ -364,7 +364,7 @@ class FakeDaemon:
 
     @staticmethod
     def answer_call(sock, stream, data):
-        """A call that ends well, in frames of 16 KiB."""
+        """Send the response of a successful call, in frames of 16 KiB."""
         data = message(data)
         frames = [frame(DATA, 0, stream, data[i:i + 16384]) for i in range(0, len(data), 16384)]
         sock.sendall(frame(HEADERS, END_HEADERS, stream, RESPONSE_HEADERS) + b"".join(frames)
@@ -372,7 +372,7 @@ class FakeDaemon:
 
 
 def receive(sock, count):
-    """Exactly count bytes, or ConnectionResetError."""
+    """Read exactly count bytes. Raises ConnectionResetError at the end of the stream."""
     data = b""
     while len(data) < count:
         part = sock.recv(count - len(data))

@@ -1,4 +1,4 @@
-"""The registry that an image comes from, as far as the program asks it for content: a real HTTP server, without TLS."""
+"""The registry that an image comes from, for the program's requests for content: a real HTTP server, without TLS."""
 
 import contextlib
 import http.server
@@ -7,7 +7,7 @@ import threading
 
 from fake_daemon import OCI_MANIFEST, sha256
 
-# Docker takes registries in this network for insecure ones by default, and asks them without TLS.
+# By default Docker treats registries in this network as insecure, and contacts them without TLS.
 INSECURE = {"RegistryConfig": {"IndexConfigs": {}, "InsecureRegistryCIDRs": ["127.0.0.0/8"]}}
 
 
@@ -45,12 +45,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Origin:
-    """The registry. Use it in a `with`; change its attributes at any time.
+    """The registry. Use it in a `with`. Its attributes can be changed at any time.
 
     content        digest -> bytes
-    answers        digest -> a callable that gets the bytes and gives what is sent of them, piece by piece
-    authorization  the header without which the answer is 401
-    requests       the kinds and digests that were asked for so far
+    answers        digest -> a callable that gets the bytes and yields the pieces to send
+    authorization  the Authorization header without which the status is 401
+    requests       the kinds and digests of the requests so far
     """
 
     def __init__(self, *images):
@@ -61,7 +61,7 @@ class Origin:
         self.lock = threading.Lock()  # guards the list
 
     def hold(self, data, event, rest=lambda rest: rest):
-        """Send half of this content, wait for an event, and send what a function makes of the rest."""
+        """Send half of this content, wait for an event, and send rest(the other half)."""
         def pieces(data):
             half = len(data) // 2
             yield data[:half]
@@ -71,7 +71,7 @@ class Origin:
         self.answers[sha256(data)] = pieces
 
     def __enter__(self):
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.2", 0), Handler)  # not one of localhost's names
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.2", 0), Handler)  # not an alias of localhost
         self.server.origin = self
         self.host = f"127.0.0.2:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """The test lab: real Docker engines, registries and a containerd node, on any Debian machine.
 
-    python tests/lab.py up        bring it up (a minute and a half from nothing, seconds after that)
-    python tests/lab.py status    say what is running
-    python tests/lab.py down      stop every daemon and unmount; what was downloaded stays
+    python tests/lab.py up        start it (90 seconds the first time, a few seconds after that)
+    python tests/lab.py status    print what is running
+    python tests/lab.py down      stop every daemon and unmount; downloaded files are kept
     python tests/lab.py clean     down, and remove the lab's folder
 
-It needs root and Debian's package mirror, nothing else: the engines come out of Debian suites that
-are unpacked into folders and entered with chroot. Every daemon listens on a unix socket or on
-127.0.0.1. The folder is /var/tmp/k3d-registry-dockerd-lab, or what LAB_DIR names.
+It needs root and Debian's package mirror, nothing else: the engines are packages of several Debian suites,
+which are unpacked into folders and entered with chroot. Every daemon listens on a unix socket or on
+127.0.0.1. The folder is /var/tmp/k3d-registry-dockerd-lab, or the value of LAB_DIR.
 
 Tests use the functions of this module: `lab.require()` in setUpModule, then `lab.ENGINES`,
-`lab.node()`, `lab.origin(...)`. A test that needs the lab skips where it is not up, unless
-LAB=required is in the environment, as it is in continuous integration.
+`lab.node()`, `lab.origin(...)`. Tests that need the lab are skipped if it is not up, unless
+LAB=required is in the environment, as in continuous integration.
 """
 
 import base64
@@ -55,16 +55,16 @@ SUITES = {
 CLIENT_ROOT = ROOTS / "forky"
 
 OPEN_PORT, PRIVATE_PORT = 15310, 15311  # of the registries to pull from
-FIRST_MIRROR = "127.0.0.1:15312"  # where a test may start the program, for the engine that has it as its mirror
+FIRST_MIRROR = "127.0.0.1:15312"  # the address of the program for the engine that uses it as a mirror
 
-START_TIMEOUT = 60  # seconds for a daemon to answer
+START_TIMEOUT = 60  # seconds until a daemon must respond
 
 
 # --- processes ---------------------------------------------------------------------------------
 
 
 def run(*command, input=None, check=True, env=None, text=True):
-    """Run a command to its end and return the CompletedProcess; its output is in the error."""
+    """Run a command to its end and return the CompletedProcess. Raises RuntimeError with its output if it fails."""
     result = subprocess.run([str(c) for c in command], input=input, capture_output=True, text=text,
                             env={**os.environ, **(env or {})})
     if check and result.returncode:
@@ -74,33 +74,33 @@ def run(*command, input=None, check=True, env=None, text=True):
 
 
 def chroot(*command, root=None, **options):
-    """Run a command inside a root (by default the one that has the clients)."""
+    """Run a command inside a root, by default the one with the clients."""
     return run("chroot", root or CLIENT_ROOT, *command, **options)
 
 
 def wait_for(what, condition, timeout=START_TIMEOUT):
-    """Poll until condition() is true; its last error is part of the failure."""
+    """Poll until condition() is true. A timeout raises RuntimeError with the last exception of condition()."""
     deadline = time.monotonic() + timeout
     error = None
     while time.monotonic() < deadline:
         try:
             if condition():
                 return
-        except Exception as e:  # whatever it is, it is reported if it stays
+        except Exception as e:  # reported after the timeout
             error = e
         time.sleep(0.05)
     raise RuntimeError(f"{what} did not come up in {timeout} seconds ({error})")
 
 
 class Daemon:
-    """A process in a root, known by its own pid file, so that any process may stop it."""
+    """A process in a root. It has a pid file, so that any process can stop it."""
 
     def __init__(self, name, root="forky"):
         self.name, self.root, self.folder = name, ROOTS / root, SHARE / name
         self.pidfile, self.log = self.folder / "pid", self.folder / "log"
 
     def pid(self):
-        """The pid of the running daemon, or None."""
+        """Return the pid of the running daemon, or None."""
         try:
             pid = int(self.pidfile.read_text())
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -116,7 +116,7 @@ class Daemon:
             process = subprocess.Popen(["chroot", str(self.root), *self.command()], stdin=subprocess.DEVNULL,
                                        stdout=log, stderr=log, start_new_session=True)
         self.pidfile.write_text(str(process.pid))
-        process.returncode = 0  # it is meant to outlive this process: no warning about that
+        process.returncode = 0  # no ResourceWarning: it is meant to outlive this process
         try:
             wait_for(self.name, self.answers)
         except RuntimeError as e:
@@ -151,9 +151,9 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Engine(Daemon):
-    """A dockerd with its own containerd, and the docker client to go with it.
+    """A dockerd with its own containerd, and a docker client that uses it.
 
-    mirrors are URLs of registries that it asks for images of Docker Hub, in this order, before Docker Hub itself.
+    mirrors are the URLs of the registries that it tries for images of Docker Hub, in this order, before Docker Hub.
     """
 
     def __init__(self, name, root, containerd_store, mirrors=()):
@@ -175,7 +175,7 @@ class Engine(Daemon):
         return self.api("GET", "/_ping") == b"OK"
 
     def api(self, method, path, body=None):
-        """One request to the Engine API; the body of the answer, or RuntimeError."""
+        """Send one request to the Engine API; return the body. Raises RuntimeError for an error status."""
         connection = UnixConnection(self.socket)
         with contextlib.closing(connection):
             connection.request(method, path, body)
@@ -186,7 +186,7 @@ class Engine(Daemon):
         return data
 
     def docker(self, *arguments, **options):
-        """`docker …` against this engine; its output, stripped."""
+        """Run `docker …` with this engine; return its output, stripped."""
         out = chroot("docker", "-H", self.host, *arguments, **options).stdout
         return out.strip() if isinstance(out, str) else out
 
@@ -194,25 +194,25 @@ class Engine(Daemon):
         return json.loads(self.api("GET", f"/images/{name}/json"))
 
     def remove(self, *names):
-        """Remove images if they are there, with all that only they use."""
+        """Remove these images if they exist, and everything that only they use."""
         for name in names:
             chroot("docker", "-H", self.host, "rmi", "-f", name, check=False)
 
     def containerd(self, *arguments, **options):
-        """`ctr …` against this engine's own containerd, in Docker's namespace; its output."""
+        """Run `ctr …` with this engine's own containerd, in Docker's namespace; return its output."""
         address = f"/lab/{self.name}/exec/containerd/containerd.sock"
         return chroot("ctr", "-a", address, "-n", "moby", *arguments, root=self.root, **options).stdout
 
     def content(self, digest):
-        """Bytes of a blob in Docker's content store."""
+        """Return the bytes of a blob in Docker's content store."""
         return self.containerd("content", "get", digest, text=False)
 
     def import_image(self, name, files, changes=()):
-        """Make a one-layer image out of {path: bytes}."""
+        """Make a one-layer image of {path: bytes}."""
         self.docker("import", *[f"--change={c}" for c in changes], "-", name, input=tar_of(files), text=False)
 
     def build(self, name, files, base="base:1", *options, add=False):
-        """Build an image with one layer per file on top of base. add: files are tars, to be unpacked there."""
+        """Build an image with one layer per file on top of base. With add, the files are tars to be unpacked there."""
         self.docker("build", "-q", "-t", name, *options, "-", input=context_of(files, base, add), text=False)
         return self.inspect(name)["Id"]
 
@@ -220,8 +220,8 @@ class Engine(Daemon):
 class Podman(Engine):
     """A Podman service.
 
-    The docker client works with it, except for builds, which it would do in a builder of its own. To the docker
-    client NAME:1 is docker.io/library/NAME:1, to Podman's own client an image that it builds as NAME:1 is
+    The docker client works with it, except for builds, which it would do in a separate builder. The docker client
+    calls NAME:1 docker.io/library/NAME:1. Podman's own client calls an image that it builds as NAME:1
     localhost/NAME:1.
     """
 
@@ -244,18 +244,18 @@ class Podman(Engine):
                 "podman", "system", "service", "--time=0", self.host]
 
     def podman(self, *arguments, **options):
-        """`podman …` against this service; its output, stripped."""
+        """Run `podman …` with this service; return its output, stripped."""
         out = chroot("podman", "--url", self.host, *arguments, **options).stdout
         return out.strip() if isinstance(out, str) else out
 
     def build(self, name, files, base="base:1", *options, add=False):
-        """Build an image as Engine.build does; a name without a host is one under localhost."""
+        """Build an image as Engine.build does. A name without a host is one under localhost."""
         self.podman("build", "-q", "-t", name, *options, "-", input=context_of(files, base, add), text=False)
         return self.inspect(name if "." in name.split("/")[0] else f"localhost/{name}")["Id"]
 
 
 def tar_of(files, mode=0o755):
-    """A tar archive (bytes) of {path: bytes}."""
+    """Return a tar archive (bytes) of {path: bytes}."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for path, data in files.items():
@@ -266,14 +266,14 @@ def tar_of(files, mode=0o755):
 
 
 def context_of(files, base, add):
-    """A build context (bytes): a Dockerfile that has one layer per file on top of base, and the files."""
+    """Return a build context (bytes): the files, and a Dockerfile with one layer per file on top of base."""
     lines = (f"ADD {path} /" if add else f"COPY {path} /{path}" for path in files)
     dockerfile = "\n".join([f"FROM {base}", *lines, ""])
     return tar_of({"Dockerfile": dockerfile.encode(), **files})
 
 
 def python_image(engine):
-    """`python:3-slim` out of the clients' root: an interpreter, its library, and what they are linked to."""
+    """Make `python:3-slim` from the clients' root: an interpreter, its library, and the libraries that it links to."""
     libraries = chroot("sh", "-c", "ldd /usr/bin/python3 $(ls /usr/lib/python3.*/lib-dynload/_*ssl*.so "
                                    "/usr/lib/python3.*/lib-dynload/_hash*.so) | grep -o '/[^ :]*lib[^ :]*'")
     paths = {path.lstrip("/") for path in libraries.stdout.split() if "dynload" not in path}
@@ -303,7 +303,7 @@ class Origin(Daemon):
         return ["docker-registry", "serve", f"/lab/{self.name}/config.yml"]
 
     def request(self, method, path, headers=(), body=None):
-        """One request; (status, headers, body)."""
+        """Send one request; return (status, headers, body)."""
         request = urllib.request.Request(f"http://{self.host}{path}", body, dict(headers), method=method)
         if self.private:
             token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -318,7 +318,7 @@ class Origin(Daemon):
         return self.request("GET", "/v2/")[0] == 200
 
     def digest(self, name, reference):
-        """The digest that a reference has at this registry."""
+        """Return the digest of a reference at this registry."""
         accept = ("application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
                   "application/vnd.docker.distribution.manifest.list.v2+json, "
                   "application/vnd.docker.distribution.manifest.v2+json")
@@ -340,7 +340,7 @@ class Origin(Daemon):
 
 
 def push_blob(origin, name, data):
-    """Upload a blob to an origin; its descriptor without a media type."""
+    """Upload a blob to an origin; return its descriptor without a media type."""
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     _, headers, _ = origin.request("POST", f"/v2/{name}/blobs/uploads/")
     location = headers["Location"].split(origin.host, 1)[-1]
@@ -351,7 +351,7 @@ def push_blob(origin, name, data):
 
 
 def push_document(origin, name, reference, document):
-    """Upload a manifest or an index to an origin; its descriptor."""
+    """Upload a manifest or an index to an origin; return its descriptor."""
     data = json.dumps(document).encode()
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     media_type = document["mediaType"]
@@ -362,10 +362,10 @@ def push_document(origin, name, reference, document):
 
 
 def push_platforms(origin, name, tag, architectures, files=()):
-    """Put an image for several architectures on an origin: the index's digest, and those of the manifests.
+    """Put an image for several architectures on an origin. Returns (index digest, manifest digests).
 
-    No engine has ever seen any of its layers. files are (path, bytes), a layer for each, or the layers themselves
-    (bytes), besides one that names the architecture.
+    No engine has seen its layers. files are (path, bytes), one layer each, or complete layers (bytes). There is one
+    more layer, with the name of the architecture.
     """
     children = []
     for architecture in architectures:
@@ -387,13 +387,13 @@ def push_platforms(origin, name, tag, architectures, files=()):
 
 class QuietServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        """Clients that try TLS first break off."""
+        """Ignore clients that try TLS first and close the connection."""
 
 
 class OriginHandler(http.server.BaseHTTPRequestHandler):
-    """What registries made for one test have in common. A subclass has do_GET, which answers HEAD as well."""
+    """The base class of registries for one test. A subclass has do_GET, which is used for HEAD as well."""
 
-    default_request_version = "HTTP/1.1"  # or dockerd would not understand the answer to its TLS handshake
+    default_request_version = "HTTP/1.1"  # or dockerd cannot parse the response to its TLS handshake
 
     def do_HEAD(self):
         self.do_GET()
@@ -412,7 +412,7 @@ class OriginHandler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def refusing_origin(status, code):
-    """A registry that answers every manifest request with one error; gives its HOST:PORT."""
+    """Start a registry that sends one error for every manifest request; yield its HOST:PORT."""
 
     class Refuse(OriginHandler):
         def do_GET(self):
@@ -427,10 +427,10 @@ def refusing_origin(status, code):
 
 
 class TokenOrigin:
-    """An origin as Docker Hub and others are: it wants a Bearer token, and sends those who ask for blobs elsewhere.
+    """An origin like Docker Hub: it requires a Bearer token, and redirects requests for blobs.
 
-    requests   (path, Authorization) of all that was asked so far, the storage behind the redirect included
-    answers    text in a path -> (status, body) to answer instead
+    requests   (path, Authorization) of all requests so far, including those to the redirect target, the storage
+    answers    text in a path -> (status, body) to send instead
     """
 
     def __init__(self, origin, private=False, redirect=307):
@@ -439,7 +439,7 @@ class TokenOrigin:
 
         class Front(OriginHandler):
             def faulty(self, path):
-                """Note what is asked, and answer it if that is a fault; whether it is."""
+                """Record the request. If answers has a response for it, send that and return True."""
                 token_origin.requests.append((path, self.headers["Authorization"]))
                 fault = next((answer for text, answer in token_origin.answers.items() if text in path), None)
                 if fault:
@@ -461,7 +461,7 @@ class TokenOrigin:
                     self.forward()
 
             def do_POST(self):
-                self.answer(405, b"")  # who asks for a token the newer way has to come again the older way
+                self.answer(405, b"")  # clients must fall back from OAuth to GET
 
             def token(self, authorization):
                 expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -499,7 +499,7 @@ class TokenOrigin:
 
 
 class Gate:
-    """A way to an origin on which every connection is held up after some bytes, until `open` or `cut`."""
+    """A proxy of an origin that holds up every connection after some bytes, until `open` or `cut`."""
 
     BYTES = 200_000
 
@@ -529,13 +529,13 @@ class Gate:
             target.shutdown(socket.SHUT_WR)
 
     def open(self):
-        """Let everything through."""
+        """Let all connections continue."""
         self._opened.set()
 
     def cut(self):
-        """Break every connection, and take no more."""
+        """Close every connection, and accept no more."""
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes up accept, which a mere close does not
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes up accept; close() alone does not
         self._listener.close()
         for sock in self._sockets:
             with contextlib.suppress(OSError):
@@ -552,17 +552,17 @@ class Gate:
 
 
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-FORBIDDEN = (  # as HAProxy answers, which is in most proxies for Docker's socket
+FORBIDDEN = (  # the response of HAProxy, which most proxies for Docker's socket use
     b"HTTP/1.0 403 Forbidden\r\nCache-Control: no-cache\r\nConnection: close\r\nContent-Type: text/html\r\n\r\n"
     b"<html><body><h1>403 Forbidden</h1>\nRequest forbidden by administrative rules.\n</body></html>\n")
 
 
 @contextlib.contextmanager
 def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, answer=NOT_FOUND, hear=lambda data: None):
-    """A socket that passes everything on to an engine, but answers requests that hold `refuse` itself.
+    """Open a socket that forwards to an engine, but itself answers requests that contain `refuse`.
 
-    answer is the whole response to those, by default a 404. tell is called with the number of bytes, each time
-    that the engine sends any, and hear with the bytes, each time that a client sends any.
+    answer is the whole response to those, by default a 404. tell is called with the number of bytes each time the
+    engine sends any, and hear with the bytes each time a client sends any.
     """
 
     class Pass(socketserver.BaseRequestHandler):
@@ -601,7 +601,7 @@ def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, answer=NOT_FO
 
 
 class Node(Daemon):
-    """A containerd that pulls as a Kubernetes node does: everything through one mirror."""
+    """A containerd that pulls like a Kubernetes node: everything through one mirror."""
 
     def __init__(self, name="node"):
         super().__init__(name)
@@ -623,16 +623,16 @@ class Node(Daemon):
         return chroot("ctr", "-a", f"/lab/{self.name}/containerd.sock", "-n", "k8s.io", *arguments, **options)
 
     def pull(self, reference, mirror, user=None, check=True):
-        """`ctr images pull` through a mirror (HOST:PORT) for every registry; the CompletedProcess."""
+        """Run `ctr images pull` with one mirror (HOST:PORT) for every registry; return the CompletedProcess."""
         credentials = ["--user", user] if user else []
         return self.ctr("images", "pull", "--hosts-dir", self.hosts(mirror), *credentials, reference, check=check)
 
     def fetch(self, reference, mirror):
-        """`ctr content fetch` through a mirror: a pull without unpacking."""
+        """Run `ctr content fetch` with a mirror: a pull without unpacking."""
         return self.ctr("content", "fetch", "--hosts-dir", self.hosts(mirror), reference)
 
     def hosts(self, mirror):
-        """A folder, as seen from inside the root, by which containerd takes a mirror for every registry."""
+        """Return the path, inside the root, of a folder that configures a mirror of every registry for containerd."""
         hosts = self.folder / "hosts" / mirror.replace(":", "_")
         (hosts / "_default").mkdir(parents=True, exist_ok=True)
         (hosts / "_default" / "hosts.toml").write_text(
@@ -640,13 +640,13 @@ class Node(Daemon):
         return "/lab/" + str(hosts.relative_to(SHARE))
 
     def digest(self, reference):
-        """The target digest of an image on the node."""
+        """Return the target digest of an image on the node."""
         for line in self.ctr("images", "ls", f"name=={reference}").stdout.splitlines()[1:]:
             return line.split()[2]
         raise RuntimeError(f"{reference} is not on the node")
 
     def content(self, digest):
-        """Bytes of a blob on the node."""
+        """Return the bytes of a blob on the node."""
         return self.ctr("content", "get", digest, text=False).stdout
 
     def forget(self):
@@ -681,7 +681,7 @@ def is_up():
 
 
 def require():
-    """For setUpModule: skip when the lab is not up, fail when LAB=required."""
+    """Call this in setUpModule. It skips the tests if the lab is not up, or fails if LAB=required."""
     if is_up():
         return
     if os.environ.get("LAB") == "required":
@@ -694,9 +694,9 @@ def mounted(path):
 
 
 def make_root(suite):
-    """Unpack a Debian suite into a folder, once. What its package list has got since then is installed there."""
+    """Unpack a Debian suite into a folder, once. Packages that were added to its list later are installed there."""
     root, packages = ROOTS / suite, SUITES[suite]
-    complete = root / ".complete"  # holds the packages that the root was made with
+    complete = root / ".complete"  # contains the packages that the root was made with
     if complete.exists():
         if complete.read_text() != packages:
             install_packages(root, packages)
@@ -714,7 +714,7 @@ def make_root(suite):
 
 
 def install_packages(root, packages):
-    """Install what is missing of a package list in a root, beside the daemons that run there."""
+    """Install the missing packages of a list in a root, while its daemons may be running."""
     print(f"lab: installing packages in {root.name}", flush=True)
     chroot("apt-get", "update", root=root)
     chroot("apt-get", "install", "-y", "--no-upgrade", "--no-install-recommends", *packages.split(","), root=root,
@@ -725,7 +725,7 @@ def mount_root(suite):
     root = ROOTS / suite
     if mounted(root):
         return
-    # First of all: inside a chroot, `/` has to be a mount point, or builds and imports fail.
+    # This must be first: inside a chroot, `/` has to be a mount point, or builds and imports fail.
     run("mount", "--bind", root, root)
     run("mount", "--make-private", root)
     run("mount", "-t", "proc", "proc", root / "proc")
@@ -738,7 +738,7 @@ def mount_root(suite):
 
 
 def base_image(engine):
-    """`base:1`: a busybox, out of nothing."""
+    """Make `base:1`, a busybox image, from scratch."""
     busybox = (CLIENT_ROOT / "bin/busybox").read_bytes()
     try:
         engine.inspect("base:1")
@@ -748,7 +748,7 @@ def base_image(engine):
 
 def up():
     if os.geteuid():
-        sys.exit("lab: it takes root to mount and to start daemons")
+        sys.exit("lab: root is required to mount and to start daemons")
     SHARE.mkdir(parents=True, exist_ok=True)
     for suite in SUITES:
         make_root(suite)
@@ -764,7 +764,7 @@ def down():
     for daemon in reversed(DAEMONS):
         daemon.stop()
     for suite in SUITES:
-        # Lazily: a daemon's last helpers may still hold a file for a moment.
+        # Lazily, because a daemon's last child processes may still have files open for a moment.
         while mounted(ROOTS / suite):
             run("umount", "-R", "-l", ROOTS / suite)
 

@@ -1,4 +1,4 @@
-"""Runs the program under test as users do: as a process of its own."""
+"""Runs the program under test like users do, as a separate process."""
 
 import contextlib
 import http.client
@@ -16,7 +16,7 @@ MODULE = Path(__file__).resolve().parent.parent / "k3d_registry_dockerd.py"
 
 
 class Answer:
-    """A whole HTTP response."""
+    """A complete HTTP response."""
 
     def __init__(self, response):
         self.status, self.headers, self.body = response.status, response.headers, response.read()
@@ -27,7 +27,7 @@ class Answer:
 
     @property
     def code(self):
-        """The error code of the spec's JSON form."""
+        """Return the error code of an error response in the spec's JSON form."""
         (error,) = self.json["errors"]
         return error["code"]
 
@@ -38,9 +38,9 @@ class Answer:
 
 
 class Program:
-    """A running registry. Use it in a `with`; `log` holds the lines it wrote so far.
+    """A running registry. Use it in a `with`. `log` has the lines that it has written so far.
 
-    address is where it listens: by default on a free port.
+    address is the address to listen on, by default on a free port.
     """
 
     def __init__(self, docker_host, *arguments, store=None, command=None, env=None, address="127.0.0.1:0"):
@@ -70,17 +70,17 @@ class Program:
             self._changed.notify_all()
 
     def lines(self, text):
-        """The log lines that hold a text."""
+        """Return the log lines that contain a text."""
         with self._changed:
             return [line for line in self.log if text in line]
 
     def jobs(self, kind):
-        """The log lines about the start of a long job: "pull" or "export"."""
+        """Return the log lines about the start of a long job: "pull", "export", "copy" or "fetch"."""
         with self._changed:
             return [line for line in self.log if re.search(rf" {kind}\b.*: started$", line)]
 
     def wait_for_line(self, text, count=1):
-        """Wait until the text was logged `count` times, and return the last of these lines."""
+        """Wait until `count` lines contain the text, and return the last of them."""
         with self._changed:
             found = self._changed.wait_for(
                 lambda: len(self.lines(text)) >= count or "(the process ended)" in self.log, timeout=60)
@@ -96,7 +96,7 @@ class Program:
             return Answer(connection.getresponse())
 
     def begin_get(self, path, **headers):
-        """A GET whose headers have come; the body is still to be read."""
+        """Send a GET and return the response after its headers; its body is still to be read."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         self._stack.callback(connection.close)
         connection.request("GET", path, headers=headers)
@@ -109,12 +109,12 @@ class Program:
         return self.request("HEAD", path, {k.replace("_", "-"): v for k, v in headers.items()})
 
     def peak_memory(self):
-        """The largest resident size so far, in bytes."""
+        """Return the largest resident size so far, in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
     def stop(self, how=signal.SIGTERM):
-        """Stop it and return the exit status."""
+        """Stop the program and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(how)
         status = self.process.wait(timeout=30)

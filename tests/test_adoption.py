@@ -1,4 +1,4 @@
-"""A manifest that is pushed brings what it refers to out of Docker: what is there then is whole without Docker."""
+"""Adoption: a pushed manifest brings what it refers to from Docker, so that it is complete without Docker."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from program import Program
 
 
 def index_of(*manifests):
-    """The bytes of an index that lists manifests or indexes (bytes)."""
+    """Return the bytes of an index of these manifests or indexes (bytes)."""
     return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
         {"mediaType": json.loads(data)["mediaType"], "digest": sha256(data), "size": len(data)}
         for data in manifests]}).encode()
@@ -31,28 +31,28 @@ class AdoptionCase(unittest.TestCase):
         return answer
 
     def give(self, *contents):
-        """Have Docker's content store hold some content."""
+        """Add content to Docker's content store."""
         self.daemon.content.update((sha256(data), data) for data in contents)
 
     def give_image(self, image):
         self.give(image.manifest, image.config, image.layer)
 
     def check_whole(self, sparse=()):
-        """Whole without Docker."""
+        """Check that everything hosted is complete without Docker."""
         self.assertEqual([], self.program.lines("a bug in this program"))
         self.program.stop()
         return walk.walk_without_docker(self.program.store, sparse=sparse)
 
 
 class TestAdoption(AdoptionCase):
-    def test_an_image(self):
+    def test_image(self):
         image = Image()
         self.give_image(image)
         self.put(image.manifest)
         self.assertEqual({"kept:1": image.digest}, {name: digest for name, digest in self.check_whole().items()
                                                     if name == "kept:1"})
 
-    def test_an_index_of_indexes(self):
+    def test_nested_indexes(self):
         one, two = Image("one"), Image("two")
         for image in (one, two):
             self.give_image(image)
@@ -62,8 +62,8 @@ class TestAdoption(AdoptionCase):
         self.put(outer)
         self.assertIn(f"kept@{one.digest}", self.check_whole())
 
-    def test_what_is_missing_below_a_hosted_manifest(self):
-        """A second push brings what nobody had at the first one."""
+    def test_second_push_adopts_missing_manifest(self):
+        """A second push brings a manifest that was not available at the first one."""
         here, later = Image("here"), Image("later")
         self.give_image(here)
         inner = index_of(here.manifest, later.manifest)
@@ -75,7 +75,7 @@ class TestAdoption(AdoptionCase):
         self.put(outer)
         self.assertIn(f"kept@{later.digest}", self.check_whole())
 
-    def test_a_blob_that_was_deleted_below_a_hosted_manifest(self):
+    def test_second_push_adopts_deleted_blob(self):
         image = Image()
         self.give_image(image)
         index = index_of(image.manifest)
@@ -86,8 +86,8 @@ class TestAdoption(AdoptionCase):
         self.assertEqual(200, self.program.head(path).status)
         self.check_whole()
 
-    def test_a_platform_whose_layers_nobody_has(self):
-        """Its manifest is not kept either: what is here is whole."""
+    def test_platform_with_missing_layers_is_not_kept(self):
+        """Its manifest is not kept either, so every hosted image is complete."""
         whole, part = Image("whole"), Image("part")
         self.give_image(whole)
         self.give(part.manifest, part.config)
@@ -95,7 +95,7 @@ class TestAdoption(AdoptionCase):
         self.assertEqual(404, self.program.head(f"/v2/kept/manifests/{part.digest}").status)
         self.check_whole({part.digest})
 
-    def test_a_blob_that_nobody_has(self):
+    def test_missing_blob_is_404_and_keeps_nothing(self):
         image = Image()
         self.give(image.config)
         answer = self.put(image.manifest, status=404)
@@ -103,22 +103,22 @@ class TestAdoption(AdoptionCase):
         self.assertIn(sha256(image.layer), answer.detail)
         self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
 
-    def test_content_of_other_repositories_is_not_taken(self):
-        """That is what mounts are for."""
+    def test_content_of_other_repositories_is_not_adopted(self):
+        """A client has to mount it."""
         image = Image()
         for blob in (image.config, image.layer):
             self.program.request("POST", f"/v2/other/blobs/uploads/?digest={sha256(blob)}", body=blob)
         self.assertEqual("MANIFEST_BLOB_UNKNOWN", self.put(image.manifest, status=404).code)
 
-    def test_other_bytes_than_docker_says(self):
+    def test_wrong_bytes_from_docker_are_502(self):
         image = Image()
         self.give(image.manifest, image.config)
         self.daemon.content[sha256(image.layer)] = os.urandom(len(image.layer))
         self.assertEqual("ENGINE_FAILED", self.put(image.manifest, status=502).code)
         self.assertEqual(404, self.program.head("/v2/kept/manifests/1").status)
 
-    def test_layers_that_need_not_be_distributed(self):
-        """They are kept if Docker has them, and may be missing otherwise."""
+    def test_nondistributable_layers(self):
+        """They are kept if Docker has them. Otherwise they may be missing."""
         image = Image()
         document = json.loads(image.manifest)
         for number, more in enumerate(({"urls": ["https://example.com/layer"]}, {
@@ -136,8 +136,8 @@ class TestAdoption(AdoptionCase):
                 self.assertEqual(200, self.program.head(f"/v2/with{number}/blobs/{sha256(foreign)}").status)
                 del self.daemon.content[sha256(foreign)]
 
-    def test_what_docker_refers_to_is_not_looked_for_when_all_is_here(self):
-        """A push that needs nothing of Docker works without it."""
+    def test_complete_push_does_not_need_docker(self):
+        """A push whose content is all hosted works while Docker is down."""
         image = Image()
         for blob in (image.config, image.layer):
             self.program.request("POST", f"/v2/kept/blobs/uploads/?digest={sha256(blob)}", body=blob)
@@ -145,8 +145,8 @@ class TestAdoption(AdoptionCase):
         self.put(image.manifest)
         self.check_whole()
 
-    def test_requests_share_one_copy(self):
-        """Counted by what is read of Docker, while the first read is held up."""
+    def test_concurrent_pushes_share_one_copy(self):
+        """Count the reads from Docker while the first one is held up."""
         image, go_on, asked = Image("x" * 100_000), threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
         self.give_image(image)
@@ -177,7 +177,7 @@ class TestAdoption(AdoptionCase):
             number >>= 7
         return bytes((*out, number))
 
-    def test_deleting_what_is_docker_s_exports_nothing(self):
+    def test_failed_delete_exports_nothing(self):
         with FakeDaemon("classic") as daemon, Program(daemon.host) as program:
             image = daemon.add("app:1", Image())
             for path in (f"blobs/{sha256(image.layer)}", f"blobs/{sha256(b'nowhere')}", f"manifests/{image.digest}"):
@@ -186,9 +186,9 @@ class TestAdoption(AdoptionCase):
 
 
 class TestClassicDigests(unittest.TestCase):
-    """On the classic store the digest of a manifest leads to an image by way of an export."""
+    """On the classic store an image is found by its manifest's digest through an export."""
 
-    def test_an_image_that_cannot_be_exported_hides_no_other(self):
+    def test_failed_export_does_not_hide_other_images(self):
         with FakeDaemon("classic") as daemon, Program(daemon.host) as program:
             broken, image = daemon.add("app:broken", Image("broken")), daemon.add("app:1", Image("whole"))
             daemon.exports[broken.config_digest] = b""

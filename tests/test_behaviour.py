@@ -1,4 +1,4 @@
-"""Behaviour that clients rely on, checked on the running program: over HTTP, and by what it asks of Docker."""
+"""Behaviour that clients rely on, checked on the running program: its responses, and its requests to Docker."""
 
 import base64
 import contextlib
@@ -25,7 +25,7 @@ from program import MODULE, Program
 OCTETS = "application/octet-stream"
 SECOND_REGISTRY = "localhost:5999"
 
-# Runs the program with other values for some of its constants, so that what takes long is short.
+# Runs the program with other values for some of its constants, to keep the tests fast.
 IMPATIENT = """
 import json, os, sys
 sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
@@ -50,7 +50,7 @@ def encode(document):
 
 
 def wait_until(condition):
-    """Wait for what is about to happen; AssertionError after a minute."""
+    """Wait until condition() is true. Raises AssertionError after a minute."""
     for _ in range(6000):
         if condition():
             return
@@ -59,7 +59,7 @@ def wait_until(condition):
 
 
 class BehaviourCase(unittest.TestCase):
-    """A fake daemon, and the program on it."""
+    """A test with a fake daemon and a program."""
 
     def enter(self, manager):
         value = manager.__enter__()
@@ -70,13 +70,13 @@ class BehaviourCase(unittest.TestCase):
         return Path(self.enter(tempfile.TemporaryDirectory()))
 
     def event(self):
-        """An event that is set at the end of the test, so that nothing waits for it any longer."""
+        """Return an event that is set at the end of the test, so that no thread waits for it any longer."""
         event = threading.Event()
         self.addCleanup(event.set)
         return event
 
     def start(self, *arguments, constants=None, **more):
-        """Start a daemon, unless there is one, and the program."""
+        """Start the program, and a daemon unless there is one."""
         if not hasattr(self, "daemon"):
             self.daemon = self.enter(FakeDaemon())
         if constants:
@@ -89,15 +89,15 @@ class BehaviourCase(unittest.TestCase):
         self.assertEqual([], self.program.lines("a bug in this program"))
 
     def asked(self, *texts):
-        """The requests to Docker so far that hold all these texts."""
+        """Return the request lines that Docker received so far and that contain all these texts."""
         return [line for line in self.daemon.requests if all(text in line for text in texts)]
 
     def pulls(self, name):
-        """The requests to Docker so far to pull an image of a repository."""
+        """Return the requests to Docker so far to pull an image of a repository."""
         return self.asked("POST ", "/images/create?", urllib.parse.urlencode({"fromImage": name}))
 
     def ask(self, method, path, status, body=None, **headers):
-        """One request that must have this status."""
+        """Send one request and check its status."""
         answer = self.program.request(method, path, {k.replace("_", "-"): v for k, v in headers.items()}, body)
         self.assertEqual(status, answer.status, (method, path, answer.body))
         return answer
@@ -107,7 +107,7 @@ class BehaviourCase(unittest.TestCase):
         return sha256(data)
 
     def push(self, repository, target, text="pushed"):
-        """Push an image, and return it."""
+        """Push an image and return it."""
         image = Image(text)
         for blob in (image.layer, image.config):
             self.push_blob(repository, blob)
@@ -116,9 +116,9 @@ class BehaviourCase(unittest.TestCase):
 
 
 class TestPullFailures(BehaviourCase):
-    """A registry does not tell strangers what exists, so a node has to come again with the credentials of the pod."""
+    """A registry does not tell anonymous clients what exists, so a node must retry with the pod's credentials."""
 
-    def test_not_found_and_denied(self):
+    def test_not_found_and_denied_are_challenged(self):
         denied = http_answer(404, {"message": "pull access denied for team/secret, repository does not exist"})
         table = (("app", None, 401, True), ("app", basic("user", "password"), 404, False),
                  ("secret", None, 401, True), ("secret", basic("user", "wrong"), 401, False))
@@ -142,21 +142,21 @@ class TestPullAlways(BehaviourCase):
     NAME = "registry.example/team/app:1"
     PATH = "/v2/team/app/manifests/1?ns=registry.example"
 
-    def test_a_registry_that_does_not_answer_in_time(self):
+    def test_registry_does_not_respond_in_time(self):
         """Docker's own image is served, and the log says so."""
         for store in ("containerd", "classic"):
             with self.subTest(store):
                 self.daemon = self.enter(FakeDaemon(store))
                 image, go_on = self.daemon.add(self.NAME, Image()), self.event()
                 self.daemon.faults["/distribution/"] = lambda _, go_on=go_on: go_on.wait(60) and None
-                # Without an early answer there would be none before the last one, which is an error.
+                # Without an early answer, the first response would be the last answer, an error.
                 self.start("-pull", "always", constants={"EARLY_ANSWER": 0.3, "LAST_ANSWER": 10})
                 self.assertEqual(image.manifest, self.ask("GET", self.PATH, 200).body)
                 self.assertIn("WARNING", self.program.wait_for_line("Docker's own image is served"))
                 self.assertTrue(self.asked(f"/distribution/{self.NAME}/json"))
                 self.assertEqual([], self.asked("/images/create"))
 
-    def test_a_tag_that_has_moved(self):
+    def test_moved_tag(self):
         self.daemon = self.enter(FakeDaemon())
         new = Image("new")
         for moved in (False, True):
@@ -171,8 +171,8 @@ class TestPullAlways(BehaviourCase):
 
 
 class TestBlobsWithoutManifest(BehaviourCase):
-    def test_head_renews_the_time_for_which_a_blob_stays(self):
-        """A client that was told that a blob is here does not send it, so the blob has to stay for a while."""
+    def test_head_extends_the_lifetime_of_a_blob(self):
+        """A client does not send a blob that HEAD reports, so the blob must remain for a while."""
         self.start()
         digest = self.push_blob("team/app", b"some layer")
         path = self.program.store / "repositories/team/app/_blobs" / digest.replace(":", "/")
@@ -182,13 +182,13 @@ class TestBlobsWithoutManifest(BehaviourCase):
                 os.utime(path, (old, old))
                 self.ask(method, f"/v2/team/app/blobs/{digest}", 200)
                 self.assertLess(old + 3600, path.stat().st_mtime)
-        with self.subTest("of another repository"):
+        with self.subTest("in another repository"):
             os.utime(path, (old, old))
             self.ask("HEAD", f"/v2/other/app/blobs/{digest}", 404)
             self.assertGreater(old + 3600, path.stat().st_mtime)
 
-    def test_it_stays_for_a_day(self):
-        """The program tidies up when it starts."""
+    def test_unreferenced_blob_is_kept_for_a_day(self):
+        """The program removes old blobs when it starts."""
         self.start()
         digests = [self.push_blob("team/app", data) for data in (b"young", b"old", b"asked for")]
         folder = self.program.store / "repositories/team/app/_blobs/sha256"
@@ -204,8 +204,8 @@ class TestBlobsWithoutManifest(BehaviourCase):
 
 
 class TestMissingPlatform(BehaviourCase):
-    def test_it_is_not_pulled(self):
-        """Docker was told which platforms to get: a node has to look for others elsewhere."""
+    def test_missing_platform_is_not_pulled(self):
+        """The user decides which platforms Docker pulls. A node must get the others from another registry."""
         self.start()
         images = {name: Image(name) for name in ("amd64", "arm64")}
         index = self.daemon.add("app:1", Index(images, left_out=["arm64"]))
@@ -217,13 +217,13 @@ class TestMissingPlatform(BehaviourCase):
             self.assertEqual("MANIFEST_UNKNOWN", answer.code)
             self.assertIn("linux/arm64", answer.detail)
         self.assertEqual([], self.asked("/images/create"))
-        with self.subTest("what no index lists is pulled"):
+        with self.subTest("a manifest that no index lists is pulled"):
             self.ask("GET", path.format(sha256(b"another")), 401)
             self.assertEqual(1, len(self.pulls("docker.io/library/app")))
 
 
 class TestSecondLocalRegistry(BehaviourCase):
-    """A namespace on localhost with another port: this registry by another name, or another registry."""
+    """A namespace on localhost with another port: an alias of this registry, or another registry."""
 
     def test_pushed_then_docker_then_pulled(self):
         for store in ("containerd", "classic"):
@@ -248,7 +248,7 @@ class TestSecondLocalRegistry(BehaviourCase):
 
 
 class TestChangedEngine(BehaviourCase):
-    def test_a_restart_with_another_image_store(self):
+    def test_docker_restart_with_another_image_store(self):
         for before, after, source in (("containerd", "classic", "content from: store, export"),
                                       ("classic", "containerd", "content from: store, content service")):
             with self.subTest(f"{before} to {after}"):
@@ -263,10 +263,10 @@ class TestChangedEngine(BehaviourCase):
                         path = f"/v2/library/app/{kind}/{target}?ns=docker.io"
                         self.assertEqual(data, self.ask("GET", path, 200).body)
                 self.assertIn(source, self.program.wait_for_line("content from", 2))
-                self.assertEqual(1, len(self.asked("/get ")), "the export of the classic store's image")
+                self.assertEqual(1, len(self.asked("/get ")), "only the image of the classic store is exported")
 
-    def test_the_data_folder_of_another_docker(self):
-        """It is not used, and the log says why."""
+    def test_data_folder_of_another_docker(self):
+        """The folder is not used, and the log says why."""
         image = Image()
         for store, folder in (("containerd", "containerd/daemon/io.containerd.content.v1.content/blobs/sha256"),
                               ("classic", "image/overlay2/layerdb/sha256")):
@@ -289,14 +289,14 @@ class TestChangedEngine(BehaviourCase):
                     self.assertEqual(identity == "another", bool(lines))
                     self.assertTrue(all("WARNING" in line and str(root) in line for line in lines))
                     asked = layer in self.daemon.read if store == "containerd" else bool(self.asked("/get "))
-                    self.assertEqual(not used, asked, "whether the content came from Docker's API")
+                    self.assertEqual(not used, asked, "content must come from the API only without the folder")
 
 
 class TestSharedReads(BehaviourCase):
     """The containerd store, read through Docker's API."""
 
     def test_small_content_is_not_shared(self):
-        """Below 1 MiB a file costs more than it saves: each reader reads for itself, and nothing is written."""
+        """Below 1 MiB a file costs more than it saves: each reader reads from Docker, and no file is written."""
         self.start()
         image = self.daemon.add("app:1", Image("x" * 1_000_000))
         digest, both, reads, bodies = sha256(image.layer), self.event(), [], []
@@ -306,7 +306,7 @@ class TestSharedReads(BehaviourCase):
                 reads.append(asked)
                 if len(reads) == 2:
                     both.set()
-                both.wait(30)  # the first one is not done before there is a second one
+                both.wait(30)  # the first read does not end before the second one starts
             self.daemon.answer_call(sock, stream, b"\x12" + varint(len(part)) + part)
 
         self.daemon.reading = reading
@@ -324,7 +324,7 @@ class TestSharedReads(BehaviourCase):
 
 class TestHandshake(BehaviourCase):
     def test_tls_on_the_plain_port(self):
-        """A client that tries TLS first recognizes an HTTP answer and goes on without TLS. That is not worth a line."""
+        """A client that tries TLS first recognizes the HTTP response and retries without TLS. This is not logged."""
         self.start()
         outgoing = ssl.MemoryBIO()
         client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="registry")
@@ -347,7 +347,7 @@ class TestHandshake(BehaviourCase):
 
 class TestRequests(BehaviourCase):
     def test_if_range(self):
-        """Answers have no validator, so a range that depends on one is not known to be right: all is sent."""
+        """Responses have no validator, so a range that depends on one is ignored and everything is sent."""
         self.start()
         data = os.urandom(5000)
         of_docker = self.daemon.add("app:1", Image()).layer
@@ -360,7 +360,7 @@ class TestRequests(BehaviourCase):
                     answer = self.ask("GET", path, 200, Range="bytes=100-199", If_Range=condition)
                     self.assertEqual((content, None), (answer.body, answer.headers["Content-Range"]))
 
-    def test_the_namespace_is_repeated(self):
+    def test_response_has_oci_namespace(self):
         self.start()
         image = self.daemon.add("app:1", Image())
         for path in ("manifests/1", f"manifests/{image.digest}", f"blobs/{sha256(image.layer)}", "tags/list"):
@@ -371,18 +371,18 @@ class TestRequests(BehaviourCase):
         self.push("library/app", "1")
         self.assertIsNone(self.ask("GET", "/v2/library/app/manifests/1", 200).headers["OCI-Namespace"])
 
-    def test_the_range_of_an_upload(self):
-        """Nothing is 0-0, as clients of the first registries expect; and so is one byte."""
+    def test_range_of_an_upload(self):
+        """An empty upload has the range 0-0, as clients of the first registries expect, and so has one byte."""
         self.start()
-        begun = self.ask("POST", "/v2/team/app/blobs/uploads/", 202)
-        location = begun.headers["Location"]
-        self.assertEqual("0-0", begun.headers["Range"])
+        upload = self.ask("POST", "/v2/team/app/blobs/uploads/", 202)
+        location = upload.headers["Location"]
+        self.assertEqual("0-0", upload.headers["Range"])
         self.assertEqual("0-0", self.ask("GET", location, 204).headers["Range"])
         for count, expected in ((1, "0-0"), (1, "0-1"), (8, "0-9")):
             self.assertEqual(expected, self.ask("PATCH", location, 202, b"x" * count).headers["Range"])
             self.assertEqual(expected, self.ask("GET", location, 204).headers["Range"])
 
-    def test_many_tags_at_once(self):
+    def test_many_tag_parameters(self):
         self.start()
         for count, status in ((100, 201), (101, 414)):
             with self.subTest(count):
@@ -405,7 +405,7 @@ class TestRequests(BehaviourCase):
                     self.ask("GET", f"/v2/{repository}/tags/list", 404)
 
     def test_artifacts_of_any_type(self):
-        """They are served with the type with which they were pushed, even after a restart."""
+        """They are served with the type that they were pushed with, also after a restart."""
         self.start()
         config, layer = b"not even JSON", b"a layer"
         odd = "application/vnd.example.Odd-1.x+yaml"
@@ -444,8 +444,8 @@ class TestUploads(BehaviourCase):
         self.program.stop(how)
         self.start(store=self.program.store)
 
-    def test_it_goes_on_after_a_restart(self):
-        """The hash of what came before the restart is made again."""
+    def test_upload_continues_after_restart(self):
+        """The hash of the bytes from before the restart is computed again."""
         self.start(store=self.folder() / "store")
         for how in (signal.SIGTERM, signal.SIGKILL):
             for algorithm in ("sha256", "sha512"):
@@ -461,8 +461,8 @@ class TestUploads(BehaviourCase):
                     self.ask("PUT", f"{location}?digest={digest}", 201, self.DATA[9000:])
                     self.assertEqual(self.DATA, self.ask("GET", f"/v2/team/app/blobs/{digest}", 200).body)
 
-    def test_other_bytes_after_a_restart(self):
-        """They are refused as they would be without one."""
+    def test_wrong_digest_after_restart(self):
+        """The result is the same as without a restart."""
         self.start(store=self.folder() / "store")
         location = self.begin()
         self.ask("PATCH", location, 202, b"x" + self.DATA[1:1000])
@@ -471,7 +471,7 @@ class TestUploads(BehaviourCase):
         self.assertEqual("DIGEST_INVALID", answer.code)
         self.ask("GET", f"/v2/team/app/blobs/{sha256(self.DATA)}", 404)
 
-    def test_a_second_request_to_a_busy_upload(self):
+    def test_busy_upload_is_409(self):
         self.start()
         location = self.begin()
         with socket.create_connection(("127.0.0.1", self.program.port), timeout=60) as sock:
@@ -487,8 +487,8 @@ class TestUploads(BehaviourCase):
         self.ask("PUT", f"{location}?digest={sha256(self.DATA)}", 201, self.DATA[4000:])
         self.assertEqual(self.DATA, self.ask("GET", f"/v2/team/app/blobs/{sha256(self.DATA)}", 200).body)
 
-    def test_an_upload_that_is_a_blob_already(self):
-        """A process that is killed at the end of an upload may leave it under both names: the blob must not grow."""
+    def test_finished_upload_left_by_a_kill(self):
+        """A kill at the end of an upload may leave both the upload and the blob. The blob must not change any more."""
         self.start(store=self.folder() / "store")
         digest = sha256(self.DATA)
         for method in ("PATCH", "PUT", "DELETE"):
@@ -511,10 +511,10 @@ class TestUploads(BehaviourCase):
 
 
 class TestArriving(BehaviourCase):
-    """What is arriving was promised, and may yet fail: then it is not taken for something that is here."""
+    """Arriving content has been promised, but may still fail. Then it must not be served as existing content."""
 
     def start_fetching(self, image):
-        """The classic store, which has no content of registries: the program fetches it from the image's registry."""
+        """Start with the classic store, for which the program fetches content from the image's registry."""
         self.daemon = self.enter(FakeDaemon("classic"))
         self.daemon.info = INSECURE
         self.origin = self.enter(Origin(image))
@@ -526,8 +526,8 @@ class TestArriving(BehaviourCase):
         with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
             response.read()
 
-    def test_a_pull_that_fails(self):
-        """The containerd store: Docker gets the manifest and the config, and then its connection breaks."""
+    def test_failed_pull(self):
+        """The containerd store. Docker gets the manifest and the config, and then its connection is closed."""
         image, go_on, host = Image("x" * 5000), self.event(), "127.0.0.2:1"
         name = f"{host}/team/app:1"
         failure = encode({"errorDetail": {}, "error": "failed to copy: read tcp: connection reset by peer"})
@@ -559,9 +559,9 @@ class TestArriving(BehaviourCase):
         self.assertEqual(image.manifest, self.ask("GET", by_tag, 200).body)
         self.assertEqual(image.layer, self.ask("GET", layer, 200).body)
 
-    def test_a_fetch_that_fails(self):
-        """In the middle of a blob: its readers are cut off, nothing is kept of it, and nothing is promised again."""
-        for what, rest in (("it breaks off", lambda rest: rest[:100]), ("other bytes", lambda rest: b"y" * len(rest))):
+    def test_failed_fetch(self):
+        """The fetch fails in the middle of a blob: responses are cut off, and nothing is kept or promised again."""
+        for what, rest in (("cut off", lambda rest: rest[:100]), ("wrong bytes", lambda rest: b"y" * len(rest))):
             with self.subTest(what):
                 image, go_on = Image("x" * 5000), self.event()
                 self.start_fetching(image)
@@ -583,27 +583,27 @@ class TestArriving(BehaviourCase):
                 self.assertEqual(image.layer, self.ask("GET", self.layer, 200).body)
 
     def test_credentials_of_another_client(self):
-        """What is fetched with the credentials of one client is not shown to others while it arrives."""
+        """Content that is fetched with the credentials of one client is not served to others while it arrives."""
         image, go_on = Image("x" * 5000), self.event()
         good, wrong = basic("user", "password"), basic("user", "wrong")
         self.start_fetching(image)
         self.origin.authorization = good
         self.origin.hold(image.layer, go_on)
-        strangers = ({}, {"Authorization": wrong})
-        for headers, challenge in zip(strangers, (f'Basic realm="{self.origin.host}"', None), strict=True):
+        other_clients = ({}, {"Authorization": wrong})
+        for headers, challenge in zip(other_clients, (f'Basic realm="{self.origin.host}"', None), strict=True):
             answer = self.ask("GET", self.manifest, 401, **headers)
             self.assertEqual(challenge, answer.headers["WWW-Authenticate"])
         self.assertEqual(image.manifest, self.ask("GET", self.manifest, 200, Authorization=good).body)
         reader = self.program.begin_get(self.layer, Authorization=good)
         self.assertEqual(200, reader.status)
         self.assertTrue(reader.read(1000))
-        for headers in strangers:
+        for headers in other_clients:
             for method in ("GET", "HEAD"):
                 with self.subTest(headers=headers, method=method):
                     self.ask(method, self.layer, 404, **headers)
         go_on.set()
         self.assertEqual(image.layer[1000:], reader.read())
-        self.assertEqual(2, self.origin.requests.count(f"blobs/{sha256(image.layer)}"), "a 401, and the transfer")
+        self.assertEqual(2, self.origin.requests.count(f"blobs/{sha256(image.layer)}"), "one is the 401")
         self.assertEqual([], self.program.lines("password"))
 
 

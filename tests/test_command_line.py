@@ -1,4 +1,4 @@
-"""The program as a process: arguments, environment, signals, and a Docker that is not there."""
+"""The program as a process: arguments, environment, signals, and Docker not running."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ OURS = ("REGISTRY_", "DOCKER_")
 
 
 def run(*arguments, command=(sys.executable, str(MODULE)), **environment):
-    """Run it to its end, with nothing in the environment but what is given."""
+    """Run the program to its end with only these environment variables."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60,
                           env={**clean, **environment})
@@ -38,8 +38,8 @@ class CommandCase(unittest.TestCase):
         return program
 
 
-class TestNonsense(CommandCase):
-    def test_one_clear_line_and_status_2(self):
+class TestInvalidSettings(CommandCase):
+    def test_one_line_and_status_2(self):
         file = self.folder / "file"
         file.touch()
         for arguments, environment, expected in (
@@ -72,9 +72,9 @@ class TestNonsense(CommandCase):
                 self.assertIn(expected, result.stderr)
                 self.assertEqual(1, result.stderr.count("\n"), result.stderr)
 
-    @unittest.skipIf(os.geteuid(), "only root may be somebody else")
-    def test_a_store_that_others_may_not_use(self):
-        """One line where nothing can be known of it, a warning where nothing can be written."""
+    @unittest.skipIf(os.geteuid(), "only root can change the user")
+    def test_unusable_store(self):
+        """A store that cannot be read is an error of one line. One that cannot be written to is a warning."""
         self.folder.chmod(0o755)
         program = self.folder / MODULE.name
         program.write_bytes(MODULE.read_bytes())
@@ -84,7 +84,7 @@ class TestNonsense(CommandCase):
         commands = ((*others, python, str(program)) for python in (sys.executable, "/usr/bin/python3"))
         command = next((command for command in commands if not run("-version", command=command).returncode), None)
         if command is None:
-            self.skipTest("there is no Python that others than root may run")
+            self.skipTest("there is no Python that other users may run")
         result = run("-store", str(self.folder / "closed/store"), command=command, HOME="/nowhere")
         self.assertEqual(2, result.returncode, result.stderr)
         self.assertIn("cannot be used: Permission denied", result.stderr)
@@ -93,7 +93,7 @@ class TestNonsense(CommandCase):
                                env={"HOME": "/nowhere"})
         running.wait_for_line(f"the store {running.store} (from -store) is not writable")
 
-    def test_an_address_in_use(self):
+    def test_address_in_use(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = "127.0.0.1:{}".format(taken.getsockname()[1])  # noqa: UP032
             result = run("-addr", address, "-store", str(self.folder / "store"))
@@ -109,7 +109,7 @@ class TestNonsense(CommandCase):
                 self.assertEqual((0, ""), (result.returncode, result.stderr))
                 self.assertIn(expected, " ".join(result.stdout.split()))
 
-    def test_as_a_zipapp(self):
+    def test_zipapp(self):
         (self.folder / "app").mkdir()
         (self.folder / "app" / "__main__.py").write_bytes(MODULE.read_bytes())
         archive = self.folder / "app.pyz"
@@ -128,7 +128,7 @@ class TestRunning(CommandCase):
         self.assertIn("(from -store, REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY=/nowhere is ignored)",
                       program.lines("store: ")[0])
 
-    def test_the_variables_of_k3d(self):
+    def test_variables_of_k3d(self):
         program = self.program("unix:///nowhere", env={
             "REGISTRY_PROXY_REMOTEURL": "https://registry.example", "REGISTRY_PROXY_USERNAME": "joe",
             "REGISTRY_PROXY_PASSWORD": "hunter2", "REGISTRY_STORAGE_DELETE_ENABLED": "true"})
@@ -138,7 +138,7 @@ class TestRunning(CommandCase):
         program = self.program("unix:///nowhere", env={"REGISTRY_PROXY_REMOTEURL": "*"})
         self.assertEqual([], program.lines("REMOTEURL"))
 
-    def test_it_ends_in_good_order(self):
+    def test_signals_end_the_program(self):
         for how in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(how.name):
                 program = self.program("unix:///nowhere")
@@ -156,7 +156,7 @@ class TestRunning(CommandCase):
                     connection.sendall(b"GET /v2/ HTTP/1.0\r\n\r\n")
                     self.assertTrue(connection.makefile("rb").readline().startswith(b"HTTP/1.1 200"))
 
-    def test_the_check(self):
+    def test_check(self):
         program = self.program("unix:///nowhere")
         for address, status, output in ((program.address, 0, "healthy\n"),
                                         ("127.0.0.1:1", 1, "no answer from 127.0.0.1:1")):
@@ -166,14 +166,14 @@ class TestRunning(CommandCase):
                 self.assertTrue(result.stdout.startswith(output), result.stdout)
 
     def test_without_docker(self):
-        """It runs, says why, and serves when Docker answers."""
+        """The program runs, gives the reason, and serves images as soon as Docker responds."""
         path = self.folder / "docker.sock"
         program = self.program(f"unix://{path}")
         pull = "/v2/library/app/manifests/1?ns=docker.io"
         self.assert_unavailable(program, pull, f"{path} does not exist", "mount it with -v")
         self.assertEqual(200, program.get("/v2/").status)
-        with socket.socket(socket.AF_UNIX) as nobody:
-            nobody.bind(str(path))
+        with socket.socket(socket.AF_UNIX) as unused:
+            unused.bind(str(path))
         self.assert_unavailable(program, pull, "connection refused")
         path.unlink()
         with FakeDaemon() as daemon:
@@ -183,7 +183,7 @@ class TestRunning(CommandCase):
             self.assertEqual((200, image.manifest), (answer.status, answer.body))
         self.assert_unavailable(program, pull, "Docker cannot be reached")
 
-    @unittest.skipUnless(os.geteuid(), "root may do everything")
+    @unittest.skipUnless(os.geteuid(), "root ignores file permissions")
     def test_permission_denied(self):
         with FakeDaemon() as daemon:
             Path(daemon.path).chmod(0)

@@ -1,4 +1,4 @@
-"""Section 5: the credentials that `docker login` left on this machine."""
+"""Tests of the configuration chapter: the credentials that `docker login` stored on this machine."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ class TestDockerConfig(unittest.TestCase):
         return mock.patch.dict(os.environ, {"PATH": f"{self.folder}:{os.environ['PATH']}"})
 
     def test_auths(self):
-        """Key, entry and the registry that is asked for -> credentials."""
+        """Each row: key, entry and requested registry -> credentials."""
         me = Credentials("me", "pass:word")
         for key, entry, registry, expected in (
                 ("https://index.docker.io/v1/", auth("me:pass:word"), "docker.io", me),
@@ -54,7 +54,7 @@ class TestDockerConfig(unittest.TestCase):
                 self.write({"auths": {key: entry}})
                 self.assertEqual(expected, self.config.credentials(registry))
 
-    def test_an_identity_token_for_docker(self):
+    def test_identity_token_for_docker(self):
         header = json.loads(base64.urlsafe_b64decode(Credentials("<token>", "t0ken").for_docker("r.example")))
         self.assertEqual({"identitytoken": "t0ken", "serveraddress": "r.example"}, header)
 
@@ -63,14 +63,14 @@ class TestDockerConfig(unittest.TestCase):
         self.write({"credHelpers": {"r.example": "lab"}, "credsStore": "all", "auths": {"q.example": auth("a:b")}})
         with self.helper("lab", found), self.helper("all", "exit 1"):
             self.assertEqual(Credentials("me", "r.example"), self.config.credentials("r.example"))
-            self.assertEqual(Credentials("a", "b"), self.config.credentials("q.example"), "the other has none")
-        self.assertIsNone(self.config.credentials("r.example"), "not installed here")
+            self.assertEqual(Credentials("a", "b"), self.config.credentials("q.example"), "the helper all has none")
+        self.assertIsNone(self.config.credentials("r.example"), "no helper is installed")
         with self.helper("all", found):
             self.assertEqual(Credentials("me", "https://index.docker.io/v1/"), self.config.credentials("docker.io"))
 
-    def test_nonsense(self):
-        """None, and a warning without a secret in it."""
-        self.assertIsNone(self.config.credentials("r.example"), "no file at all")
+    def test_malformed_config(self):
+        """There are no credentials, and the warning has no secret in it."""
+        self.assertIsNone(self.config.credentials("r.example"), "there is no file")
         for document in ("", "{", "[]", {"auths": []}, {"auths": {"r.example": 1}},
                          {"auths": {"r.example": {"auth": "*secret*"}}}, {"credHelpers": {"r.example": 5}}):
             with self.subTest(document):

@@ -1,4 +1,4 @@
-"""Section 5: what Docker says, what it means, and how it is reached."""
+"""Tests of the engine chapter: the Docker Engine API, its messages, and connections to it."""
 
 import base64
 import contextlib
@@ -34,7 +34,7 @@ HTTP_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 class TestPullFailure(unittest.TestCase):
-    """X stands for the reference, H for the registry's host. All of this was said by Docker."""
+    """X is the reference, H the registry's host. All of these messages were recorded from Docker."""
 
     MESSAGES = (
         # no such tag or repository: classic, containerd
@@ -54,7 +54,7 @@ class TestPullFailure(unittest.TestCase):
                         "http://H/v2/team/app/manifests/1: 401 Unauthorized"),
         ("DENIED", 500, 'failed to resolve reference "X": unexpected status from HEAD request to '
                         "http://H/v2/team/app/manifests/1: 403 Forbidden"),
-        # what ghcr.io says to strangers and to those whose token has expired
+        # ghcr.io, anonymous or with an expired token
         ("DENIED", 500, 'Head "https://H/v2/team/app/manifests/1": denied'),
         ("DENIED", 500, 'Head "https://H/v2/team/app/manifests/1": denied: denied'),
         # rate limit: classic with either status, containerd
@@ -96,9 +96,9 @@ class TestPullFailure(unittest.TestCase):
                 message = text.replace("X", f"{NAME}:1").replace("H/", "r.example/").replace("H:", "r.example:")
                 self.assertEqual(expected, module.pull_failure(message, status, NAME))
 
-    def test_names_that_hold_a_phrase(self):
-        """Repositories may be called anything. X is the name that was asked for, S as the classic store prints it:
-        short for images of Docker Hub. P is the repository in the registry."""
+    def test_phrases_in_names(self):
+        """Repository names may contain any phrase. X is the requested name. S is what the classic store prints, which
+        is short for images of Docker Hub. P is the repository in the registry."""
         for name, short in (("r.example/unauthorized", None), ("r.example/team/not-found", None),
                             ("r.example/team/eof", None), ("r.example/rate-limit/timeout", None),
                             ("r.example/e", None), ("r.example/found", None), ("r.example/denied", None),
@@ -138,7 +138,7 @@ class TestPullProgress(unittest.TestCase):
                  [down("a", 1, 10_000_000), {"status": "Download complete", "id": "a", "progressDetail": {}}]),
                 ("100%, 10.0 MB of 10.0 MB, 1.0 MB/s, extracting",
                  [down("a", 10_000_000, 10_000_000), down("a", 1, 30_000_000, "Extracting")]),
-                # of no use, and no harm
+                # ignored
                 ("extracting", [down("a", 1, 30_000_000, "Extracting")]),
                 ("already exists", [{"status": "Already exists", "id": "a"}]),
                 ("downloading", [{"status": "Downloading", "id": "a", "progressDetail": {"current": 1}}]),
@@ -178,14 +178,14 @@ class EngineCase(unittest.TestCase):
         return caught.exception
 
     def pull(self, engine=None, reference=REFERENCE, credentials=None):
-        """Pull, and return what was told meanwhile."""
-        told = []
-        (engine or self.engine).pull(reference, credentials, told.append)
-        return told
+        """Pull, and return the progress messages."""
+        messages = []
+        (engine or self.engine).pull(reference, credentials, messages.append)
+        return messages
 
 
 class TestInfo(EngineCase):
-    def test_both_stores(self):
+    def test_info_of_both_stores(self):
         for store in ("containerd", "classic"):
             with self.subTest(store):
                 self.daemon.store = store
@@ -194,7 +194,7 @@ class TestInfo(EngineCase):
                                  (info.version, info.api, info.store, info.root, info.identity))
                 self.assertEqual(f"Docker 28.5.2, API 1.51, {store} image store", str(info))
 
-    def test_believed_for_ten_seconds(self):
+    def test_info_is_cached_for_ten_seconds(self):
         now = [1000.0]
         with mock.patch("time.monotonic", lambda: now[0]):
             for seconds, store, expected, requests in (
@@ -207,14 +207,14 @@ class TestInfo(EngineCase):
                     self.assertEqual(expected, self.engine.info().store)
                     self.assertEqual(requests, len(self.asked("/info")))
 
-    def test_forgotten_when_the_connection_breaks(self):
+    def test_info_is_forgotten_when_the_connection_closes(self):
         self.engine.info()
         self.daemon.store = "classic"
         self.daemon.faults["/images/"] = b""
         self.assertEqual("UNAVAILABLE", self.error_of(lambda: self.engine.image("app:1")).code)
         self.assertEqual("classic", self.engine.info().store)
 
-    def test_the_version_that_both_know(self):
+    def test_api_version_that_both_support(self):
         for api, expected in (("1.24", "v1.24"), ("1.44", "v1.44"), ("1.51", "v1.51"), ("1.55", "v1.51"),
                               ("2.0", "v1.51"), ("1.9", "v1.9")):
             with self.subTest(api):
@@ -223,8 +223,8 @@ class TestInfo(EngineCase):
                 self.fresh_engine().image("app:1")
                 self.assertEqual([f"GET /{expected}/images/app:1/json HTTP/1.1"], self.asked("app:1"))
 
-    def test_other_answers(self):
-        """Podman and old engines leave things out."""
+    def test_incomplete_info(self):
+        """Podman and old engines omit some fields."""
         for info, store, root in (
                 ({"ID": "x"}, "classic", "/var/lib/docker"),
                 ({"ID": "x", "DriverStatus": None, "DockerRootDir": ""}, "classic", "/var/lib/docker"),
@@ -245,10 +245,10 @@ class TestImages(EngineCase):
                     self.assertEqual((identity, len(self.image.layer)), (str(found.id), found.size))
                     self.assertEqual(json.loads(self.image.config)["rootfs"]["diff_ids"], list(found.layers))
 
-    def test_no_image(self):
+    def test_missing_image(self):
         self.assertIsNone(self.engine.image("nope:1"))
 
-    def test_an_image_without_layers(self):
+    def test_image_without_layers(self):
         for document in ({"Id": self.image.digest}, {"Id": self.image.digest, "RootFS": None, "Size": None},
                          {"Id": self.image.digest, "RootFS": {"Type": "layers", "Layers": None}, "Size": 0}):
             with self.subTest(document):
@@ -263,7 +263,7 @@ class TestImages(EngineCase):
         self.daemon.images.clear()
         self.assertEqual([], self.engine.images_of(["docker.io/library/app"]))
 
-    def test_images_of_asks_by_every_name(self):
+    def test_images_of_requests_every_name(self):
         for repository, names in (
                 ("docker.io/library/app", {"docker.io/library/app", "library/app", "app"}),
                 ("docker.io/team/app", {"docker.io/team/app", "team/app"}),
@@ -282,7 +282,7 @@ class TestImages(EngineCase):
 
         def export():
             with self.engine.export(Digest.parse(self.image.digest)):
-                self.fail("there is no export")
+                self.fail("export() must raise an error")
 
         error = self.error_of(export)
         self.assertEqual("ENGINE_FAILED", error.code)
@@ -293,7 +293,7 @@ class TestPull(EngineCase):
     def stream(self, *lines, end=b"\r\n"):
         self.daemon.pulls[str(REFERENCE)] = chunked(b"".join(json.dumps(line).encode() + end for line in lines))
 
-    def test_what_is_asked(self):
+    def test_pull_request(self):
         digest = f"sha256:{'ab' * 32}"
         for target, namespace, expected in (("1", "r.example", ("r.example/team/app", "1")),
                                             ("1", "docker.io", ("docker.io/team/app", "1")),
@@ -314,7 +314,7 @@ class TestPull(EngineCase):
                         if credentials else [], [json.loads(base64.urlsafe_b64decode(value)) for value in auth])
                     self.assertIn("Content-Length: 0", head)
 
-    def test_progress_is_told(self):
+    def test_progress_messages(self):
         lines = [{"status": "Pulling from team/app", "id": "1"}, {"status": "Status: Downloaded newer image"}]
         for end in (b"\r\n", b"\n", b"\n\n"):
             with self.subTest(end):
@@ -330,11 +330,11 @@ class TestPull(EngineCase):
                                ("only error", {"error": error})):
                 with self.subTest(error, line=what):
                     self.stream({"status": "Downloading"}, line, {"status": "never read"})
-                    told = []
+                    messages = []
                     with self.assertRaises(PullFailed) as caught:
-                        self.engine.pull(REFERENCE, None, told.append)
+                        self.engine.pull(REFERENCE, None, messages.append)
                     self.assertEqual((code, error), (caught.exception.code, str(caught.exception)))
-                    self.assertEqual([{"status": "Downloading"}], told)
+                    self.assertEqual([{"status": "Downloading"}], messages)
 
     def test_errors_with_a_status(self):
         for status, message, code in ((404, f"manifest for {REFERENCE} not found", "MANIFEST_UNKNOWN"),
@@ -348,7 +348,7 @@ class TestPull(EngineCase):
                     self.pull()
                 self.assertEqual((code, message), (caught.exception.code, str(caught.exception)))
 
-    def test_a_status_without_a_message(self):
+    def test_status_without_a_message(self):
         for status, body in ((500, b""), (500, {}), (503, {"message": ""}), (500, {"message": 5})):
             with self.subTest(status, body=body):
                 self.daemon.pulls[str(REFERENCE)] = http_answer(status, body)
@@ -363,7 +363,7 @@ class TestPull(EngineCase):
                     self.pull(reference=Reference.parse("team/app", tag, "r.example"))
                 self.assertEqual("MANIFEST_UNKNOWN", caught.exception.code, caught.exception)
 
-    def test_split_at_odd_places(self):
+    def test_messages_split_between_chunks(self):
         lines = [{"status": "Grüße ✓", "id": "a"}, {"status": "Downloading", "progressDetail": {"current": 1}}]
         data = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
         for size in (1, 2, 3, 7, len(data) - 1):
@@ -374,15 +374,15 @@ class TestPull(EngineCase):
                     + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
                 self.assertEqual(lines, self.pull())
 
-    def test_nonsense_in_the_stream(self):
+    def test_malformed_messages(self):
         for what, body, expected in (
-                ("no JSON", b'{"status":"a"}\nhello there\n', "hello there"),
-                ("no object", b'[1,2]\n', "[1,2]"),
+                ("not JSON", b'{"status":"a"}\nhello there\n', "hello there"),
+                ("not an object", b'[1,2]\n', "[1,2]"),
                 ("a number", b"5", "5"),
                 ("no UTF-8", b"\xff\xfe\n", "xff"),
                 ("very deep", b"[" * 200_000 + b"\n", "[[[["),
                 ("half a line at the end", b'{"status":"a"}\n{"stat', '{"stat'),
-                ("a line without an end", b" " * (module.MANIFEST_LIMIT + module.MIB), "a line of more than")):
+                ("an endless line", b" " * (module.MANIFEST_LIMIT + module.MIB), "a line of more than")):
             with self.subTest(what):
                 self.daemon.pulls[str(REFERENCE)] = chunked(body)
                 error = self.error_of(self.pull)
@@ -390,7 +390,7 @@ class TestPull(EngineCase):
                 self.assertIn(expected, error.detail)
                 self.assertLess(len(error.detail), 1000)
 
-    def test_the_connection_breaks(self):
+    def test_connection_closed(self):
         whole = chunked(b'{"status":"a"}\n' * 10)
         for what, answer in (("in a chunk", whole[:-20]), ("before the last chunk", whole[:-5])):
             with self.subTest(what):
@@ -400,8 +400,8 @@ class TestPull(EngineCase):
                 self.assertIn("Docker is restarting", error.detail)
 
 
-class TestBrokenAnswers(EngineCase):
-    """Whatever comes, it is a RegistryError that says so. A pull has its own way with a status that is no 200."""
+class TestMalformedResponses(EngineCase):
+    """Each malformed response leads to a RegistryError. A pull may raise PullFailed for an error status."""
 
     CALLS = (
         ("/version ", lambda engine: engine.info()),
@@ -418,8 +418,8 @@ class TestBrokenAnswers(EngineCase):
         ("403 with JSON", http_answer(403, {"message": "policy"}), "ENGINE_FAILED", "allow that call"),
         ("200 with garbage", http_answer(200, b"\0\1\2garbage"), "ENGINE_FAILED", "garbage"),
         ("200 with deep JSON", http_answer(200, b"[" * 200_000), "ENGINE_FAILED", "not JSON"),
-        ("no answer", b"", "UNAVAILABLE", "Docker is restarting"),
-        ("no HTTP", b"SSH-2.0-OpenSSH_9.6\r\n", "ENGINE_FAILED", "SSH-2.0-OpenSSH_9.6"),
+        ("no response", b"", "UNAVAILABLE", "Docker is restarting"),
+        ("not HTTP", b"SSH-2.0-OpenSSH_9.6\r\n", "ENGINE_FAILED", "SSH-2.0-OpenSSH_9.6"),
         ("an endless header", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, "ENGINE_FAILED", "header line"),
         ("half of a chunk", chunked(b'{"status": "hello"}')[:-20], "UNAVAILABLE", "Docker is restarting"),
     )
@@ -437,12 +437,12 @@ class TestBrokenAnswers(EngineCase):
                 with self.subTest(what, path=path):
                     self.check(path, call, answer, code, text)
 
-    def test_half_an_answer(self):
+    def test_incomplete_response(self):
         for path, call in self.CALLS[:-1]:
             with self.subTest(path):
                 self.check(path, call, http_answer(200, {"Id": "x" * 100})[:-50], "UNAVAILABLE", "Docker is restarting")
 
-    def test_json_of_another_form(self):
+    def test_unexpected_json(self):
         version, info, image = {"Version": "1", "ApiVersion": "1.51"}, {"ID": "x"}, {"Id": self.image.digest}
         calls = dict(self.CALLS)
         for path, text, documents in (
@@ -463,7 +463,7 @@ class TestBrokenAnswers(EngineCase):
                 with self.subTest(path, document=document):
                     self.check(path, calls[path], http_answer(200, document), "ENGINE_FAILED", text)
 
-    def test_the_same_engine_afterwards(self):
+    def test_engine_recovers(self):
         for what, answer, _, _ in self.ANSWERS:
             with self.subTest(what):
                 self.daemon.faults = {"/images/": answer}
@@ -486,7 +486,7 @@ class TestGrpc(EngineCase):
                 engine.info()
                 self.daemon.requests.clear()
                 with engine.open_grpc() as sock:
-                    if len(requests) > 1:  # it is a new connection, on which anything can be asked
+                    if len(requests) > 1:  # it is a new connection, which must be usable
                         sock.sendall(b"GET /second HTTP/1.1\r\n\r\n")
                     self.assertEqual(b"behind", sock.recv(100, socket.MSG_WAITALL))
                 self.assertEqual(requests, [line.split(" ")[0] for line in self.daemon.requests])
@@ -520,7 +520,7 @@ class TestAdvice(unittest.TestCase):
                 with self.subTest(repr(error), text=text):
                     self.assertIn(text, host.advice(error))
 
-    def test_nobody_there(self):
+    def test_unreachable_daemon(self):
         with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
             folder = Path(folder)
             (folder / "file").write_bytes(b"")
@@ -544,7 +544,7 @@ class TestAdvice(unittest.TestCase):
 
 
 class Proxy:
-    """Docker on a port, with TLS or without: hands every connection on to a unix socket. Use it in a `with`."""
+    """Docker on a TCP port, with or without TLS: forwards each connection to a unix socket. Use it in a `with`."""
 
     def __init__(self, path, tls=None):
         self.path, self.tls = path, tls
@@ -587,12 +587,12 @@ class TestTcp(EngineCase):
 
 @unittest.skipUnless(trustme, "needs the package trustme")
 class TestTls(EngineCase):
-    """A daemon that shows a certificate and demands one, both of the same authority."""
+    """A daemon that has a certificate and requires one, both signed by the same authority."""
 
     def setUp(self):
         super().setUp()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.authority, self.stranger = trustme.CA(), trustme.CA()
+        self.authority, self.other = trustme.CA(), trustme.CA()
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.authority.issue_cert("127.0.0.1").configure_cert(tls)
         self.authority.configure_trust(tls)
@@ -600,7 +600,7 @@ class TestTls(EngineCase):
         self.proxy = self.stack.enter_context(Proxy(self.daemon.path, tls))
 
     def host(self, trusted, issuer):
-        """The environment's host, for a client that trusts one authority and has a certificate of another."""
+        """Return the EngineHost of a client that trusts one authority and has a certificate signed by another."""
         certificate = issuer.issue_cert("client@example.org")
         trusted.cert_pem.write_to_path(str(self.folder / "ca.pem"))
         certificate.private_key_pem.write_to_path(str(self.folder / "key.pem"))
@@ -616,25 +616,25 @@ class TestTls(EngineCase):
 
     def test_bad_certificates(self):
         for what, host, reason in (
-                ("Docker's is of a stranger", self.host(self.stranger, self.authority), "certificate verify failed"),
-                ("ours is of a stranger", self.host(self.authority, self.stranger), "UNKNOWN_CA|unknown ca|was lost"),
-                ("no TLS on our side", EngineHost(host="127.0.0.1", port=self.proxy.port), "was lost")):
+                ("unknown issuer of Docker's", self.host(self.other, self.authority), "certificate verify failed"),
+                ("unknown issuer of ours", self.host(self.authority, self.other), "UNKNOWN_CA|unknown ca|was lost"),
+                ("the client uses no TLS", EngineHost(host="127.0.0.1", port=self.proxy.port), "was lost")):
             with self.subTest(what):
                 error = self.error_of(Engine(host).info)
                 self.assertEqual("UNAVAILABLE", error.code)
                 self.assertRegex(error.detail, reason)
 
-    def test_the_host_has_to_match(self):
+    def test_host_name_must_match(self):
         host = self.host(self.authority, self.authority)
         host = EngineHost(host="localhost", port=host.port, tls=host.tls)
         error = self.error_of(Engine(host).info)
         self.assertEqual("UNAVAILABLE", error.code)
         self.assertIn("certificate is not valid for 'localhost'", error.detail)
 
-    def test_files_that_are_not_there(self):
+    def test_missing_and_malformed_files(self):
         for name in ("ca.pem", "cert.pem", "key.pem"):
             for what, spoil in (("missing", Path.unlink), ("empty", lambda path: path.write_bytes(b"")),
-                                ("nonsense", lambda path: path.write_bytes(b"hello"))):
+                                ("malformed", lambda path: path.write_bytes(b"hello"))):
                 with self.subTest(name, what=what):
                     self.host(self.authority, self.authority)
                     spoil(self.folder / name)

@@ -1,4 +1,4 @@
-"""Real engines, real origins, a real containerd as the node. See lab.py for how to bring them up."""
+"""Real engines, real origins, and a real containerd as the node. lab.py says how to start them."""
 
 import base64
 import concurrent.futures
@@ -32,13 +32,13 @@ def basic(user, password):
 
 
 def together(count, call):
-    """Call something from several threads at once; the results."""
+    """Call a function from several threads at once; return the results."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         return [future.result() for future in [pool.submit(call, i) for i in range(count)]]
 
 
 class EngineCase(unittest.TestCase):
-    """Tests against one engine, with a fresh program and a fresh repository name for each."""
+    """Tests against one engine. Each test has a new program and a new repository name."""
 
     engine: lab.Engine
 
@@ -65,7 +65,7 @@ class EngineCase(unittest.TestCase):
         return f"/v2/library/{name or self.name}/manifests/{target}?ns={ns}"
 
     def on_origin(self, origin="open", files=None):
-        """An image that only an origin has: (reference, digest there)."""
+        """Make an image that only an origin has. Returns (reference, its digest there)."""
         self.build("origin", files)
         digest = lab.ORIGINS[origin].push(self.engine, f"{self.name}:origin", f"lab/{self.name}:1")
         self.engine.remove(f"{self.name}:origin")
@@ -78,7 +78,7 @@ class EngineCase(unittest.TestCase):
 
 
 class EveryEngine:
-    """Tests that hold on every engine, whatever its image store."""
+    """Tests that hold for every engine, with either image store."""
 
     def test_pull_by_tag(self):
         image_id = self.build("1", {"one": b"1" * 100_000, "two": b"2"})
@@ -107,7 +107,7 @@ class EveryEngine:
         by_digest = program.get(self.manifest_path(get.headers["Docker-Content-Digest"]))
         self.assertEqual((200, get.body), (by_digest.status, by_digest.body))
 
-    def test_bare_names_and_names_with_our_own_host(self):
+    def test_names_without_host_and_with_own_host(self):
         self.build()
         program = self.program()
         nested = f"nested/{self.name}/deep"
@@ -122,7 +122,7 @@ class EveryEngine:
             with self.subTest(path):
                 self.assertEqual(expected, program.get(path).headers["Docker-Content-Digest"])
         self.assertEqual(404, program.get(f"/v2/{self.name}/manifests/2").status)
-        self.assertEqual([], program.jobs("pull"), "without ns nothing is pulled")
+        self.assertEqual([], program.jobs("pull"), "nothing is pulled without ns")
 
     def test_blobs_and_ranges(self):
         content = os.urandom(300_000)
@@ -149,7 +149,7 @@ class EveryEngine:
         beyond = program.get(path, Range=f"bytes={size}-")
         self.assertEqual((416, f"bytes */{size}"), (beyond.status, beyond.headers["Content-Range"]))
 
-    def test_a_manifest_is_not_a_blob(self):
+    def test_manifest_is_not_a_blob(self):
         self.build()
         program = self.program()
         digest = program.head(self.manifest_path("1")).headers["Docker-Content-Digest"]
@@ -158,7 +158,7 @@ class EveryEngine:
             self.assertEqual(404, answer.status)
         self.assertEqual("BLOB_UNKNOWN", program.get(f"/v2/library/{self.name}/blobs/{digest}").code)
 
-    def test_live_retag(self):
+    def test_moved_tag_is_served_at_once(self):
         self.build("1", {"a": b"first"})
         self.build("2", {"a": b"second"})
         program = self.program()
@@ -172,7 +172,7 @@ class EveryEngine:
         digest = lab.NODE.digest(reference)
         self.check_identity(rebuilt, digest, json.loads(lab.NODE.content(digest)))
 
-    def test_missing_image_is_pulled_once_for_all(self):
+    def test_concurrent_requests_share_one_pull(self):
         reference, _ = self.on_origin(files={"data": os.urandom(3_000_000)})
         program = self.program()
         answers = together(8, lambda i: program.request("GET" if i % 2 else "HEAD", self.origin_path("1")))
@@ -182,7 +182,7 @@ class EveryEngine:
         self.assertEqual(1, len(program.lines(f"pull {reference}: done")))
         self.pull(program, reference)
 
-    def test_a_client_that_hangs_up_does_not_cancel_the_pull(self):
+    def test_client_disconnect_does_not_cancel_the_pull(self):
         reference, _ = self.on_origin(files={"data": os.urandom(3_000_000)})
         program = self.program()
         with socket.create_connection(("127.0.0.1", program.port)) as client:
@@ -217,15 +217,15 @@ class EveryEngine:
         for secret in (lab.PASSWORD, "wr0ng", right.split()[1], wrong.split()[1]):
             self.assertNotIn(secret, log)
 
-    def test_credentials_of_the_host(self):
-        """config.json counts when the request brings none; what the request brings wins."""
+    def test_credentials_from_config_json(self):
+        """config.json is used if the request has no credentials. Those in the request take precedence."""
         self.on_origin("private")
         path = self.origin_path("1", "private")
         for what, config, authorization, status in (
-                ("the host's", f"{lab.USER}:{lab.PASSWORD}", None, 200),
-                ("the pod's wrong ones win", f"{lab.USER}:{lab.PASSWORD}", basic(lab.USER, "wr0ng"), 401),
-                ("the pod's right ones win", "somebody:else", basic(lab.USER, lab.PASSWORD), 200),
-                ("the host's wrong ones", "somebody:else", None, 401)):
+                ("those of the host", f"{lab.USER}:{lab.PASSWORD}", None, 200),
+                ("wrong ones of the pod take precedence", f"{lab.USER}:{lab.PASSWORD}", basic(lab.USER, "wr0ng"), 401),
+                ("right ones of the pod take precedence", "somebody:else", basic(lab.USER, lab.PASSWORD), 200),
+                ("wrong ones of the host", "somebody:else", None, 401)):
             with self.subTest(what), tempfile.TemporaryDirectory() as folder:
                 auths = {lab.ORIGINS["private"].host: {"auth": basic(*config.split(":")).split()[1]}}
                 (Path(folder) / "config.json").write_text(json.dumps({"auths": auths}))
@@ -238,7 +238,7 @@ class EveryEngine:
 
     def test_pull_failures(self):
         program = self.program()
-        nobody = f"127.0.0.1:1/lab/{self.name}:1"
+        unreachable = f"127.0.0.1:1/lab/{self.name}:1"
         for what, path, authorization, status in (
                 ("no such repository", f"/v2/lab/no-{self.name}/manifests/1?ns={lab.ORIGINS['open'].host}", None, 401),
                 ("the same, logged in", f"/v2/lab/no-{self.name}/manifests/1?ns={lab.ORIGINS['open'].host}",
@@ -248,9 +248,9 @@ class EveryEngine:
                 answer = program.get(path, **({"Authorization": authorization} if authorization else {}))
                 self.assertEqual(status, answer.status, answer.body)
         self.assertIn("connection refused", program.get(f"/v2/lab/{self.name}/manifests/1?ns=127.0.0.1:1").detail)
-        program.wait_for_line(f"pull {nobody}: failed")
+        program.wait_for_line(f"pull {unreachable}: failed")
 
-    def test_origins_that_refuse(self):
+    def test_origin_error_statuses(self):
         program = self.program()
         for what, status, body, expected, code in (
                 ("rate limit", 429, "TOOMANYREQUESTS", 429, "TOOMANYREQUESTS"),
@@ -260,7 +260,7 @@ class EveryEngine:
                 answer = program.get(f"/v2/lab/{self.name}/manifests/1?ns={host}")
                 self.assertEqual((expected, code), (answer.status, answer.code), answer.body)
 
-    def test_an_origin_that_wants_a_token(self):
+    def test_origin_with_token_authentication(self):
         self.build("origin")
         lab.ORIGINS["open"].push(self.engine, f"{self.name}:origin", f"lab/{self.name}:1")
         with lab.TokenOrigin(lab.ORIGINS["open"], private=True) as origin:
@@ -275,13 +275,13 @@ class EveryEngine:
             self.pull(program, reference, user=f"{lab.USER}:{lab.PASSWORD}")
             self.assertFalse(program.lines(lab.PASSWORD))
 
-    def test_an_origin_that_talks_garbage(self):
+    def test_malformed_manifest_from_origin(self):
         with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
             origin.answers = {"/manifests/": (200, b"<html>garbage")}
             answer = self.program().get(f"/v2/lab/{self.name}/manifests/1?ns={origin.host}")
             self.assertEqual(502, answer.status, answer.body)
 
-    def test_ten_nodes_at_once(self):
+    def test_ten_concurrent_nodes(self):
         self.build("1", {f"file{i}": os.urandom(2_000_000) for i in range(3)})
         program = self.program()
         layers = [layer["digest"] for layer in self.image_manifest(program)["layers"]][-3:]
@@ -289,7 +289,7 @@ class EveryEngine:
         answers = together(30, lambda i: program.get(path.format(layers[i % 3])))
         self.assertEqual([layers[i % 3] for i in range(30)], [sha256(answer.body) for answer in answers])
 
-    def test_memory_with_ten_nodes_at_once(self):
+    def test_memory_with_ten_concurrent_nodes(self):
         self.build("1", {f"file{i}": os.urandom(MIB) * 24 for i in range(3)})
         program = self.program()
         layers = [layer["digest"] for layer in self.image_manifest(program)["layers"]][-3:]
@@ -305,13 +305,13 @@ class EveryEngine:
         self.assertEqual([layers[i % 3] for i in range(30)], together(30, read))
         self.assertLess(program.peak_memory(), 64 * MIB)
 
-    def test_memory_does_not_grow_with_the_layer(self):
+    def test_memory_does_not_depend_on_layer_size(self):
         self.build("1", {"data": os.urandom(MIB) * 96})
         program = self.program()
         self.pull(program, f"docker.io/library/{self.name}:1")
         self.assertLess(program.peak_memory(), 64 * MIB)
 
-    def test_the_daemon_restarts(self):
+    def test_daemon_restart(self):
         self.build()
         program = self.program()
         path = self.manifest_path("1")
@@ -341,7 +341,7 @@ class EveryEngine:
         self.assertTrue((lab.SHARE / self.name / "manifest.json").exists())
 
     def image_manifest(self, program):
-        """The image manifest, of this platform, behind tag 1."""
+        """Return the image manifest of this platform behind tag 1."""
         manifest = program.get(self.manifest_path("1")).json
         if "manifests" in manifest:
             manifest = program.get(self.manifest_path(manifest["manifests"][0]["digest"])).json
@@ -349,18 +349,18 @@ class EveryEngine:
 
 
 class InContainer:
-    """The image of the Dockerfile, on an engine that runs it."""
+    """The image of the Dockerfile, on an engine that can run it."""
 
     def is_healthy(self, image, address):
-        """Run the image's health check: in a container of its own, because Docker's exec enters the wrong root
+        """Run the image's health check: in a separate container, because Docker's exec enters the wrong root
         when dockerd runs in a chroot, as it does in the lab."""
         kind, command, *arguments = self.engine.inspect(image)["Config"]["Healthcheck"]["Test"]
         self.assertEqual("CMD", kind)
         return self.engine.docker("run", "--rm", "--no-healthcheck", "--network", "host", "--entrypoint", command,
                                   "-e", f"REGISTRY_HTTP_ADDR={address}", image, *arguments) == "healthy"
 
-    def test_the_image(self):
-        """Built, run as PID 1 with the socket mounted, healthy, pulled from, and stopped in good order."""
+    def test_container_image(self):
+        """Build the image, run it as PID 1 with the socket mounted, check its health, pull from it, and stop it."""
         lab.python_image(self.engine)
         self.build()
         ours = f"{self.name}-ours"
@@ -392,7 +392,7 @@ class InContainer:
 
 
 class ContainerdStore(EveryEngine):
-    """What holds with the containerd image store: the node gets exactly what Docker has."""
+    """Tests for the containerd image store: the node gets exactly the manifests that Docker has."""
 
     def check_identity(self, image_id, digest, manifest):
         self.assertEqual(image_id, digest)
@@ -406,17 +406,17 @@ class ContainerdStore(EveryEngine):
         self.pull(program, by_digest)
         self.assertEqual(digest, lab.NODE.digest(by_digest))
         lab.NODE.forget()
-        self.pull(program, by_digest)  # now Docker has it
+        self.pull(program, by_digest)  # Docker has it by now
         self.assertEqual(1, len(program.jobs("pull")))
 
-    def test_nothing_on_our_disk(self):
+    def test_store_stays_empty(self):
         self.build()
         program = self.program()
         self.pull(program, f"docker.io/library/{self.name}:1")
         self.assertFalse(program.store.exists())
 
-    def test_ten_nodes_cost_docker_two_reads(self):
-        """One for the first, and one that all others share."""
+    def test_ten_nodes_cause_two_reads_from_docker(self):
+        """One read is for the first node, the other one is shared by all others."""
         size = 48 * MIB
         self.build("1", {"data": os.urandom(MIB) * 48})
         sent = []
@@ -430,7 +430,7 @@ class ContainerdStore(EveryEngine):
             answers = together(10, lambda i: sha256(responses[i].read()))
         self.assertEqual({layer["digest"]}, set(answers))
         self.assertLess(sum(sent), 2.5 * min(size, layer["size"]))
-        self.assertEqual([], list(program.store.iterdir()), "and nothing stays on the disk")
+        self.assertEqual([], list(program.store.iterdir()), "the store must be empty")
 
     def test_index_with_attestation(self):
         image_id = self.build("1", None, "--provenance=mode=max")
@@ -448,8 +448,8 @@ class ContainerdStore(EveryEngine):
         self.pull(program, reference)
         self.assertEqual(image_id, lab.NODE.digest(reference))
 
-    def test_a_platform_that_docker_lacks(self):
-        """An index of which Docker has one platform: the other is 404, and nothing is pulled for it."""
+    def test_platform_missing_in_docker(self):
+        """Docker has one platform of an index. The other one is 404, and no pull is started for it."""
         origin = lab.ORIGINS["open"]
         index, (mine, foreign) = lab.push_platforms(origin, f"lab/{self.name}", "1", ["amd64", "arm64"])
         program = self.program()
@@ -462,8 +462,8 @@ class ContainerdStore(EveryEngine):
         self.assertIn("--platform", other.detail)
         self.assertEqual(1, len(program.jobs("pull")))
 
-    def test_an_engine_without_the_content_service(self):
-        """The export takes over, and the digests stay what they are."""
+    def test_engine_without_content_service(self):
+        """The image is exported instead, and the digests stay the same."""
         image_id = self.build("1", None, "--provenance=mode=max")
         with lab.filtered(self.engine, refuse=b"/grpc") as socket_path:
             program = Program(f"unix://{socket_path}")
@@ -475,8 +475,8 @@ class ContainerdStore(EveryEngine):
             self.assertEqual(image_id, lab.NODE.digest(reference))
             self.assertEqual(1, len(program.jobs("export")))
 
-    def test_the_content_directory(self):
-        """Run where Docker's data folder can be read, which is inside the lab's root, with that root's Python."""
+    def test_content_directory(self):
+        """Run the program where Docker's data folder can be read: inside the lab's root, with that root's Python."""
         image_id = self.build()
         copy = lab.SHARE / f"{self.name}.py"
         shutil.copy(MODULE, copy)
@@ -491,12 +491,12 @@ class ContainerdStore(EveryEngine):
 
 
 class ClassicStore(EveryEngine):
-    """What holds with the classic image store: the node gets Docker's image, by a manifest of the export."""
+    """Tests for the classic image store: the node gets Docker's image, with a manifest made from the export."""
 
     def check_identity(self, image_id, digest, manifest):
         self.assertEqual(image_id, manifest["config"]["digest"])
 
-    def test_one_export_for_all(self):
+    def test_concurrent_requests_share_one_export(self):
         image_id = self.build("1", {"data": os.urandom(3_000_000)})
         program = self.program()
         answers = together(8, lambda _: program.get(self.manifest_path("1")))
@@ -520,7 +520,7 @@ class ClassicStore(EveryEngine):
         for path in program.store.glob("blobs/*/*"):
             self.assertEqual(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
-    def test_the_store_survives_and_can_be_lost(self):
+    def test_restart_with_and_without_the_store(self):
         self.build()
         with self.program() as program:
             manifest = program.get(self.manifest_path("1")).json
@@ -532,10 +532,10 @@ class ClassicStore(EveryEngine):
         fresh = self.program()
         for blob in (manifest["config"], manifest["layers"][-1]):
             path = f"/v2/library/{self.name}/blobs/{blob['digest']}?ns=docker.io"
-            self.assertEqual(blob["digest"], sha256(fresh.get(path).body), "a node that kept the manifest")
+            self.assertEqual(blob["digest"], sha256(fresh.get(path).body), "a node may still have the manifest")
 
-    def test_an_export_that_docker_cannot_finish(self):
-        """A file is missing in Docker's own data: an error at the end of a response that seems good."""
+    def test_export_with_error_at_the_end(self):
+        """A file is missing in Docker's own data, so the response starts well and ends with an error."""
         image_id = self.build("1", {"data": os.urandom(100_000), "gone": b"gone"})
         folder = Path(self.engine.inspect(f"{self.name}:1")["GraphDriver"]["Data"]["UpperDir"])
         victim = lab.SHARE / folder.relative_to("/lab") / "gone"

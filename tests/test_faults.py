@@ -1,4 +1,4 @@
-"""What a real engine won't do on demand: a daemon that breaks off, lies, or says nothing."""
+"""Faults that a real engine does not produce on demand: closed connections, wrong content, no response."""
 
 import http.client
 import json
@@ -44,7 +44,7 @@ HTTP_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 class FaultCase(unittest.TestCase):
     def start(self, store="containerd", grpc="upgrade", add=True):
-        """A daemon with one image, app:1, and a registry on it."""
+        """Start a daemon with one image, app:1, and a registry on it."""
         self.daemon = self.enterContext(FakeDaemon(store, grpc))
         self.image = Image()
         if add:
@@ -63,7 +63,7 @@ class FaultCase(unittest.TestCase):
         return f"/v2/library/app/blobs/{sha256(self.image.layer)}?ns=docker.io"
 
     def assert_serves(self):
-        """It is still up, and whole images come out of it."""
+        """Check that the program still runs and serves complete images."""
         manifest = self.program.get(MANIFEST)
         self.assertEqual((200, self.image.manifest), (manifest.status, manifest.body))
         layer = self.program.get(self.layer_path())
@@ -72,10 +72,10 @@ class FaultCase(unittest.TestCase):
 
 
 class TestExports(FaultCase):
-    """The classic store: an export is good only when all of it arrived."""
+    """The classic store: only a complete export is used."""
 
     def check_broken(self, export, *expected):
-        """The export makes one error with these texts in its reason, leaves nothing, and a good one is fine then."""
+        """Check that this export is one error with these texts and leaves no files, and that a good one works then."""
         self.start("classic")
         image_id, good = self.image.config_digest, self.daemon.exports[self.image.config_digest]
         self.daemon.exports[image_id] = export
@@ -101,35 +101,35 @@ class TestExports(FaultCase):
         complaint = b'{"message":"open /var/lib/docker/overlay2/x: no such file or directory"}\n'
         self.check_broken(Image().export()[:2048] + complaint, "open /var/lib/docker/overlay2/x: no such file")
 
-    def test_no_tar_at_all(self):
+    def test_not_a_tar(self):
         self.check_broken(b"<html>it works</html>" * 100, "not complete")
 
-    def test_a_blob_is_missing(self):
+    def test_missing_blob(self):
         image = Image()
         self.check_broken(image.export(leave_out={sha256(image.layer)}), "lacks 1 of 2 blobs", sha256(image.layer))
 
-    def test_all_blobs_are_missing(self):
-        """The bug of Docker's containerd store: only the manifest is in the export."""
+    def test_all_blobs_missing(self):
+        """A bug of Docker's containerd store: the export contains only the manifest."""
         image = Image()
         self.check_broken(image.export(leave_out={sha256(image.layer), sha256(image.config)}), "lacks 2 of 2 blobs")
 
-    def test_a_blob_with_other_bytes(self):
+    def test_blob_with_wrong_bytes(self):
         image = Image()
         self.check_broken(image.export(replace={sha256(image.layer): b"x" * len(image.layer)}),
                           f"exported {sha256(image.layer)} with the bytes of")
 
-    def test_another_image(self):
+    def test_export_of_another_image(self):
         self.check_broken(Image("other").export(), "no manifest for this image")
 
-    def test_nonsense_where_the_index_should_be(self):
+    def test_malformed_index(self):
         for index in (b"[]", b"{", b'{"manifests": 1}', b'{"manifests": [{"digest": "../../etc/passwd"}]}'):
             with self.subTest(index):
                 export = Image().export().replace(b"index.json", b"index.jsox")
-                with self.subTest("as a member of its own"):
+                with self.subTest("as a separate member"):
                                 self.check_broken(tar_of({"index.json": index}) or export, "not complete")
                 self.doCleanups()
 
-    def test_the_connection_breaks(self):
+    def test_connection_closed(self):
         self.start("classic")
         whole = chunked(self.daemon.exports[self.image.config_digest])
         self.daemon.faults["/get "] = whole[:5000]
@@ -139,14 +139,14 @@ class TestExports(FaultCase):
         self.daemon.faults.clear()
         self.assert_serves()
 
-    def test_docker_refuses(self):
+    def test_export_error_status(self):
         self.start("classic")
         self.daemon.faults["/get "] = http_answer(500, {"message": "write /tmp/x: no space left on device"})
         answer = self.program.get(MANIFEST)
         self.assertEqual((502, "ENGINE_FAILED"), (answer.status, answer.code))
         self.assertIn("no space left on device", answer.detail)
 
-    def test_a_docker_archive(self):
+    def test_docker_archive(self):
         self.start("classic")
         self.daemon.exports[self.image.config_digest] = self.image.docker_archive()
         manifest = self.program.get(MANIFEST)
@@ -156,7 +156,7 @@ class TestExports(FaultCase):
         self.assertEqual(self.image.layer, self.program.get(self.layer_path()).body)
 
     def test_hostile_members(self):
-        """Names that lead elsewhere: nothing is written outside of the store, and the export still counts."""
+        """Names that lead out of the store: nothing is written outside, and the rest of the export is used."""
         self.start("classic")
         hostile = tar_of({"../../evil.tar": b"x", "/abs.json": b"{}", "blobs/../../../evil": b"x"})[:-10240]
         self.daemon.exports[self.image.config_digest] = hostile + self.image.export()
@@ -164,8 +164,8 @@ class TestExports(FaultCase):
         names = {path.name for path in self.program.store.parent.rglob("*") if path.is_file()}
         self.assertEqual({digest.split(":")[1] for digest in (*self.image.blobs, self.image.config_digest)}, names)
 
-    def test_a_full_disk(self):
-        """The store's place is taken by a file: our own fault, said as such."""
+    def test_unwritable_store(self):
+        """A file is in the place of the store. The error says that the fault is the registry's own."""
         self.start("classic")
         self.program.store.parent.mkdir(exist_ok=True)
         self.program.store.write_bytes(b"")
@@ -176,10 +176,10 @@ class TestExports(FaultCase):
 
 
 class TestSharedExports(FaultCase):
-    """The classic store: exports that have layers in common, and exports that fail while somebody waits."""
+    """The classic store: exports with common layers, and exports that fail while several clients wait."""
 
-    def test_a_layer_that_another_export_brings_first(self):
-        """Two images on one base, exported at the same time."""
+    def test_layer_arrives_with_another_export(self):
+        """Two images with the same base are exported at the same time."""
         base = Image("x" * 1_000_000).layer
         self.start("classic", add=False)
         self.image = self.daemon.add("app:1", Image("one", [base]))
@@ -187,7 +187,7 @@ class TestSharedExports(FaultCase):
         self.addCleanup(go_on.set)
         start = whole.index(base) - tarfile.BLOCKSIZE
 
-        def send(sock):  # up to the base layer, and the rest later
+        def send(sock):  # up to the base layer; the rest follows later
             sock.sendall(chunked(whole[:start])[:-5])
             go_on.wait(30)
             sock.sendall(chunked(whole[start:]).split(b"\r\n\r\n", 1)[1])
@@ -206,8 +206,8 @@ class TestSharedExports(FaultCase):
         self.assert_serves()
         self.assertEqual(2, len(self.program.jobs("export")))
 
-    def test_a_store_that_a_crash_cut_short(self):
-        """Content that is there in part is exported again."""
+    def test_truncated_content_is_exported_again(self):
+        """A crash may leave truncated content."""
         self.start("classic")
         self.assert_serves()
         for path in self.program.store.glob("docker/*/*"):
@@ -215,8 +215,8 @@ class TestSharedExports(FaultCase):
         self.assert_serves()
         self.assertEqual(2, len(self.program.jobs("export")))
 
-    def test_few_files_are_open(self):
-        """However many blobs an export has: an image has up to 127 layers, and another blob for each in its export."""
+    def test_number_of_open_files(self):
+        """It does not depend on the number of blobs: up to 127 layers, and another blob for each in its export."""
         self.start("classic", add=False)
         self.image = self.daemon.add("app:1", Image("top", [Image(f"layer {i}").layer for i in range(120)]))
         whole, asked, go_on = self.daemon.exports[self.image.config_digest], threading.Event(), threading.Event()
@@ -238,8 +238,8 @@ class TestSharedExports(FaultCase):
         self.assertLess(files, 30)
         self.assert_serves()
 
-    def test_the_disk_is_full(self):
-        """Only a real disk is ever full: here, its limit on the size of a file."""
+    def test_disk_full(self):
+        """Simulated by a limit on the size of files."""
         self.start("classic", add=False)
         self.image = self.daemon.add("app:1", Image("x" * 1_000_000))
         resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
@@ -247,16 +247,16 @@ class TestSharedExports(FaultCase):
         self.assertEqual((500, "STORE_FAILED"), (answer.status, answer.code))
         self.assertEqual([], [path for path in self.program.store.rglob("*") if path.is_file()])
         files = [str(path.resolve()) for path in Path(f"/proc/{self.program.process.pid}/fd").iterdir()]
-        self.assertEqual([], [path for path in files if str(self.program.store) in path], "nothing is held open")
+        self.assertEqual([], [path for path in files if str(self.program.store) in path], "no file may stay open")
         resource.prlimit(self.program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         self.assert_serves()
 
 
 class TestContentService(FaultCase):
-    """The containerd store: what goes wrong on the HTTP/2 connection behind the socket."""
+    """The containerd store: faults on the HTTP/2 connection through the socket."""
 
     def check_reading(self, reading, status, code, text):
-        """A fault before the first byte is an answer with a status; then all is well again."""
+        """A fault before the first byte leads to an error status. The next request succeeds."""
         self.start()
         self.daemon.reading = reading
         answer = self.program.get(self.layer_path())
@@ -266,7 +266,7 @@ class TestContentService(FaultCase):
         self.assert_serves()
 
     def check_broken_in_the_middle(self, ending, text):
-        """After half of the content it is too late for a status: the connection is closed, the log says why."""
+        """After half of the content it is too late for a status: the connection is closed, and the log says why."""
         self.start()
 
         def half(sock, stream, _, data):
@@ -295,7 +295,7 @@ class TestContentService(FaultCase):
             lambda sock, stream: sock.sendall(frame(RESET, 0, stream, struct.pack(">I", 2))),
             "reset the stream, code 2")
 
-    def test_connection_lost_in_the_middle(self):
+    def test_connection_closed_in_the_middle(self):
         self.check_broken_in_the_middle(lambda sock, stream: sock.shutdown(2), "connection was closed")
 
     def test_content_that_ends_early(self):
@@ -303,7 +303,7 @@ class TestContentService(FaultCase):
             lambda sock, stream: sock.sendall(frame(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_OK)),
             "bytes too few")
 
-    def test_an_error_at_the_end_of_half_the_content(self):
+    def test_error_status_after_half_the_content(self):
         self.check_broken_in_the_middle(
             lambda sock, stream: sock.sendall(frame(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_NOT_FOUND)),
             "gRPC status 5")
@@ -322,15 +322,15 @@ class TestContentService(FaultCase):
                 frame(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_NOT_FOUND)),
             404, "BLOB_UNKNOWN", "gRPC status 5")
 
-    def test_trailers_without_a_status_that_we_know(self):
+    def test_trailers_without_readable_status(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(frame(
             HEADERS, END_HEADERS | END_STREAM, stream, b"\xbe\xbf")), 502, "ENGINE_FAILED", "no readable grpc-status")
 
-    def test_garbage(self):
+    def test_not_http2(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(b"HTTP/1.1 500 Oops\r\n\r\n" * 10),
                            502, "ENGINE_FAILED", "does not speak HTTP/2")
 
-    def test_a_huge_message(self):
+    def test_huge_message(self):
         self.check_reading(lambda sock, stream, *_: sock.sendall(
             frame(DATA, 0, stream, struct.pack(">BI", 0, 2**31))), 502, "ENGINE_FAILED", "gRPC message: ")
 
@@ -339,7 +339,7 @@ class TestContentService(FaultCase):
             frame(DATA, 0, stream, message(b"\x12\xff"))), 502, "ENGINE_FAILED", "protobuf")
 
     def test_ping_padding_continuation_and_unknown_frames(self):
-        """All that HTTP/2 allows around the data: PING is answered, the rest is understood or skipped."""
+        """Everything that HTTP/2 allows around the data: PING is answered, the rest is parsed or skipped."""
         self.start()
         answers = []
 
@@ -359,11 +359,11 @@ class TestContentService(FaultCase):
         self.assertEqual((200, self.image.layer), (answer.status, answer.body))
         self.assertIn(frame(PING, 1, 0, b"12345678"), answers)
 
-    def test_every_fault_while_connecting(self):
-        """The engine answers /grpc with nonsense: the registry says so, and exports."""
+    def test_faults_while_connecting(self):
+        """The engine sends a malformed response for /grpc: the registry logs it, and exports images."""
         for what, fault in (
-                ("nothing", lambda sock: b""), ("half an answer", b"HTTP/1.1 10"),
-                ("no HTTP/2 behind the 101", b"HTTP/1.1 101 UPGRADED\r\n\r\n" + b"\x00" * 20 + b"hello")):
+                ("no response", lambda sock: b""), ("half of a response", b"HTTP/1.1 10"),
+                ("no HTTP/2 after the 101", b"HTTP/1.1 101 UPGRADED\r\n\r\n" + b"\x00" * 20 + b"hello")):
             with self.subTest(what):
                 self.start()
                 self.daemon.faults["/grpc "] = fault
@@ -376,21 +376,21 @@ class TestContentService(FaultCase):
                 self.doCleanups()
 
     def test_prior_knowledge(self):
-        """An engine whose /grpc is gone, but whose socket speaks HTTP/2 right away."""
+        """An engine without /grpc, whose socket speaks HTTP/2 at once."""
         self.start(grpc="prior")
         self.program.wait_for_line("content from: store, content service")
         self.assert_serves()
         self.assertEqual([], self.program.jobs("export"))
 
-    def test_without_the_content_service(self):
-        """Neither way leads to it: the export takes over, and the log says so."""
+    def test_without_content_service(self):
+        """Neither way to it works: images are exported, and the log says so."""
         self.start(grpc=None)
         self.program.wait_for_line("images are exported one by one")
         self.assert_serves()
         self.assertEqual(1, len(self.program.jobs("export")))
 
     def test_flow_control(self):
-        """More than a window: a client that did not give the window back would be stuck with a real server."""
+        """Read more than a window. A real server stops sending to a client that does not extend the window."""
         self.start()
         big = os.urandom(40 * 1024 * 1024)
         self.daemon.content[sha256(big)] = big
@@ -418,22 +418,22 @@ class TestContentService(FaultCase):
             self.assertGreater(sum(count for stream, count in given if concerns(stream)), len(big) // 2, what)
 
 
-class TestAnswers(FaultCase):
-    """An engine that answers inspect with something else."""
+class TestInspect(FaultCase):
+    """An engine with other responses to an inspect request."""
 
-    def test_answers(self):
+    def test_inspect_responses(self):
         for what, fault, status, code, text in (
                 ("500", http_answer(500, {"message": "database is locked"}), 502, "ENGINE_FAILED",
                  "database is locked"),
                 ("500 in HTML", http_answer(500, b"<h1>Oops</h1>"), 502, "ENGINE_FAILED", "Oops"),
                 ("garbage", b"\x00\x01\x02\x03\r\n\r\n", 502, "ENGINE_FAILED", "malformed"),
-                ("garbage in JSON", http_answer(200, b"{{{{"), 502, "ENGINE_FAILED", "not JSON"),
-                ("the wrong JSON", http_answer(200, [1, 2]), 502, "ENGINE_FAILED", "lacks Id"),
+                ("malformed JSON", http_answer(200, b"{{{{"), 502, "ENGINE_FAILED", "not JSON"),
+                ("other JSON", http_answer(200, [1, 2]), 502, "ENGINE_FAILED", "lacks Id"),
                 ("a bad Id", http_answer(200, {"Id": "sha256:../../x"}), 502, "ENGINE_FAILED", "malformed"),
-                ("odd layers", http_answer(200, {"Id": "sha256:" + "a" * 64, "RootFS": [], "Size": "x"}),
+                ("malformed layers", http_answer(200, {"Id": "sha256:" + "a" * 64, "RootFS": [], "Size": "x"}),
                  502, "ENGINE_FAILED", "malformed"),
-                ("nothing", lambda sock: b"", 503, "UNAVAILABLE", "the connection"),
-                ("half", HTTP_OK + b"Content-Length: 100\r\n\r\n{", 503, "UNAVAILABLE", "the connection")):
+                ("no response", lambda sock: b"", 503, "UNAVAILABLE", "the connection"),
+                ("half a response", HTTP_OK + b"Content-Length: 100\r\n\r\n{", 503, "UNAVAILABLE", "the connection")):
             with self.subTest(what):
                 if not hasattr(self, "program"):
                     self.start()
@@ -444,8 +444,8 @@ class TestAnswers(FaultCase):
                 self.daemon.faults = {}
                 self.assert_serves()
 
-    def test_an_engine_that_says_nothing(self):
-        """The time to wait is cut short for the test: 15 seconds are a long time in a suite."""
+    def test_engine_does_not_respond(self):
+        """The timeout of 15 seconds is reduced for this test."""
         daemon = self.enterContext(FakeDaemon())
         silence = threading.Event()
         self.addCleanup(silence.set)
@@ -461,7 +461,7 @@ class TestAnswers(FaultCase):
 
 
 class TestPulls(FaultCase):
-    """Docker's stream of progress, and how it can end."""
+    """Docker's progress stream and the ways in which it can end."""
 
     REFERENCE = "registry.example/team/app:1"
     PATH = "/v2/team/app/manifests/1?ns=registry.example"
@@ -469,7 +469,7 @@ class TestPulls(FaultCase):
     def lines(self, *documents):
         return chunked(b"".join(json.dumps(document).encode() + b"\r\n" for document in documents))
 
-    def test_outcomes(self):
+    def test_pull_outcomes(self):
         self.start(add=False)
         progress = {"status": "Downloading", "id": "da835663b8b3", "progressDetail": {"current": 5, "total": 10}}
         for what, pulled, status, code, text in (
@@ -477,12 +477,12 @@ class TestPulls(FaultCase):
                     "errorDetail": {"message": "toomanyrequests: You have reached your pull rate limit"},
                     "error": "toomanyrequests: You have reached your pull rate limit"}),
                  429, "TOOMANYREQUESTS", "log in"),
-                ("network within the stream", self.lines(progress, {
+                ("network error within the stream", self.lines(progress, {
                     "error": "read tcp 10.0.0.1:443: connection reset by peer"}), 502, "ORIGIN_UNAVAILABLE", "reset"),
-                ("disk within the stream", self.lines(progress, {
+                ("disk full within the stream", self.lines(progress, {
                     "error": "write /var/lib/docker/tmp/x: no space left on device"}),
                  502, "ENGINE_FAILED", "no space"),
-                ("garbage within the stream", chunked(b'{"status":"x"}\n<html>'), 502, "ENGINE_FAILED", "not JSON"),
+                ("malformed line in the stream", chunked(b'{"status":"x"}\n<html>'), 502, "ENGINE_FAILED", "not JSON"),
                 ("cut off", self.lines(progress)[:-5], 503, "UNAVAILABLE", "the connection"),
                 ("status 429", http_answer(429, {"message": "slow down"}), 429, "TOOMANYREQUESTS", "slow down"),
                 ("status 500 without a reason", http_answer(500, b""), 502, "ENGINE_FAILED", "status 500"),
@@ -495,7 +495,7 @@ class TestPulls(FaultCase):
                 self.assertIn(text, answer.detail)
                 self.assertEqual([], self.program.lines("a bug in this program"))
 
-    def test_a_pull_that_works(self):
+    def test_successful_pull(self):
         self.start(add=False)
         self.daemon.pulls[self.REFERENCE] = lambda: self.daemon.add(self.REFERENCE, self.image) and self.lines(
             {"status": "Pulling from team/app", "id": "1"},

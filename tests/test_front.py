@@ -1,4 +1,4 @@
-"""Who answers: what was pushed, or what Docker has. Row by row of one table."""
+"""Which registry answers a request: the one with hosted content, or Docker's. Each test is a table of requests."""
 
 import json
 import re
@@ -15,7 +15,7 @@ PUSHER = {"User-Agent": "containerd/2.1.4", "Accept": f"{MANIFEST}, */*"}
 
 
 class FrontCase(unittest.TestCase):
-    """both:1 was pushed, and Docker has another image of that name; pushed:1 and docker:1 are what they say."""
+    """both:1 is hosted, and Docker has another image of that name. pushed:1 and docker:1 are in one place only."""
 
     @classmethod
     def setUpClass(cls):
@@ -44,23 +44,23 @@ class FrontCase(unittest.TestCase):
     def tearDown(self):
         self.assertEqual([], self.program.lines("a bug in this program"))
 
-    def whose(self, method, path, headers=None):
-        """Which image answers, or the status."""
+    def answering_image(self, method, path, headers=None):
+        """Return the name of the image in the response, or the status."""
         answer = self.program.request(method, path, headers or {})
         return self.names.get(answer.headers["Docker-Content-Digest"], answer.status)
 
     def check(self, *rows):
         for method, path, headers, expected in rows:
             with self.subTest(method=method, path=path, agent=(headers or {}).get("User-Agent")):
-                self.assertEqual(expected, self.whose(method, path, headers))
+                self.assertEqual(expected, self.answering_image(method, path, headers))
 
     def pulls(self):
         return [line for line in self.daemon.requests if "/images/create" in line]
 
 
-class TestWhoAnswers(FrontCase):
-    def test_another_registry_is_named(self):
-        """Docker has it, or pulls it; what was pushed here is something else."""
+class TestFront(FrontCase):
+    def test_namespace_of_another_registry(self):
+        """The response is the image that Docker has or pulls, never a hosted one."""
         for method in ("GET", "HEAD"):
             for headers in (None, NODE, CRANE, PUSHER):
                 self.check((method, "/v2/library/both/manifests/1?ns=docker.io", headers, "both, Docker's"),
@@ -68,8 +68,8 @@ class TestWhoAnswers(FrontCase):
                            (method, "/v2/library/pushed/manifests/1?ns=docker.io", headers, 401),
                            (method, "/v2/team/quay/manifests/1?ns=quay.io", headers, "quay"))
 
-    def test_this_registry_is_named(self):
-        """What was pushed comes first, then Docker's image of that name. HEAD says what GET says."""
+    def test_namespace_of_this_registry(self):
+        """Hosted content comes first, then Docker's image of that name. HEAD and GET agree."""
         self.daemon.add("k3d-x:5000/own:1", self.images["docker"])
         for method in ("GET", "HEAD"):
             for ns in ("k3d-x:5000", "k3d-x:12345"):
@@ -78,8 +78,8 @@ class TestWhoAnswers(FrontCase):
                            (method, f"/v2/pushed/manifests/1?ns={ns}", host, "pushed"))
             self.check((method, "/v2/own/manifests/1?ns=k3d-x:5000", host, "docker"))
 
-    def test_another_local_registry_is_named(self):
-        """It may be another name of this one; Docker pulls from it otherwise."""
+    def test_namespace_of_another_local_registry(self):
+        """It may be an alias of this registry. If not, Docker pulls from it."""
         far = self.images["far"]
         self.daemon.pulls["localhost:7777/far:1"] = lambda: self.daemon.add("localhost:7777/far:1", far) and chunked(
             b'{"status":"done"}')
@@ -87,15 +87,15 @@ class TestWhoAnswers(FrontCase):
                    ("HEAD", "/v2/far/manifests/1?ns=localhost:7777", NODE, "far"))
         self.assertEqual(1, len(self.pulls()))
 
-    def test_get_without_a_name(self):
+    def test_get_without_namespace(self):
         self.check(("GET", "/v2/both/manifests/1", None, "both, pushed"),
                    ("GET", "/v2/pushed/manifests/1", None, "pushed"),
                    ("GET", "/v2/docker/manifests/1", None, "docker"), ("GET", "/v2/far/manifests/1", None, 404),
                    ("GET", "/v2/library/docker/manifests/1", None, "docker"))
         self.assertEqual([], [line for line in self.pulls() if "fromImage=far" in line])
 
-    def test_a_manifest_by_digest_without_a_name(self):
-        """Only if Docker has, in this repository, an image that is it."""
+    def test_manifest_by_digest_without_namespace(self):
+        """It is found only if Docker has an image with that digest in this repository."""
         digest = self.images["docker"].digest
         self.check(("GET", f"/v2/docker/manifests/{digest}", None, "docker"),
                    ("GET", f"/v2/other/manifests/{digest}", None, 404),
@@ -114,8 +114,8 @@ class TestWhoAnswers(FrontCase):
             with self.subTest(method=method, path=path):
                 self.assertEqual(status, self.program.request(method, path, NODE).status)
 
-    def test_head_without_a_name(self):
-        """It comes before a push, unless a client of containerd's library is about to pull."""
+    def test_head_without_namespace(self):
+        """HEAD is taken as the start of a push, unless a client that uses containerd's library is about to pull."""
         for headers, docker in ((None, 404), (CRANE, 404), (PUSHER, 404), (NODE, "docker")):
             self.check(("HEAD", "/v2/pushed/manifests/1", headers, "pushed"),
                        ("HEAD", "/v2/both/manifests/1", headers, "both, pushed"),
@@ -129,8 +129,8 @@ class TestWhoAnswers(FrontCase):
             with self.subTest(query):
                 self.assertEqual(status, self.program.request("POST", f"/v2/mounted/blobs/uploads/?{query}").status)
 
-    def test_the_path_begins_with_a_registry(self):
-        """CRI-O, Podman and skopeo ask so. GET has Docker pull; HEAD never does."""
+    def test_path_starts_with_a_registry(self):
+        """CRI-O, Podman and skopeo send such paths. GET makes Docker pull; HEAD never does."""
         self.push("quay.io/team/hosted", self.images["pushed"])
         self.daemon.pulls["quay.io/team/new:1"] = lambda: self.daemon.add(
             "quay.io/team/new:1", self.images["far"]) and chunked(b'{"status":"done"}')
@@ -148,15 +148,15 @@ class TestWhoAnswers(FrontCase):
         self.assertEqual(1, len([line for line in self.pulls() if "quay.io" in line]))
         self.assertEqual([], [line for line in self.daemon.requests if re.search("quay.io(/|%2F)quay.io", line)])
 
-    def test_that_very_name_comes_first(self):
-        """Docker may have an image of this registry whose path begins with a host."""
+    def test_exact_name_precedes_registry_in_path(self):
+        """Docker may have an image of this registry whose path starts with a host name."""
         self.daemon.add("k3d-x:5000/quay.io/team/quay:1", self.images["far"])
         host = {"Host": "k3d-x:5000"}
         self.check(("GET", "/v2/quay.io/team/quay/manifests/1", host, "far"),
                    ("GET", "/v2/quay.io/team/quay/manifests/1?ns=quay.io", host, "quay"))
 
-    def test_the_engine_itself_asks_as_of_a_mirror(self):
-        """`docker pull` has to see that a tag has moved. It may read what was pushed, and what names no registry."""
+    def test_engine_using_this_registry_as_mirror(self):
+        """`docker pull` must see that a tag has moved. Docker may read hosted content, and names without a registry."""
         self.daemon.version = {"GoVersion": "go1.24", "GitCommit": "abc", "KernelVersion": "6.18", "Os": "linux",
                                "Arch": "amd64"}
         with Program(self.daemon.host, store=self.program.store) as program:
@@ -169,8 +169,8 @@ class TestWhoAnswers(FrontCase):
                     self.assertEqual(status, program.request("GET", f"/v2/{path}", headers).status)
                     self.assertEqual(200, program.request("GET", f"/v2/{path}", NODE).status)
 
-    def test_writes(self):
-        """They concern what was pushed. What is Docker's is not deleted."""
+    def test_deletes(self):
+        """Only hosted content can be deleted."""
         digest, layer = self.images["docker"].digest, sha256(self.images["docker"].layer)
         for path, status in (("/v2/docker/manifests/1", 405), (f"/v2/docker/manifests/{digest}", 405),
                              (f"/v2/docker/blobs/{layer}", 405), ("/v2/nothing/manifests/1", 404),
@@ -180,8 +180,8 @@ class TestWhoAnswers(FrontCase):
         self.push("gone", self.images["pushed"])
         self.assertEqual(202, self.program.request("DELETE", "/v2/gone/manifests/1").status)
 
-    def test_docker_asks_while_it_works_for_this_program(self):
-        """It gets 404 at once, whatever it asks for: it would wait for itself."""
+    def test_docker_requests_during_own_pull_are_404(self):
+        """Docker gets 404 at once for every request: it would wait for itself otherwise."""
         asked = []
 
         def pull():
@@ -199,7 +199,7 @@ class TestWhoAnswers(FrontCase):
         self.assertEqual(401, self.program.get("/v2/team/slow/manifests/1?ns=registry.example").status)
         self.assertEqual([404] * 14, asked)
 
-    def test_each_process_has_a_user_agent_of_its_own(self):
+    def test_each_process_has_its_own_user_agent(self):
         with Program(self.daemon.host) as other:
             other.get("/v2/docker/manifests/1")
         agents = {line for head in self.daemon.heads for line in head.split("\r\n")
@@ -208,26 +208,26 @@ class TestWhoAnswers(FrontCase):
 
 
 class TestHiddenImages(FrontCase):
-    def test_said_once_for_each_pair(self):
-        """A tag that was pushed hides another image of Docker's."""
+    def test_logged_once_for_each_pair(self):
+        """A pushed tag hides another image of Docker."""
         self.push("twice", self.images["both, pushed"])
         for count, image in enumerate((Image("built"), Image("built again")), 1):
             self.daemon.add("twice:1", image)
             for _ in range(3):
-                self.whose("HEAD", "/v2/twice/manifests/1", NODE)
+                self.answering_image("HEAD", "/v2/twice/manifests/1", NODE)
                 self.program.wait_for_line(image.digest)
             self.assertEqual(count, len(self.program.lines("twice:1 is served as it was pushed")))
 
-    def test_not_for_the_same_image(self):
+    def test_not_logged_for_the_same_image(self):
         self.daemon.add("same:1", self.images["pushed"])
         self.push("same", self.images["pushed"])
-        self.whose("GET", "/v2/same/manifests/1")
-        self.whose("GET", "/v2/both/manifests/1")
+        self.answering_image("GET", "/v2/same/manifests/1")
+        self.answering_image("GET", "/v2/both/manifests/1")
         self.program.wait_for_line("both:1 is served")
         self.assertEqual([], self.program.lines("same:1 is served"))
 
     def test_without_docker(self):
-        """Reading what was pushed does not depend on Docker, and no line complains."""
+        """Reading hosted content does not depend on Docker, and logs no warning."""
         with FakeDaemon() as daemon, Program(daemon.host) as program:
             image = self.images["pushed"]
             for blob in (image.config, image.layer):

@@ -1,4 +1,4 @@
-"""The registry of what was pushed is complete without Docker: the tests of the specification, run against it alone."""
+"""The hosted registry is complete without Docker: the tests of the specification, run on it alone."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ import k3d_registry_dockerd as module
 
 
 class Alone:
-    """Hosted behind the end-points, with nothing beside it."""
+    """Only Hosted behind the endpoints, without a mirror."""
 
     def __init__(self, hosted):
         self.hosted = hosted
@@ -45,7 +45,7 @@ class Alone:
 
 
 class HostedProgram(Program):
-    """The same face as Program has, in this process."""
+    """Like Program, but runs in this process."""
 
     def __init__(self):
         self._folder = tempfile.TemporaryDirectory()
@@ -73,7 +73,7 @@ def set_up(cls):
     cls.addClassCleanup(cls.program.__exit__)
 
 
-# One class for each of the specification's that says nothing of Docker.
+# One class for each class of test_spec that does not involve Docker.
 globals().update({f"{name}OfHosted": type(f"{name}OfHosted", (case,), {"setUpClass": classmethod(set_up)})
                   for name, case in vars(test_spec).items()
                   if name.startswith("Test") and case is not test_spec.TestRepositoriesAndDocker})

@@ -1,4 +1,4 @@
-"""Section 8: what the server says to requests of every kind, good and bad."""
+"""Tests of the server chapter: responses to requests of every kind, good and bad."""
 
 import base64
 import contextlib
@@ -44,7 +44,7 @@ class HttpCase(unittest.TestCase):
         self.assertEqual([], self.program.lines("a bug in this program"))
 
     def raw(self, data, keep_sending=b""):
-        """All that the server answers to some bytes until it closes the connection."""
+        """Send some bytes; return everything that the server sends until it closes the connection."""
         with socket.create_connection(("127.0.0.1", self.program.port), timeout=30) as connection:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -58,7 +58,7 @@ class HttpCase(unittest.TestCase):
 
 
 class TestRoutes(HttpCase):
-    def test_good_ones(self):
+    def test_good_routes(self):
         for path, content_type in (("/", "text/plain; charset=utf-8"), ("/v2", "application/json"),
                                    ("/v2/", "application/json"), (self.manifest, module.OCI_MANIFEST),
                                    (self.layer, "application/octet-stream")):
@@ -70,7 +70,7 @@ class TestRoutes(HttpCase):
                 for header in ("Content-Type", "Content-Length", "Docker-Content-Digest", "OCI-Namespace"):
                     self.assertEqual(get.headers[header], head.headers[header], header)
 
-    def test_bad_ones(self):
+    def test_bad_routes(self):
         long_name = "a/" * 130 + "a"
         for path, status, code in (
                 ("/x", 404, "NOT_FOUND"), ("/v1/", 404, "NOT_FOUND"), ("/v2/app", 404, "NOT_FOUND"),
@@ -105,7 +105,7 @@ class TestRoutes(HttpCase):
                 self.assert_error(answer, 405, "UNSUPPORTED")
                 self.assertEqual("DELETE, GET, HEAD, PUT", answer.headers["Allow"])
 
-    def test_what_belongs_to_another_registry_is_not_changed(self):
+    def test_writes_to_another_registry_are_405(self):
         for method, path in (("PUT", self.manifest), ("DELETE", self.manifest), ("DELETE", self.layer),
                              ("POST", "/v2/library/app/blobs/uploads/?ns=docker.io")):
             with self.subTest(method=method, path=path):
@@ -134,7 +134,7 @@ class TestRoutes(HttpCase):
         self.assertEqual(200, self.program.get(self.layer, Range="bytes=0-0", If_Range='"x"').status)
 
     def test_several_ranges(self):
-        """RFC 9110, 14.6, read by a parser of MIME that is not ours."""
+        """RFC 9110, 14.6. The response is parsed by Python's MIME parser."""
         size = len(self.image.layer)
         for header, expected in (("bytes=0-99,1000-1099", [(0, 100), (1000, 1100)]),
                                  ("bytes=5-9, -7", [(5, 10), (size - 7, size)]),
@@ -159,7 +159,7 @@ class TestCredentials(HttpCase):
     def basic(self, text):
         return "Basic " + base64.b64encode(text.encode()).decode()
 
-    def test_where_they_go(self):
+    def test_credentials_are_passed_to_docker(self):
         path = "/v2/team/app/manifests/1?ns=registry.example:5000"
         self.daemon.heads.clear()
         answer = self.program.get(path, Authorization=self.basic("joe:hunter2:x"))
@@ -188,7 +188,7 @@ class TestConnections(HttpCase):
         one = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
         self.assertEqual(3, self.raw(one * 3).count(b"HTTP/1.1 200"))
 
-    def test_a_body_is_not_the_next_request(self):
+    def test_body_is_not_parsed_as_request(self):
         inner = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
         after = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
         chunked_body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner)
@@ -203,11 +203,11 @@ class TestConnections(HttpCase):
                 self.assertEqual(answers, answer.count(b"HTTP/1.1 "), answer)
                 self.assertEqual([], self.program.lines("/smuggled"))
 
-    def test_garbage(self):
+    def test_malformed_requests(self):
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\n"
         for what, data, status in (
                 ("TLS", hello, b"400"), ("words", b"hello there\r\n\r\n", b"400"),
-                ("an odd method", b"BREW / HTTP/1.1\r\n\r\n", b"501"),
+                ("an unknown method", b"BREW / HTTP/1.1\r\n\r\n", b"501"),
                 ("a long target", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"414"),
                 ("a long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", b"431"),
                 ("many headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"431"),
@@ -220,7 +220,7 @@ class TestConnections(HttpCase):
         self.assertEqual([], [line for line in self.program.lines("\\x16\\x03") if "DEBUG" not in line])
 
     def test_chunked_bodies(self):
-        """Framing -> the status of the upload, and how far the upload is then."""
+        """Each row: chunked framing -> the status of the upload, and its size afterwards."""
         for what, body, status, size in (
                 ("plain", b"5\r\nhello\r\n0\r\n\r\n", 202, 5),
                 ("extensions", b'5;a=b;c="d"\r\nhello\r\n1 \r\n!\r\n0;x\r\n\r\n', 202, 6),
@@ -245,8 +245,8 @@ class TestConnections(HttpCase):
                 self.assertTrue(answer.startswith(b"HTTP/1.1 %d " % status), answer)
                 self.assertEqual(f"0-{max(size - 1, 0)}", self.program.get(location).headers["Range"])
 
-    def test_framing_that_is_not_clear(self):
-        """Nobody knows where the next request begins, so the connection is closed."""
+    def test_ambiguous_framing(self):
+        """The start of the next request is not known, so the connection is closed."""
         for what, headers in (
                 ("both", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"),
                 ("two lengths", b"Content-Length: 5\r\nContent-Length: 6\r\n"),
@@ -260,8 +260,8 @@ class TestConnections(HttpCase):
                 self.assertIn(b"Connection: close", answer)
                 self.assertEqual(1, answer.count(b"HTTP/1.1 "))
 
-    def test_lines_that_are_no_headers(self):
-        """They do not hide the length of a body, which would be taken for a request then."""
+    def test_malformed_header_lines(self):
+        """They must not hide the length of a body, which would then be parsed as a request."""
         body = b"GET /v2/smuggled/tags/list HTTP/1.1\r\nHost: x\r\n\r\n"
         for lines in (b"Foo\r\nContent-Length: %d", b"Content-Length : %d", b"X y: 1\r\nContent-Length: %d",
                       b": x\r\nContent-Length: %d", b"X\x00: 1\r\nContent-Length: %d"):
@@ -272,7 +272,7 @@ class TestConnections(HttpCase):
                 self.assertEqual(1, answer.count(b"HTTP/1.1 "))
         self.assertEqual([], self.program.lines("/v2/smuggled"))
 
-    def test_a_namespace_cannot_bring_headers(self):
+    def test_namespace_cannot_inject_headers(self):
         for path in ("/", "/v2/", "/v2/_catalog"):
             for namespace in ("a%0d%0aX-Evil:%201", "a%E2%82%AC", "x"):
                 with self.subTest(path=path, namespace=namespace):
@@ -282,7 +282,7 @@ class TestConnections(HttpCase):
         self.assertEqual(200, self.program.get("/v2/?ns=").status)
 
     def test_expect_100_continue(self):
-        """The client waits until it is invited; it is not when the answer is an error anyway."""
+        """The client waits for the status 100. If the response is an error, the server sends that instead."""
         location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
         ask = "PATCH {} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
         with socket.create_connection(("127.0.0.1", self.program.port), timeout=30) as connection:
@@ -292,9 +292,9 @@ class TestConnections(HttpCase):
             self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 202 "))
             connection.sendall(ask.format("/v2/app/blobs/uploads/nothing").encode())
             self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 404 "))
-            self.assertEqual(b"", connection.recv(1000), "closed: nobody knows whether the body still comes")
+            self.assertEqual(b"", connection.recv(1000), "closed, because the body may still follow")
 
-    def test_an_upload_that_is_cut_off_goes_on(self):
+    def test_interrupted_upload_can_be_continued(self):
         location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
         head = f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode()
         self.assertTrue(self.raw(head + b"x" * 300).startswith(b"HTTP/1.1 400 "))
@@ -303,31 +303,31 @@ class TestConnections(HttpCase):
         done = self.program.request("PUT", f"{location}?digest={sha256(data)}", body=data[300:])
         self.assertEqual(201, done.status, done.body)
 
-    def test_two_at_once_on_one_upload(self):
+    def test_busy_upload_is_409(self):
         location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
         with socket.create_connection(("127.0.0.1", self.program.port), timeout=30) as connection:
             connection.sendall(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
                                "Content-Length: 5\r\n\r\n".encode())
-            connection.recv(1000)  # now it holds the upload
+            connection.recv(1000)  # from now on the upload is busy
             self.assert_error(self.program.request("PATCH", location, body=b"other"), 409, "UPLOAD_BUSY")
-            self.assertEqual(204, self.program.get(location).status, "where it stands can be asked all the while")
+            self.assertEqual(204, self.program.get(location).status, "its status is available meanwhile")
             connection.sendall(b"hello")
             self.assertIn(b" 202 ", connection.recv(1000))
         self.assertEqual("0-4", self.program.get(location).headers["Range"])
 
-    def test_the_log_says_what_was_received(self):
+    def test_log_has_received_bytes(self):
         location = self.program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
         self.program.request("PATCH", location, body=bytes(10_000))
         self.assertIn("received 10.0 kB", self.program.wait_for_line(f"PATCH {location} 202"))
 
-    def test_the_log_stays_whole(self):
-        """Control characters of a client do not make lines of their own."""
+    def test_control_characters_are_escaped_in_the_log(self):
+        """A client cannot add lines of its own to the log."""
         self.raw(b"GET /v2/\x1b[31m\x85%0aINFO HTTP/1.1\r\nHost: x\r\n\r\n")
         line = self.program.wait_for_line("[31m")
         self.assertNotIn("\x1b", line)
         self.assertNotIn("\x85", line)
 
-    def test_a_line_for_each_request(self):
+    def test_log_line_for_each_request(self):
         self.program.get(self.layer)
         self.assertRegex(self.program.wait_for_line(f"GET {self.layer} 200"),
                          r"INFO .* 200 10\.2 kB [\d.]+ m?s 127\.0\.0\.1$")
@@ -339,13 +339,13 @@ class TestConnections(HttpCase):
         self.assertIn(b"\r\nConnection: close\r\n", answer)
         self.assertTrue(answer.endswith(b"\r\n\r\n{}"))
 
-    def test_many_at_once(self):
+    def test_concurrent_requests(self):
         with ThreadPoolExecutor(100) as pool:
             bodies = list(pool.map(lambda _: self.program.get(self.layer).body, range(200)))
         self.assertEqual({self.image.layer}, set(bodies))
 
-    def test_a_client_that_hangs_up(self):
-        """One line in the log, no traceback."""
+    def test_client_disconnect(self):
+        """The log has one line, and no traceback."""
         big = bytes(12_000_000)
         self.daemon.content[sha256(big)] = big
         path = f"/v2/app/blobs/{sha256(big)}"
@@ -379,15 +379,15 @@ class TestPolicy(HttpCase):
             self.assertEqual(200, program.get(self.layer).status)
             self.assertFalse(program.store.exists())
 
-    def test_no_deletes(self):
+    def test_deletes_disabled(self):
         program = self.start(REGISTRY_STORAGE_DELETE_ENABLED="false")
         for method, path in self.DELETES:
             self.assert_error(program.request(method, path), 405, "UNSUPPORTED")
         self.assertEqual(202, program.request("POST", "/v2/app/blobs/uploads/").status)
 
 
-    def test_which_registries_may_be_reached(self):
-        """Namespace -> the status; what Docker has is served whatever its name."""
+    def test_allowed_registries(self):
+        """Each row: a namespace and the status. Images that Docker has are served from any namespace."""
         program = self.start("-allow", "docker.io", "--allow", "*.corp.example", "-allow", "localhost:*")
         for namespace, status in (("docker.io", 401), ("a.corp.example", 401), ("localhost:7", 401),
                                   ("corp.example", 403), ("evil.example", 403), ("a.corp.example:5000", 403)):
@@ -422,7 +422,7 @@ class TestTls(unittest.TestCase):
         return http.client.HTTPSConnection("127.0.0.1", program.port, context=self.context, timeout=30)
 
     def test_certificate_and_key(self):
-        """By flags and by the official image's variables; plain HTTP is refused without noise."""
+        """Set by flags and by the variables of the official image. Plain HTTP is refused without a traceback."""
         variables = {"REGISTRY_HTTP_TLS_CERTIFICATE": self.certificate, "REGISTRY_HTTP_TLS_KEY": self.key}
         for arguments, env in ((self.flags, {}), ([], variables)):
             with Program(self.daemon.host, *arguments, env=env) as program:
@@ -442,8 +442,8 @@ class TestTls(unittest.TestCase):
                         self.assertNotIn(b"HTTP", plain.recv(1000))
                 self.assertEqual([], program.lines("Traceback"))
 
-    def test_many_readers_of_one_file(self):
-        """Those who share a read of Docker's content follow one file, each at a place of his own."""
+    def test_concurrent_readers_of_one_file(self):
+        """Clients that share a read of Docker's content follow one file, each at its own position."""
         data = os.urandom(12_000_000)
         self.daemon.content[sha256(data)] = data
         with Program(self.daemon.host, *self.flags) as program:

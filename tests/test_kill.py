@@ -1,4 +1,4 @@
-"""Killed at any moment of a push, the registry has all of it or nothing, and takes it when it is pushed again."""
+"""A kill at any moment of a push leaves all of the image or nothing, and the push can be repeated."""
 
 import hashlib
 import http.client
@@ -14,7 +14,7 @@ import walk
 from fake_daemon import FakeDaemon, Image
 from program import MODULE, Program
 
-# Runs the program, and kills it right before its n-th change of the store.
+# Runs the program, and kills it just before its n-th change to the store.
 KILLER = """
 import os, signal, sys
 sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
@@ -52,7 +52,7 @@ class TestKill(unittest.TestCase):
         return {"mediaType": "application/octet-stream", "digest": digest_of(data), "size": len(data)}
 
     def push(self, program):
-        """Push an image as several clients do: a blob in pieces, a blob at once, and the manifest."""
+        """Push an image with one blob in pieces, one blob in a single request, and the manifest."""
         one, two = self.layers
         location = program.request("POST", "/v2/app/blobs/uploads/").headers["Location"]
         program.request("PATCH", location, body=one[:2000])
@@ -63,7 +63,10 @@ class TestKill(unittest.TestCase):
         self.assertEqual([201] * 3, [answer.status for answer in answers])
 
     def check_consistent(self, program):
-        """What is under a final name is whole; a tag has its manifest, and that its blobs. Whether it is there."""
+        """Check that every file matches its digest, and that a tag has its manifest and blobs.
+
+        Return True if the tag exists.
+        """
         for path in program.store.glob("**/sha256/[0-9a-f]*"):
             if path.is_file() and path.parent.parent.name != "_types":
                 self.assertEqual(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), path)
@@ -79,12 +82,15 @@ class TestKill(unittest.TestCase):
         return True
 
     def program(self, store, kill_at=0):
-        """A program that kills itself before a change, or never. (It imports the module, so that is compiled once.)"""
+        """Start a program that kills itself before a change, or never if kill_at is 0.
+
+        It imports the module, so the module is compiled only once.
+        """
         return Program(self.daemon.host, store=store, command=[sys.executable, "-c", KILLER, str(MODULE)],
                        env={"KILL_AT": str(kill_at)})
 
     def run_killed(self, at, store, push):
-        """Push to a program that kills itself before its at-th change; whether the push came to its end."""
+        """Push to a program that kills itself before its at-th change. Return True if the push was completed."""
         program = self.program(store, at)
         try:
             push(program)
@@ -95,7 +101,7 @@ class TestKill(unittest.TestCase):
         finally:
             program.stop()
 
-    def test_at_every_change_of_the_store(self):
+    def test_kill_during_push(self):
         at, done, were_there = 0, False, []
         while not done:
             at += 1
@@ -110,10 +116,10 @@ class TestKill(unittest.TestCase):
         self.assertGreater(at, 20)
         self.assertFalse(were_there[0])
         self.assertTrue(were_there[-1])
-        self.assertEqual(sorted(were_there), were_there, "from some change on it is there, and never before")
+        self.assertEqual(sorted(were_there), were_there, "once the image is present, it must stay")
 
-    def test_at_every_change_of_an_adoption(self):
-        """Somebody tags an image that only Docker has: either that is whole without Docker, or it is not there."""
+    def test_kill_during_adoption(self):
+        """Push the manifest of an image that only Docker has. Then all of the image is hosted, or nothing."""
         image = self.daemon.add("app:1", Image())
 
         def tag(program):
@@ -121,7 +127,7 @@ class TestKill(unittest.TestCase):
             self.assertEqual(201, answer.status, answer.body)
 
         def is_there(program):
-            """HEAD speaks of what is hosted. If the tag is, so is everything that it needs."""
+            """Return True if the tag is hosted. Everything that it needs must be hosted as well."""
             if program.head("/v2/kept/manifests/1").status == 404:
                 return False
             for blob in (image.config, image.layer):
@@ -141,7 +147,7 @@ class TestKill(unittest.TestCase):
                 if done:
                     walk.walk_without_docker(store, {"kept:1": image.digest})
         self.assertGreater(at, 10)
-        self.assertEqual(sorted(were_there), were_there, "from some change on it is there, and never before")
+        self.assertEqual(sorted(were_there), were_there, "once the image is present, it must stay")
 
 
 if __name__ == "__main__":

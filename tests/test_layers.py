@@ -1,4 +1,4 @@
-"""The classic store's layers, read from Docker's own folder: out of folders made by hand, and on real engines."""
+"""Layers of the classic store, read from Docker's data folder: from folders made by the test, and on real engines."""
 
 import base64
 import contextlib
@@ -22,7 +22,7 @@ from k3d_registry_dockerd import Deadline, Digest, EngineImage, Layer, LayerDire
 
 
 def tar_with(*members, **options):
-    """A tar of (name, content, attributes of TarInfo): bytes."""
+    """Return a tar (bytes) of members (name, content, attributes of TarInfo)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", **options) as archive:
         for name, content, attributes in members:
@@ -35,7 +35,7 @@ def tar_with(*members, **options):
 
 
 def strange_layers():
-    """Layers with all that a layer may hold."""
+    """Return layers with everything that a layer may contain."""
     data = os.urandom(300_000)
     first = tar_with(
         ("dir", b"", {"type": tarfile.DIRTYPE, "mode": 0o755}),
@@ -53,11 +53,11 @@ def strange_layers():
         ("dir/.wh.small", b"", {}), ("dir/deep/.wh..wh..opq", b"", {}), ("dir/large", data[::-1], {"mtime": 5}),
         ("dir/bytes\udcff\udcfe", b"no UTF-8", {}), ("long/" + "g" * 250, b"GNU long name", {}),
         format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape")
-    return first, second, tar_with() + bytes(100_000)  # the last one: nothing but the end of a tar
+    return first, second, tar_with() + bytes(100_000)  # the last one has no members, only padding
 
 
 def sparse_tar():
-    """A tar with a sparse file, as GNU tar writes it."""
+    """Return a tar with a sparse file, in GNU tar's format."""
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/sparse", "wb") as file:
             file.write(b"start")
@@ -67,7 +67,7 @@ def sparse_tar():
 
 
 class FolderCase(unittest.TestCase):
-    """A data folder of Docker's, made by hand."""
+    """A data folder of Docker, made by the test."""
 
     CACHE = "0123456789abcdef"
 
@@ -85,7 +85,7 @@ class FolderCase(unittest.TestCase):
         (self.diff / path).write_bytes(content)
 
     def note(self, *entries, cache=CACHE):
-        """Write a layer's metadata; entries are bytes of the tar, or (name, content)."""
+        """Write a layer's metadata. Each entry is either bytes of the tar, or (name, content)."""
         lines, self.tar = [], b""
         for entry in entries:
             if isinstance(entry, bytes):
@@ -116,7 +116,7 @@ class FolderCase(unittest.TestCase):
 
 
 class TestFolder(FolderCase):
-    def test_every_part_of_a_layer(self):
+    def test_ranges_of_a_layer(self):
         small, large = b"small", os.urandom(Layer.SENDFILE + 1000)
         self.file("a/small", small)
         self.file("a/b/large", large)
@@ -128,22 +128,22 @@ class TestFolder(FolderCase):
                 length = min(length, len(self.tar) - start)
                 self.assertEqual(self.tar[start:start + length], self.read(start, length), (start, length))
 
-    def test_what_is_not_here(self):
+    def test_unknown_layer(self):
         self.assertIsNone(self.layers.find(Digest.of(b"nothing")))
         self.note(b"tar")
         self.assertIsNone(self.layers.find(Digest.of(b"nothing")))
-        self.assertEqual(b"tar", self.read(), "added later")
+        self.assertEqual(b"tar", self.read(), "a layer that is added later must be found")
 
     def assert_unreadable(self, reason):
         with self.assertLogs("k3d-registry-dockerd") as logs:
             self.assertIsNone(self.blob())
         self.assertIn(reason, logs.output[0])
-        self.assertIsNone(self.blob(), "and it is not tried again")
+        self.assertIsNone(self.blob(), "it must not be tried again")
         image = EngineImage(Digest.of(b"config"), 0, (str(Digest.of(self.tar)),))
         with self.assertRaises(RegistryError):
             self.layers.manifest(image)
 
-    def test_files_that_are_not_as_they_were(self):
+    def test_missing_and_changed_files(self):
         def link(path, target):
             path.symlink_to(target)
 
@@ -169,7 +169,7 @@ class TestFolder(FolderCase):
                 self.note(b"header", (name, b"secret"))
                 self.assert_unreadable("cannot be read")
 
-    def test_a_file_that_changes_while_it_is_read(self):
+    def test_file_changes_during_a_read(self):
         self.file("one", b"1" * 300_000)
         self.file("two", b"2" * 300_000)
         self.note(b"header", ("one", b"1" * 300_000), ("two", b"2" * 300_000))
@@ -180,15 +180,15 @@ class TestFolder(FolderCase):
             list(parts)
         self.assertIsNone(self.blob())
 
-    def test_a_file_that_was_changed_later(self):
-        """With the same size: the time of the change tells."""
+    def test_file_changed_after_the_layer_was_made(self):
+        """The file has the same size, but a later time of change."""
         self.file("file", b"one")
         self.note(("file", b"one"))
         slack, Layer.SLACK = Layer.SLACK, -1
         self.addCleanup(setattr, Layer, "SLACK", slack)
         self.assert_unreadable("has changed")
 
-    def test_metadata_that_makes_no_sense(self):
+    def test_malformed_metadata(self):
         good = gzip.compress(b'{"type": 2, "payload": "AAAA"}\n')
         for split in (b"no gzip", good[:20], good[:-4] + b"abcd", b"\x1f\x8b\x08\x00garbage", b"{", b"[]", b"1", b'"x"',
                       b"{}", b'{"type": 2}', b'{"type": 2, "payload": 5}', b'{"type": 1, "size": 5}',
@@ -206,7 +206,7 @@ class TestFolder(FolderCase):
                     self.write(split)
                 self.assert_unreadable("cannot be read")
 
-    def test_where_the_files_are(self):
+    def test_malformed_cache_id(self):
         for cache in ("..", "../../x", "", "a/b", "a\0b"):
             self.note(b"tar", cache=cache)
             self.assertIsNone(self.blob())
@@ -226,7 +226,7 @@ class TestFolder(FolderCase):
             self.assertEqual(make_manifest((Digest.of(config), 8), *[(Digest.of(b"tar"), 3)] * 2), b"".join(body))
 
     def test_open_files(self):
-        """None is left, whether a layer was read, given up, or broken."""
+        """No file stays open after a layer was read completely, closed early, or found broken."""
         self.file("a/one", b"1" * 300_000)
         self.file("b/two", b"2")
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -243,7 +243,7 @@ class TestFolder(FolderCase):
 
 # ---- real engines
 
-# Files count as changed from the second on in which their layer was made.
+# With this, files count as changed from the second on in which their layer was made.
 STRICT = """
 import os, sys
 sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
@@ -269,7 +269,7 @@ class MountedCase(EngineCase):
 
 
 class Folder:
-    """What holds for the data folders of all engines."""
+    """Tests for the data folders of all engines."""
 
     def assert_not_used(self, root, reason):
         program = self.program("-docker-root", str(root))
@@ -278,7 +278,7 @@ class Folder:
         self.build()
         self.assertEqual(200, program.get(self.manifest_path("1")).status)
 
-    def test_a_folder_that_is_not_this_engines(self):
+    def test_folder_of_another_engine(self):
         others = {"containerd": "containerd-26", "containerd-26": "containerd", "classic": "classic-20",
                   "classic-20": "classic"}
         self.assert_not_used(self.root(lab.ENGINES[others[self.engine.name]]), "it is not used")
@@ -288,7 +288,7 @@ class Folder:
 
 
 class ClassicFolder(Folder):
-    def test_the_same_as_the_export(self):
+    def test_same_manifest_as_from_export(self):
         self.build("1", {"one": os.urandom(500_000), "two": b"2"})
         mounted, plain = self.mounted(), self.program()
         path = self.manifest_path("1")
@@ -318,7 +318,7 @@ class ClassicFolder(Folder):
         self.assertEqual([], program.jobs("export"))
 
     def test_sparse_files(self):
-        """Docker itself can't give such a layer any more: a clear error, rather than other bytes."""
+        """Docker itself cannot export such a layer any more. The result is an error, not other bytes."""
         origin = lab.ORIGINS["open"]
         lab.push_platforms(origin, f"lab/{self.name}", "1", ["amd64"], [sparse_tar()])
         reference = f"{origin.host}/lab/{self.name}:1"
@@ -339,14 +339,14 @@ class ClassicFolder(Folder):
         self.assertEqual([], program.jobs("export"))
         self.assertLess(program.peak_memory(), 64 * MIB)
 
-    def test_a_large_layer(self):
+    def test_large_layer(self):
         self.build("1", {"data": os.urandom(MIB) * 150})
         program = self.mounted()
         layer = program.get(self.manifest_path("1")).json["layers"][-1]
         self.assertEqual(layer["digest"], sha256(program.get(self.blob_path(layer["digest"])).body))
         self.assertLess(program.peak_memory(), 64 * MIB)
 
-    def test_what_another_process_promised(self):
+    def test_content_after_restart(self):
         self.build("1", {"data": os.urandom(10_000)})
         before = self.mounted().get(self.manifest_path("1"))
         program = self.mounted()
@@ -355,13 +355,13 @@ class ClassicFolder(Folder):
         self.assertEqual(before.body, program.get(self.manifest_path(sha256(before.body))).body)
 
     def touch(self, content):
-        """Touch the file of a layer that has this content, in all places where Docker has it."""
+        """Touch the file with this content, in every layer of Docker that has it."""
         for path in self.root().glob("overlay2/*/diff/touched"):
             if path.read_bytes() == content:
                 os.utime(path)
 
-    def test_the_export_takes_over(self):
-        """A file that was touched may be another one. Nodes are cut off, and come again."""
+    def test_changed_file_leads_to_export(self):
+        """A touched file may have changed: the connection is closed, and the next request gets the exported layer."""
         content = os.urandom(3_000_000)
         self.build("1", {"touched": content, "after": b"after"})
         program = self.mounted(command=[sys.executable, "-c", STRICT, str(MODULE)])
@@ -376,7 +376,7 @@ class ClassicFolder(Folder):
         self.assertEqual(1, len(program.jobs("export")))
         self.assertEqual(manifest.body, program.get(self.manifest_path("1")).body)
 
-    def test_an_image_that_goes(self):
+    def test_removed_image(self):
         self.build("1", {"data": os.urandom(10_000)})
         program = self.mounted()
         layer = program.get(self.manifest_path("1")).json["layers"][-1]["digest"]
@@ -395,7 +395,7 @@ class TestClassic20Folder(ClassicFolder, MountedCase):
 
 
 class ContainerdFolder(Folder):
-    def test_from_its_files(self):
+    def test_content_directory(self):
         self.build("1", {"one": os.urandom(500_000), "two": b"2"})
         program = self.mounted()
         program.wait_for_line("content directory")
@@ -403,8 +403,8 @@ class ContainerdFolder(Folder):
         self.pull(program, reference)
         self.assertEqual(self.engine.inspect(f"{self.name}:1")["Id"], lab.NODE.digest(reference))
 
-    def test_what_is_only_in_the_folder(self):
-        """The content service is refused: the folder alone will do."""
+    def test_folder_without_content_service(self):
+        """Requests to the content service are refused, and the folder is enough."""
         self.build("1", {"one": os.urandom(500_000)})
         with lab.filtered(self.engine, b"/grpc HTTP/1.1") as socket, \
                 Program(f"unix://{socket}", "-docker-root", str(self.root())) as program:

@@ -1,6 +1,6 @@
-"""Content that Docker has lost, by whatever name it has the image; and names and digests that are found nevertheless.
+"""Content that Docker has lost, for images under any name; and unusual names and digests that must be found.
 
-Docker is never asked to build anything: a build from an image runs that image's triggers.
+Docker is never told to build anything, because a build from an image runs that image's triggers.
 """
 
 import json
@@ -24,12 +24,12 @@ def setUpModule():
 
 
 class TestTriggers(LostBlobs):
-    """An image with ONBUILD triggers, whose manifest lists content that nobody has."""
+    """An image with ONBUILD triggers, whose manifest lists content that exists nowhere."""
 
     engine = lab.ENGINES["containerd"]
 
     def put(self, tag, origin="open"):
-        """The image, with one manifest and no index."""
+        """Push the image to a registry, as one manifest without an index."""
         origin, name = lab.ORIGINS[origin], f"lab/{self.name}"
         layers = [lab.tar_of({"small": os.urandom(1000)}), lab.tar_of({"large": os.urandom(100_000)})]
         config = json.dumps({
@@ -45,19 +45,19 @@ class TestTriggers(LostBlobs):
         self.index = self.child = lab.push_document(origin, name, tag, self.manifest)["digest"]
         self.large = self.manifest["layers"][-1]["digest"]
 
-    def kept(self):
-        """The images and the containers that Docker has."""
+    def images_and_containers(self):
+        """Return the images and the containers that Docker has."""
         return [set(self.engine.docker(what, "-aq", "--no-trunc").split()) for what in ("images", "ps")]
 
     def posts(self, heard):
-        """The paths of the POST requests that a program sent to Docker, besides those for pulls and for content."""
+        """Return the paths of the program's POST requests to Docker, except those for pulls and for content."""
         return [path for path in re.findall(rb"POST (/\S*) HTTP/1\.1\r\n", b"".join(heard))
                 if not re.search(rb"/(grpc|images/create)\b", path)]
 
     def serve(self):
-        """Have the image served once, and see that Docker was asked for nothing but content."""
+        """Get the image from the program, and check that Docker was only asked for content."""
         host, heard = lab.ORIGINS["open"].host, []
-        before = self.kept()
+        before = self.images_and_containers()
         with lab.filtered(self.engine, hear=heard.append) as socket, Program(f"unix://{socket}") as program:
             answer = program.get(self.path("manifests", "1", host))
             self.assertEqual((200, self.index), (answer.status, sha256(answer.body)), answer.body)
@@ -67,19 +67,19 @@ class TestTriggers(LostBlobs):
             self.assertEqual([], program.lines("a bug in this program"))
         self.assertIn(b"/images/", b"".join(heard))
         self.assertEqual([], self.posts(heard))
-        self.assertEqual(before, self.kept())
+        self.assertEqual(before, self.images_and_containers())
 
-    def test_content_that_nobody_has(self):
-        """What Docker fetched is all there, so the image is served as it is."""
+    def test_content_that_exists_nowhere(self):
+        """Everything that Docker pulled is present, so the image is served as it is."""
         self.engine.docker("pull", "-q", self.on(lab.ORIGINS["open"].host))
         self.serve()
 
-    def test_a_layer_that_was_lost(self):
-        """It comes from the image's registry."""
+    def test_lost_layer(self):
+        """It is fetched from the image's registry."""
         self.lose(self.on(lab.ORIGINS["open"].host))
         self.serve()
 
-    def test_a_node_pulls_it(self):
+    def test_node_pulls_it(self):
         reference = self.on(lab.ORIGINS["open"].host)
         self.lose(reference)
         heard = []
@@ -89,15 +89,15 @@ class TestTriggers(LostBlobs):
 
 
 class TestOtherNames(LostBlobs):
-    """An image that shares its lost layer with one that a registry has, under names that no registry knows.
+    """Images that share a lost layer with an image in a registry, but have names that no registry knows.
 
-    Docker 26.1 does not list images that have lost content, so nothing leads from one name to the other there.
+    Docker 26.1 does not list images that have lost content, so one name does not lead to the other there.
     """
 
     engine = lab.ENGINES["containerd"]
 
     def other_names(self, base):
-        """Pull the base, lose its layer, and give it to images by other names; these names."""
+        """Pull the base, lose its layer, create images with other names that use the layer; return these names."""
         self.lose(base)
         names = [f"{self.name}:{tag}" for tag in ("tagged", "built", "committed")]
         self.images += names
@@ -109,18 +109,18 @@ class TestOtherNames(LostBlobs):
         self.engine.docker("commit", self.name, names[2])
         self.assertNotEqual(0, lab.chroot(
             "ctr", "-a", f"/lab/{self.engine.name}/exec/containerd/containerd.sock", "-n", "moby", "content", "get",
-            self.large, root=self.engine.root, check=False, text=False).returncode, "the layer is still lost")
+            self.large, root=self.engine.root, check=False, text=False).returncode, "the layer must still be lost")
         return names
 
     def check_manifest(self, program, name, **headers):
-        """A node's requests for such a name, by plain HTTP."""
+        """Send a node's requests for such a name, over plain HTTP."""
         _, _, tag = name.partition(":")
         answer = program.get(self.manifest_path(tag), **headers)
         self.assertEqual(200, answer.status, answer.body)
         blob = program.get(f"/v2/library/{self.name}/blobs/{self.large}?ns=docker.io", **headers)
         self.assertEqual((200, self.large), (blob.status, sha256(blob.body)))
 
-    def test_a_node_pulls_them(self):
+    def test_node_pulls_them(self):
         for name in self.other_names(self.on(lab.ORIGINS["open"].host)):
             with self.subTest(name):
                 lab.NODE.forget()
@@ -129,8 +129,8 @@ class TestOtherNames(LostBlobs):
                 self.assertEqual(self.engine.inspect(name)["Id"], lab.NODE.digest(reference))
                 self.assertEqual(self.large, sha256(lab.NODE.content(self.large)))
 
-    def test_by_the_credentials_of_that_registry(self):
-        """Those of the request are for another one."""
+    def test_stored_credentials_of_the_origin(self):
+        """The credentials in the request are for another registry."""
         with lab.TokenOrigin(lab.ORIGINS["open"], private=True) as origin:
             self.engine.docker("login", "-u", lab.USER, "--password-stdin", origin.host, input=lab.PASSWORD)
             self.addCleanup(self.engine.docker, "logout", origin.host)
@@ -145,8 +145,8 @@ class TestOtherNames(LostBlobs):
                         self.assertNotIn(NO_SUCH_POD, [authorization for _, authorization in origin.requests])
                         self.assertEqual([], [line for line in program.log if lab.PASSWORD in line])
 
-    def test_no_other_credentials_will_do(self):
-        """Without those of the registry itself, the layer is not available."""
+    def test_other_credentials_are_not_used(self):
+        """Without credentials for the registry itself, the layer is not available."""
         with lab.TokenOrigin(lab.ORIGINS["open"], private=True) as origin:
             self.engine.docker("login", "-u", lab.USER, "--password-stdin", origin.host, input=lab.PASSWORD)
             self.addCleanup(self.engine.docker, "logout", origin.host)
@@ -162,7 +162,7 @@ class TestOtherNames(LostBlobs):
                     self.assertEqual(set(), {authorization for _, authorization in origin.requests
                                              if (authorization or "").startswith("Basic ")})
 
-    def test_what_is_not_allowed_is_not_asked(self):
+    def test_disallowed_registry_is_not_asked(self):
         with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
             names = self.other_names(self.on(origin.host))
             allowed = ["-allow", "docker.io"]
@@ -177,9 +177,9 @@ class TestOtherNames(LostBlobs):
 
 
 class DigestsOfBuiltImages:
-    """The classic store has no manifests, so a digest that was given once has to be found again."""
+    """The classic store has no manifests, so a digest that was served once must be found again."""
 
-    def test_by_the_digest_that_an_earlier_program_gave(self):
+    def test_digest_from_an_earlier_program(self):
         image = self.build("1", {"data": os.urandom(300_000)})
         self.build("other")
         with self.program() as program:
@@ -187,7 +187,7 @@ class DigestsOfBuiltImages:
             digest = first.headers["Docker-Content-Digest"]
             self.assertEqual(image, first.json["config"]["digest"])
         for ns in ("?ns=docker.io", ""):
-            with self.subTest(ns), self.program() as program:  # on a fresh store
+            with self.subTest(ns), self.program() as program:  # with a new store
                 path = f"/v2/library/{self.name}/manifests/{digest}{ns}"
                 answer = program.get(path, Authorization=basic("a", "b"))
                 self.assertEqual((200, digest), (answer.status, sha256(answer.body)), answer.body)
@@ -195,7 +195,7 @@ class DigestsOfBuiltImages:
                     found = program.get(f"/v2/library/{self.name}/blobs/{blob['digest']}{ns}")
                     self.assertEqual(blob["digest"], sha256(found.body))
 
-    def test_by_a_digest_that_no_image_has(self):
+    def test_unknown_digest(self):
         self.build()
         answer = self.program().get(self.manifest_path(sha256(b"nothing")), Authorization=basic("a", "b"))
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
@@ -210,9 +210,9 @@ class TestDigestsOfBuiltImagesClassic20(DigestsOfBuiltImages, EngineCase):
 
 
 class UnusualNames:
-    """Names that Docker takes."""
+    """Image names that Docker accepts."""
 
-    def test_names(self):
+    def test_unusual_names(self):
         self.build()
         long_path = f"{self.name}/{'a' * 200}"
         long_path += "b" * (244 - len(long_path))
@@ -245,10 +245,10 @@ class TestUnusualNamesClassic(UnusualNames, EngineCase):
 
 
 class TestHostsInPaths(EngineCase):
-    """Clients that send no `ns`, and put the registry's name at the start of the path.
+    """Clients that send no `ns` and put the registry's name at the start of the path.
 
-    Names in a path have no port, so the origin has an address of its own, with the port that Docker takes for granted.
-    (On the containerd store that is 443 only, so there a fake daemon has to do.)
+    Names in a path have no port, so the origin has an address of its own, with Docker's default port.
+    (With the containerd store that is always 443, so a fake daemon is used for that.)
     """
 
     engine = lab.ENGINES["classic"]
@@ -265,7 +265,7 @@ class TestHostsInPaths(EngineCase):
         self.path = f"/v2/{self.host}/lab/{self.name}/manifests/1"
 
     def check(self, program, path):
-        """The image is pulled once, and what it lists is there under the same path."""
+        """Check that the image is pulled once, and that its manifests and blobs are served under the same path."""
         answer = program.get(path)
         self.assertEqual(200, answer.status, answer.body)
         self.assertEqual(1, len(program.lines(f"pull {self.reference}: started")), program.log)
@@ -285,17 +285,17 @@ class TestHostsInPaths(EngineCase):
         self.assertEqual([], program.jobs("pull"))
         self.check(program, self.path)
 
-    def test_with_the_namespace_as_well(self):
+    def test_path_and_namespace(self):
         self.check(self.program(), f"{self.path}?ns={self.host}")
 
-    def test_a_client_that_sends_no_namespace(self):
+    def test_client_without_namespace(self):
         program = self.program()
         out = lab.chroot("skopeo", "inspect", "--raw", "--tls-verify=false",
                          f"docker://{program.address}/{self.host}/lab/{self.name}:1").stdout
         self.assertTrue(json.loads(out))
         self.assertEqual(1, len(program.lines(f"pull {self.reference}: started")))
 
-    def test_what_was_pushed_under_the_whole_path_comes_first(self):
+    def test_hosted_content_under_the_whole_path_comes_first(self):
         program = self.program()
         repository = self.path.partition("/manifests/")[0]
         blob = uuid.uuid4().bytes
@@ -310,7 +310,7 @@ class TestHostsInPaths(EngineCase):
         self.assertEqual(manifest, program.get(self.path).body)
         self.assertEqual([], program.jobs("pull"))
 
-    def test_never(self):
+    def test_pull_never(self):
         program = self.program("-pull", "never")
         answer = program.get(self.path)
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
@@ -318,7 +318,7 @@ class TestHostsInPaths(EngineCase):
 
 
 class TestHostsInPathsOfAFakeDaemon(unittest.TestCase):
-    """What exactly Docker is asked for."""
+    """Which image Docker is told to pull."""
 
     def setUp(self):
         self.daemon = FakeDaemon()
@@ -350,14 +350,14 @@ class TestHostsInPathsOfAFakeDaemon(unittest.TestCase):
                                       or "quay.io%2Fquay.io" in line])
 
     def test_head(self):
-        """Without `ns` it never has Docker pull."""
+        """Without `ns`, HEAD never makes Docker pull."""
         for path in ("/v2/quay.io/a/b/manifests/1", "/v2/a/b/manifests/1"):
             for agent in ("curl/8", "crane/0.20", "oras/1.3"):
                 with self.subTest(path=path, agent=agent):
                     self.assertEqual(404, self.program.head(path, User_Agent=agent, Accept="*/*").status)
         self.assertEqual([], self.pulls())
 
-    def test_a_path_that_begins_with_no_registry(self):
+    def test_path_without_a_registry(self):
         for path in ("/v2/quay/a/b/manifests/1", "/v2/a/quay.io/b/manifests/1", "/v2/b/manifests/1"):
             with self.subTest(path):
                 self.assertEqual(404, self.program.get(path).status)

@@ -1,4 +1,4 @@
-"""Section 6: an image's own registry, asked directly, and content that is read while it arrives."""
+"""Tests of the origin chapter: requests to an image's own registry, and content that is read while it arrives."""
 
 import concurrent.futures
 import contextlib
@@ -48,7 +48,7 @@ USER = Credentials("user", "pass")
 
 
 class OriginCase(unittest.TestCase):
-    """A server whose answers are a table: path -> (status, headers, body), or a callable that gets the handler."""
+    """A server with a table of responses: path -> (status, headers, body), or a callable that gets the handler."""
 
     def setUp(self):
         self.answers, self.requests = {}, []
@@ -104,12 +104,12 @@ class OriginCase(unittest.TestCase):
 
 
 class TestOrigin(OriginCase):
-    def test_plain_http_only_where_it_is_allowed(self):
+    def test_plain_http_only_where_allowed(self):
         self.answers[self.PATH] = (200, {}, CONTENT)
         self.assertEqual(CONTENT, self.fetch())
         self.assertEqual("ORIGIN_UNAVAILABLE", self.failure(insecure=False).code)
 
-    def test_what_a_status_means(self):
+    def test_error_statuses(self):
         for status, code in ((401, "DENIED"), (403, "DENIED"), (404, "BLOB_UNKNOWN"), (429, "TOOMANYREQUESTS"),
                              (500, "ORIGIN_UNAVAILABLE"), (302, "ORIGIN_UNAVAILABLE")):
             with self.subTest(status):
@@ -139,7 +139,7 @@ class TestOrigin(OriginCase):
 
         self.answers[self.PATH], self.answers["/token"] = answer, (200, {}, token)
 
-    def test_a_token(self):
+    def test_token(self):
         for token in (b'{"token": "abc"}', b'{"access_token": "abc", "expires_in": 60}'):
             self.want_token(token=token)
             self.requests.clear()
@@ -148,7 +148,7 @@ class TestOrigin(OriginCase):
                               ("GET", "/token?a=b&service=s&scope=repository%3Ax%3Apull", USER.for_http()),
                               ("GET", self.PATH, "Bearer abc")], self.requests)
 
-    def test_an_identity_token_goes_by_oauth(self):
+    def test_identity_token_is_sent_by_oauth(self):
         bodies = []
         self.want_token()
         self.answers["/token"] = lambda handler: bodies.append(handler.body) or (200, {}, b'{"access_token": "abc"}')
@@ -157,7 +157,7 @@ class TestOrigin(OriginCase):
         self.assertEqual([b"grant_type=refresh_token&client_id=k3d-registry-dockerd&refresh_token=secret&service=s"
                           b"&scope=repository%3Ax%3Apull"], bodies)
 
-    def test_challenges_and_tokens_that_make_no_sense(self):
+    def test_malformed_challenges_and_tokens(self):
         for challenge, token in (("Bearer", b""), ("Bearer realm", b""), ('Bearer realm="nonsense"', b""),
                                  ('Bearer realm="file:///etc/passwd"', b""), ('Bearer realm="http://[/"', b""),
                                  (None, b"[]"), (None, b"{}"), (None, b'{"token": 1}'), (None, b'{"token": "a b"}'),
@@ -170,7 +170,7 @@ class TestOrigin(OriginCase):
         self.want_token(token=b'{"token": "another"}')
         self.assertEqual("DENIED", self.failure(USER).code)
 
-    def test_redirects_take_credentials_to_the_same_server_only(self):
+    def test_redirects_send_credentials_only_to_the_same_server(self):
         other = self.start()
         for status in (301, 302, 303, 307, 308):
             for host, expected in ((self.host, "Bearer abc"), (other, None)):
@@ -185,7 +185,7 @@ class TestOrigin(OriginCase):
                     self.assertEqual(CONTENT, self.fetch(USER))
                     self.assertEqual(("GET", "/elsewhere", expected), self.requests[-1])
 
-    def test_a_redirects_target_gets_no_answer_to_its_challenge(self):
+    def test_challenge_of_redirect_target_is_not_answered(self):
         other = self.start()
         self.want_token()
         first = self.answers[self.PATH]
@@ -200,7 +200,7 @@ class TestOrigin(OriginCase):
                 self.assertEqual("DENIED", self.failure(credentials).code)
                 self.assertEqual([], [path for _, path, _ in self.requests if "evil" in path])
 
-    def test_a_redirects_body_is_not_read(self):
+    def test_redirect_body_is_not_read(self):
         def endless(handler):
             handler.send_response(307)
             handler.send_header("Location", "/elsewhere")
@@ -216,8 +216,8 @@ class TestOrigin(OriginCase):
         self.assertEqual(CONTENT, self.fetch())
         self.assertTrue(self.gave_up.wait(30))
 
-    def test_the_proxys_credentials_are_for_the_proxy(self):
-        """A registry behind a proxy redirects to a place that is not."""
+    def test_proxy_credentials_are_sent_only_to_the_proxy(self):
+        """A registry behind a proxy redirects to a server that is reached directly."""
         seen = []
         self.answers[f"http://registry.example{self.PATH}"] = (307, {"Location": f"http://{self.start()}/there"}, b"")
         self.answers["/there"] = lambda handler: (
@@ -227,20 +227,20 @@ class TestOrigin(OriginCase):
             self.assertEqual(CONTENT, self.fetch(host="registry.example"))
         self.assertEqual([None], seen)
 
-    def test_redirects_to_nowhere(self):
+    def test_malformed_and_unreachable_redirects(self):
         for location in (self.PATH, "file:///etc/passwd", "ftp://127.0.0.1/", "http://[", "http://127.0.0.1:1/", "x:y"):
             with self.subTest(location):
                 self.answers[self.PATH] = (307, {"Location": location}, b"")
                 self.assertEqual("ORIGIN_UNAVAILABLE", self.failure().code)
 
-    def test_proxies_are_for_what_is_far(self):
-        """The registry's name is known to the proxy only."""
+    def test_proxy_is_not_used_for_local_addresses(self):
+        """Only the proxy knows the registry's name."""
         self.answers[f"http://registry.example{self.PATH}"] = (200, {}, CONTENT)
         self.answers[self.PATH] = (200, {}, b"directly")
         proxy = {"http_proxy": f"http://{self.host}", "https_proxy": f"http://{self.host}", "no_proxy": ""}
         with mock.patch.dict(os.environ, proxy):
             self.assertEqual(CONTENT, self.fetch(host="registry.example"))
-            self.assertEqual("CONNECT", self.requests[0][0], "TLS first")
+            self.assertEqual("CONNECT", self.requests[0][0], "TLS must be tried first")
             self.assertEqual(b"directly", self.fetch())
         with mock.patch.dict(os.environ, {**proxy, "no_proxy": "registry.example"}):
             self.assertEqual("ORIGIN_UNAVAILABLE", self.failure(host="registry.example").code)
@@ -271,7 +271,7 @@ class TestTls(OriginCase):
             self.assertEqual(CONTENT, self.fetch(host=self.secure, insecure=False))
 
     def test_credentials_do_not_leave_tls(self):
-        """A registry with TLS that wants its token fetched without."""
+        """A registry with TLS that sends clients to a token server without TLS."""
         self.answers[self.PATH] = (401, {"WWW-Authenticate": f'Bearer realm="http://{self.host}/token"'}, b"")
         failure = self.failure(USER, host=self.secure)
         self.assertIn("without TLS", str(failure))
@@ -279,9 +279,9 @@ class TestTls(OriginCase):
 
 
 class TestInsecure(unittest.TestCase):
-    """Docker's own rule for which registries may be asked without TLS."""
+    """Docker's own rule for which registries may be contacted without TLS."""
 
-    def test_the_rule(self):
+    def test_insecure_hosts(self):
         engine = Engine(EngineHost(path="/nowhere"))
         info = EngineInfo("28", (1, 51), "classic", Path("/"), "x",
                           (("docker.io", True), ("plain.example:5000", False), ("127.0.0.9:1", True)),
@@ -311,9 +311,9 @@ class TestTransfer(unittest.TestCase):
 
     def begin(self):
         self.path.touch()
-        self.transfer.begin(open(self.path, "rb"))  # noqa: SIM115 - the relay closes it
+        self.transfer.begin(open(self.path, "rb"))  # noqa: SIM115 - the transfer closes it
 
-    def test_many_readers_of_what_grows(self):
+    def test_concurrent_readers_of_growing_file(self):
         self.begin()
         ranges = [(0, len(self.data)), (0, 1), (500_000, 10), (999_999, 1), (300_000, 700_000)] * 3
         with concurrent.futures.ThreadPoolExecutor(len(ranges)) as pool:
@@ -321,13 +321,13 @@ class TestTransfer(unittest.TestCase):
                        for part in ranges]
             for start in range(0, len(self.data), 70_000):
                 self.write(self.data[start:start + 70_000])
-            self.path.unlink()  # as it is when the content gets its real name
+            self.path.unlink()  # like when the content gets its final name
             self.transfer.end()
             for (start, length), reader in zip(ranges, readers, strict=True):
                 self.assertEqual(hashlib.sha256(self.data[start:start + length]).hexdigest(),
                                  hashlib.sha256(reader.result(30)).hexdigest())
 
-    def test_the_last_byte_waits_for_the_digest(self):
+    def test_last_byte_is_held_until_the_digest_is_checked(self):
         self.begin()
         self.write(self.data)
         pieces = iter(self.transfer.open(0, len(self.data), Deadline()))
@@ -338,26 +338,26 @@ class TestTransfer(unittest.TestCase):
         with self.assertRaises(RegistryError):
             next(pieces)
 
-    def test_an_end_before_the_beginning(self):
+    def test_end_before_start(self):
         self.transfer.end(RegistryError("ORIGIN_UNAVAILABLE", "no"))
         for wait in (lambda: self.transfer.wait_for_start(Deadline(1)),
                      lambda: list(self.transfer.open(0, 1, Deadline()))):
             with self.assertRaisesRegex(RegistryError, "no"):
                 wait()
 
-    def test_no_beginning(self):
+    def test_wait_for_start_times_out(self):
         with self.assertRaises(RegistryError) as caught:
             self.transfer.wait_for_start(Deadline(0.01))
         self.assertEqual("STILL_PULLING", caught.exception.code)
 
-    def test_nothing_to_read(self):
+    def test_empty_content(self):
         transfer = Transfer(0)
         self.path.touch()
         transfer.begin(open(self.path, "rb"))  # noqa: SIM115
         transfer.end()
         self.assertEqual([], list(transfer.open(0, 0, Deadline())))
 
-    def test_its_file_is_closed_with_the_last_reader(self):
+    def test_file_is_closed_with_the_last_reader(self):
         def held():
             return sum(str(fd.resolve()).startswith(str(self.path)) for fd in Path("/proc/self/fd").iterdir())
 
@@ -374,7 +374,7 @@ class TestTransfer(unittest.TestCase):
 
 
 class TestSharedReads(unittest.TestCase):
-    """Ten nodes that want the same layer at the same time."""
+    """Ten nodes read the same layer at the same time."""
 
     PIECE = 300_000
 
@@ -390,7 +390,7 @@ class TestSharedReads(unittest.TestCase):
         self.reads, self.closed, self.failing = [], [], None
 
     def read(self, start, length):
-        """The source: notes what is read of it, and which of these reads are closed. Waits in the middle for go_on."""
+        """The source. It records its reads and which of them are closed. It waits for go_on in the middle."""
         number = len(self.reads)
         self.reads.append((start, length))
 
@@ -408,7 +408,7 @@ class TestSharedReads(unittest.TestCase):
         return self.sharing.open(self.digest, len(self.data), self.read, Deadline())
 
     def send(self, body):
-        """What a client gets, by sendfile where the server would use that."""
+        """Return the bytes that a client gets, sent with sendfile where the server would use it."""
         ours, theirs = socket.socketpair()
         got = []
         reader = threading.Thread(target=lambda: got.append(theirs.makefile("rb").read()))
@@ -429,7 +429,7 @@ class TestSharedReads(unittest.TestCase):
             self.assertEqual({self.digest}, set(pool.map(lambda body: Digest.of(self.send(body)), bodies)))
 
     def assert_nothing_left(self):
-        """All that was opened is closed, and nothing is remembered or left in the folder."""
+        """Check that every source is closed, and that no read and no file is left."""
         deadline = time.monotonic() + 30
         while len(set(self.closed)) < len(self.reads) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -437,7 +437,7 @@ class TestSharedReads(unittest.TestCase):
         self.assertEqual({}, self.sharing._reads)
         self.assertEqual([], list(self.folder.iterdir()) if self.folder.is_dir() else [])
 
-    def test_the_source_is_read_twice_for_ten(self):
+    def test_ten_readers_cause_two_reads(self):
         self.assert_sent(*[self.open() for _ in range(10)])
         self.assertEqual([(0, 3_000_000)] * 2, self.reads)
         self.assert_nothing_left()
@@ -455,14 +455,14 @@ class TestSharedReads(unittest.TestCase):
         self.assertIn(0, self.closed, "the first reader follows the file as well")
         self.assert_nothing_left()
 
-    def test_one_after_the_other(self):
+    def test_sequential_readers(self):
         for _ in range(3):
             self.assert_sent(self.open())
         self.assertEqual([(0, 3_000_000)] * 3, self.reads)
-        self.assertFalse(self.folder.exists(), "nothing is written for one reader")
+        self.assertFalse(self.folder.exists(), "no file is written for a single reader")
         self.assert_nothing_left()
 
-    def test_a_slow_reader_holds_up_nobody(self):
+    def test_slow_reader_does_not_block_others(self):
         slow, second, third = self.open(), self.open(), self.open()
         next(slow.parts()), next(second.parts())
         self.assert_sent(third)
@@ -471,15 +471,15 @@ class TestSharedReads(unittest.TestCase):
         slow.close(), second.close()
         self.assert_nothing_left()
 
-    def test_the_first_one_leaves(self):
+    def test_first_reader_closes(self):
         first, second, third = self.open(), self.open(), self.open()
         next(first.parts())
         first.close()
         self.assert_sent(second, third)
         self.assert_nothing_left()
 
-    def test_a_source_that_fails(self):
-        """Each tries for himself then, and hears the reason; the next reader starts afresh."""
+    def test_source_fails(self):
+        """Each reader then reads for itself, and gets the reason. The next reader starts a new read."""
         self.failing = RegistryError("ENGINE_FAILED", "broken")
         bodies = [self.open() for _ in range(3)]
         with self.assertLogs("k3d-registry-dockerd"):
@@ -491,8 +491,8 @@ class TestSharedReads(unittest.TestCase):
         self.failing = None
         self.assert_sent(self.open())
 
-    def test_a_source_that_ends_early(self):
-        """Nobody waits for what does not come."""
+    def test_source_ends_early(self):
+        """No reader waits for the missing bytes."""
         short = self.data[:2_000_000]
 
         def read(start, length):
@@ -507,8 +507,8 @@ class TestSharedReads(unittest.TestCase):
             body.close()
         self.assert_nothing_left()
 
-    def test_a_reader_that_joins_after_a_failure(self):
-        """The shared read has failed, and the first reader has not left yet: the next one begins another."""
+    def test_reader_joins_after_a_failure(self):
+        """The shared read has failed, but the first reader is still open: the new reader starts another read."""
         first, second = self.open(), self.open()
         self.failing = RegistryError("ENGINE_FAILED", "broken")
         with self.assertLogs("k3d-registry-dockerd"), self.assertRaisesRegex(RegistryError, "broken"):
@@ -518,8 +518,8 @@ class TestSharedReads(unittest.TestCase):
         first.close(), second.close()
         self.assert_nothing_left()
 
-    def test_a_client_that_has_gone(self):
-        """Its thread does not wait for the source any longer than the client does."""
+    def test_client_disconnects(self):
+        """The client's thread stops waiting for the source when the client disconnects."""
         self.go_on.clear()
         ours, theirs = socket.socketpair()
         first = self.open()
@@ -533,8 +533,8 @@ class TestSharedReads(unittest.TestCase):
         self.go_on.set()
         self.assert_nothing_left()
 
-    def test_no_thread_can_be_started(self):
-        """Each goes on for himself, and nothing is left open."""
+    def test_thread_cannot_be_started(self):
+        """Each reader continues by itself, and nothing is left open."""
         first = self.open()
         parts = first.parts()
         got = bytes(next(parts))
@@ -547,7 +547,7 @@ class TestSharedReads(unittest.TestCase):
         first.close(), second.close()
         self.assert_nothing_left()
 
-    def test_a_source_that_cannot_be_opened(self):
+    def test_source_cannot_be_opened(self):
         def refuse(start, length):
             raise RegistryError("BLOB_UNKNOWN", "gone")
 
@@ -555,8 +555,8 @@ class TestSharedReads(unittest.TestCase):
             self.sharing.open(self.digest, len(self.data), refuse, Deadline())
         self.assert_nothing_left()
 
-    def test_when_all_have_left(self):
-        """What is copied for them is given up."""
+    def test_all_readers_close(self):
+        """The copy that was made for them is abandoned."""
         self.go_on.clear()
         for body in [self.open(), self.open()]:
             next(iter(body))
@@ -564,8 +564,8 @@ class TestSharedReads(unittest.TestCase):
         self.go_on.set()
         self.assert_nothing_left()
 
-    def test_a_folder_that_cannot_be_written_to(self):
-        """Each goes on for himself."""
+    def test_unwritable_folder(self):
+        """Each reader continues by itself."""
         self.folder.write_bytes(b"a file")
         with self.assertLogs("k3d-registry-dockerd"):
             self.assert_sent(self.open(), self.open())

@@ -1,4 +1,4 @@
-"""Real engines that are set up in other ways: mirrors, Podman, a socket proxy, images that are hard to export."""
+"""Real engines in other setups: with mirrors, Podman, behind a socket proxy, with images that are hard to export."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import lab
 from program import Program
 from test_engines import EngineCase, sha256
 
-PULL_TIMEOUT = 60  # seconds; a pull of these images takes less than one
+PULL_TIMEOUT = 60  # seconds; a pull of these images takes less than a second
 
 
 def setUpModule():
@@ -17,10 +17,10 @@ def setUpModule():
 
 
 class OtherEngineCase(EngineCase):
-    """What the tests of this module have in common."""
+    """Common to the tests of this module."""
 
     def check_image(self, program, path):
-        """Get an image of one platform with all its blobs through the program; its manifest and its config."""
+        """Get an image of one platform with all its blobs from the program. Returns its manifest and its config."""
         answer = program.get(path)
         self.assertEqual(200, answer.status, answer.body)
         self.assertEqual(answer.headers["Docker-Content-Digest"], sha256(answer.body))
@@ -36,9 +36,9 @@ class OtherEngineCase(EngineCase):
 
 
 class Mirrors(OtherEngineCase):
-    """An engine that asks this program first for images of Docker Hub, and another registry after it.
+    """An engine that uses this program as its first mirror of Docker Hub, and another registry as its second.
 
-    The program must not have Docker pull what Docker is just asking it for: each would wait for the other.
+    The program must not make Docker pull what Docker is requesting from it: each would wait for the other.
     """
 
     engine = lab.ENGINES["mirrors"]
@@ -50,65 +50,65 @@ class Mirrors(OtherEngineCase):
         self.mirror = self.program(address=lab.FIRST_MIRROR)
 
     def put_on_origin(self):
-        """Put another image under tag 1 on the second mirror; its digest."""
+        """Put another image under tag 1 on the second mirror; return its digest."""
         files = [("id", uuid.uuid4().bytes)]
         digest, _ = lab.push_platforms(lab.ORIGINS["open"], f"library/{self.name}", "1", ["amd64"], files)
         return digest
 
     def docker_pull(self, reference):
-        """`docker pull`, ended with status 124 when it hangs."""
+        """Run `docker pull`. The status is 124 if it does not end in time."""
         return lab.chroot("timeout", PULL_TIMEOUT, "docker", "-H", self.engine.host, "pull", reference, check=False)
 
     def check_mirror(self, hops):
-        """The program answered Docker's own requests with 404, and no request with 408.
+        """Check that the program answered Docker's own requests with 404, and no request with 408.
 
-        hops is the number of requests that did not come from Docker, and may have been answered with 200.
+        hops is the number of requests that did not come from Docker; they may have been answered with 200.
         """
         lines = self.mirror.lines(f"/v2/library/{self.name}/")
         self.assertEqual([], [line for line in lines if " 408 " in line])
         others = [line for line in lines if " 404 " not in line]
         self.assertLessEqual(len(others), hops, "\n".join(self.mirror.log))
 
-    def test_docker_pull_of_a_tag(self):
+    def test_docker_pull_by_tag(self):
         result = self.docker_pull(f"{self.name}:1")
         self.assertEqual(0, result.returncode, (result.stderr, self.mirror.log))
         self.assertEqual(self.digest, self.engine.inspect(f"{self.name}:1")["Id"])
         self.check_mirror(0)
         self.assertEqual([], self.mirror.jobs("pull"))
 
-    def test_docker_pull_of_a_digest(self):
+    def test_docker_pull_by_digest(self):
         result = self.docker_pull(f"{self.name}@{self.digest}")
         self.assertEqual(0, result.returncode, (result.stderr, self.mirror.log))
         self.assertEqual(self.digest, self.engine.inspect(f"{self.name}@{self.digest}")["Id"])
         self.check_mirror(0)
         self.assertEqual([], self.mirror.jobs("pull"))
 
-    def test_pull_of_a_tag_that_the_program_has_docker_do(self):
+    def test_program_pulls_by_tag(self):
         answer = self.mirror.get(self.manifest_path("1"))
         self.assertEqual((200, self.digest), (answer.status, answer.headers["Docker-Content-Digest"]), self.mirror.log)
         self.check_mirror(1)
 
-    def test_pull_of_a_digest_that_the_program_has_docker_do(self):
+    def test_program_pulls_by_digest(self):
         answer = self.mirror.get(self.manifest_path(self.digest))
         self.assertEqual((200, self.digest), (answer.status, sha256(answer.body)), self.mirror.log)
         self.check_mirror(1)
 
-    def test_an_image_that_nobody_has(self):
+    def test_missing_image(self):
         name = f"{self.name}-missing"
         result = self.docker_pull(f"{name}:1")
-        self.assertNotIn(result.returncode, (0, 124), "it ended by itself, with an error")
+        self.assertNotIn(result.returncode, (0, 124), "the pull must fail without a timeout")
         lines = self.mirror.lines(f"/v2/library/{name}/")
         self.assertTrue(lines)
         self.assertEqual([], [line for line in lines if " 404 " not in line])
 
-    def test_pull_by_a_node(self):
+    def test_node_pull(self):
         reference = f"docker.io/library/{self.name}:1"
         self.pull(self.mirror, reference)
         self.assertEqual(self.digest, lab.NODE.digest(reference))
         self.assertEqual([], self.mirror.lines(" 408 "))
 
-    def test_docker_pull_of_a_tag_that_has_moved(self):
-        """The program must not tell Docker that what Docker has is the newest."""
+    def test_docker_pull_of_moved_tag(self):
+        """The program must not tell Docker that Docker's own image is the latest one."""
         self.assertEqual(0, self.docker_pull(f"{self.name}:1").returncode, self.mirror.log)
         moved = self.put_on_origin()
         self.assertEqual(0, self.docker_pull(f"{self.name}:1").returncode, self.mirror.log)
@@ -116,7 +116,7 @@ class Mirrors(OtherEngineCase):
 
 
 class Podman(OtherEngineCase):
-    """Podman's service: exports are docker-archives, and an image built as NAME is localhost/NAME."""
+    """Podman's service. Its exports are docker-archives, and an image built as NAME is called localhost/NAME."""
 
     engine = lab.ENGINES["podman"]
 
@@ -126,13 +126,13 @@ class Podman(OtherEngineCase):
         return image_id
 
     def check_on_node(self, reference, image_id):
-        """The image on the node is the one that Podman has."""
+        """Check that the image on the node is the one that Podman has."""
         manifest = json.loads(lab.NODE.content(lab.NODE.digest(reference)))
         self.assertEqual(image_id.removeprefix("sha256:"), manifest["config"]["digest"].removeprefix("sha256:"))
         for descriptor in [manifest["config"], *manifest["layers"]]:
             self.assertEqual(descriptor["digest"], sha256(lab.NODE.content(descriptor["digest"])))
 
-    def test_an_image_without_a_host(self):
+    def test_image_without_host(self):
         image_id = self.build()
         self.assertEqual([f"localhost/{self.name}:1"], self.engine.inspect(f"localhost/{self.name}:1")["RepoTags"])
         program = self.program()
@@ -142,7 +142,7 @@ class Podman(OtherEngineCase):
         self.check_image(program, self.manifest_path("1"))
         self.assertEqual([], program.jobs("pull"))
 
-    def test_an_image_without_a_host_by_bare_path_and_by_localhost(self):
+    def test_image_without_host_by_path_and_by_localhost(self):
         self.build()
         program = self.program()
         expected = program.get(f"/v2/{self.name}/manifests/1?ns=localhost").headers["Docker-Content-Digest"]
@@ -151,7 +151,7 @@ class Podman(OtherEngineCase):
             with self.subTest(path):
                 self.assertEqual(expected, program.get(path).headers["Docker-Content-Digest"])
 
-    def test_an_imported_image_without_a_host(self):
+    def test_imported_image_without_host(self):
         self.engine.podman("import", "-", f"{self.name}:1", input=lab.tar_of({"id": uuid.uuid4().bytes}), text=False)
         self.images.append(f"localhost/{self.name}:1")
         program = self.program()
@@ -159,7 +159,7 @@ class Podman(OtherEngineCase):
         self.pull(program, reference)
         self.check_on_node(reference, self.engine.inspect(f"localhost/{self.name}:1")["Id"])
 
-    def test_an_image_of_docker_hub_comes_before_one_of_localhost(self):
+    def test_docker_hub_image_precedes_localhost_image(self):
         self.build()
         hub = f"docker.io/library/{self.name}:1"
         self.engine.import_image(hub, {"id": uuid.uuid4().bytes})
@@ -168,7 +168,7 @@ class Podman(OtherEngineCase):
         self.pull(program, hub)
         self.check_on_node(hub, self.engine.inspect(hub)["Id"])
 
-    def test_an_image_with_a_full_name(self):
+    def test_image_with_full_name(self):
         image = f"registry.example.com/team/{self.name}"
         image_id = self.build(name=image, files={"one": b"1" * 100_000, "two": uuid.uuid4().bytes})
         program = self.program()
@@ -198,7 +198,7 @@ class UnqualifiedName:
     """
 
     def load(self):
-        """Load an image under a name that is not qualified; its layer's digest."""
+        """Load an image under an unqualified name; return its layer's digest."""
         layer = lab.tar_of({"id": uuid.uuid4().bytes})
         config = json.dumps({"architecture": "amd64", "os": "linux", "config": {},
                              "rootfs": {"type": "layers", "diff_ids": [sha256(layer)]}}).encode()
@@ -213,11 +213,11 @@ class UnqualifiedName:
         self.engine.docker("load", text=False, input=lab.tar_of({
             "oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": index,
             **{f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}": blob for blob in (layer, config, manifest)}}))
-        # Docker cannot remove it, either.
+        # Docker cannot remove it by that name either.
         self.addCleanup(self.engine.containerd, "images", "rm", "--sync", f"{self.name}:1")
         return sha256(layer)
 
-    def test_what_is_listed_is_served(self):
+    def test_listed_image_is_served(self):
         layer = self.load()
         with self.assertRaisesRegex(RuntimeError, "No such image"):
             self.engine.inspect(f"{self.name}:1")
@@ -228,7 +228,7 @@ class UnqualifiedName:
         self.assertEqual([layer], [descriptor["digest"] for descriptor in manifest["layers"]])
         self.check_image(program, self.manifest_path("1"))
 
-    def test_a_node_pulls_it(self):
+    def test_node_pulls_it(self):
         layer = self.load()
         program = self.program()
         reference = f"docker.io/library/{self.name}:1"
@@ -247,10 +247,10 @@ class UnqualifiedNameContainerd26(UnqualifiedName, OtherEngineCase):
 
 
 class GraphDriver:
-    """Images of the classic store that an export does not give as they are wanted."""
+    """Images of the classic store that cannot be exported as they are needed."""
 
-    def test_an_image_without_layers(self):
-        """Docker cannot export it: "empty export - not implemented". Its config says all that there is."""
+    def test_image_without_layers(self):
+        """Docker cannot export it: "empty export - not implemented". The config is all that it needs."""
         for builder in ("0", "1"):
             with self.subTest(DOCKER_BUILDKIT=builder):
                 image = f"{self.name}-{builder}:1"
@@ -268,10 +268,10 @@ class GraphDriver:
                 _, config = self.check_image(program, path)
                 self.assertEqual({"id": self.name}, config["config"]["Labels"])
                 self.assertEqual(("amd64", "linux"), (config["architecture"], config["os"]))
-                self.assertEqual(digest, program.head(path).headers["Docker-Content-Digest"], "it stays the same")
+                self.assertEqual(digest, program.head(path).headers["Docker-Content-Digest"], "digest has changed")
 
-    def test_another_platform_is_reported(self):
-        """A tag that was pulled for another platform is served, with a warning: a pod would not start."""
+    def test_image_of_another_platform_is_served_with_warning(self):
+        """A tag that was pulled for another platform is served, but the log warns: a pod would not start."""
         origin = lab.ORIGINS["open"]
         lab.push_platforms(origin, f"lab/{self.name}", "1", ["amd64", "arm64"], [("id", uuid.uuid4().bytes)])
         reference = f"{origin.host}/lab/{self.name}:1"
@@ -294,17 +294,17 @@ class GraphDriver20(GraphDriver, OtherEngineCase):
 
 
 class SocketProxy:
-    """A proxy before Docker's socket that allows some calls only, and answers others with an HTML page."""
+    """A proxy in front of Docker's socket that allows only some calls, and answers others with an HTML page."""
 
     def behind_proxy(self, refuse):
-        """The program behind a proxy that refuses requests with that text."""
+        """Start the program behind a proxy that refuses requests containing that text."""
         proxy = lab.filtered(self.engine, refuse, answer=lab.FORBIDDEN)
         program = Program(f"unix://{proxy.__enter__()}")
         self.addCleanup(proxy.__exit__, None, None, None)
         self.addCleanup(program.__exit__)
         return program
 
-    def test_a_refused_pull_is_explained(self):
+    def test_refused_pull_is_explained(self):
         self.on_origin()
         program = self.behind_proxy(b"POST ")
         answer = program.get(self.origin_path("1"))
@@ -314,13 +314,13 @@ class SocketProxy:
         self.assertNotIn("<html", answer.body.decode())
         self.assertFalse(program.lines("<html"))
 
-    def test_what_docker_has_is_served(self):
+    def test_image_of_docker_is_served(self):
         self.build()
         program = self.behind_proxy(b"POST ")
         self.pull(program, f"docker.io/library/{self.name}:1")
         self.assertFalse(program.lines("<html"))
 
-    def test_a_pull_without_grpc(self):
+    def test_pull_without_grpc(self):
         reference, _ = self.on_origin()
         program = self.behind_proxy(b"/grpc HTTP/1.1")
         self.pull(program, reference)
@@ -331,7 +331,7 @@ class SocketProxy:
 class SocketProxyContainerd(SocketProxy, OtherEngineCase):
     engine = lab.ENGINES["containerd"]
 
-    def test_a_refused_grpc_is_logged(self):
+    def test_refused_grpc_is_logged(self):
         """Images are exported instead. The log says why, and which call to allow."""
         self.build()
         program = self.behind_proxy(b"/grpc HTTP/1.1")

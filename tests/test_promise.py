@@ -1,7 +1,7 @@
-"""The promise of a registry: what it says is here stays here. Real clients, real engines, pushes and reads.
+"""The promise of a registry: content that it reports remains available. Real clients, real engines, pushes and reads.
 
-A client does not push what a HEAD says is there. So a HEAD without `ns` tells only of what was pushed, and a manifest
-that is pushed brings along what only Docker has. After each test everything that was pushed is fetched without Docker.
+A client does not push what HEAD reports. So HEAD without `ns` reports only hosted content, and a pushed manifest
+brings what only Docker has. After each test everything that was pushed is fetched without Docker.
 """
 
 import email.parser
@@ -41,7 +41,7 @@ def described(data, media_type, **more):
 
 
 class MemoryOrigin:
-    """A registry with one image, in memory: for manifests that the lab's registries refuse."""
+    """An in-memory registry with one image, for manifests that the lab's registries refuse."""
 
     def __init__(self):
         self.content = {}  # tag or digest -> (media type, bytes)
@@ -62,7 +62,7 @@ class MemoryOrigin:
         self.host = f"127.0.0.1:{self._server.server_port}"
 
     def add(self, data, media_type, tag=None, **more):
-        """Keep some content; its descriptor."""
+        """Add content and return its descriptor."""
         for reference in filter(None, (tag, sha256(data))):
             self.content[reference] = (media_type, data)
         return described(data, media_type, **more)
@@ -77,7 +77,7 @@ class MemoryOrigin:
 
 
 class PromiseCase(PushCase):
-    """What only Docker has, under the program's own name, and what is done with it."""
+    """Images that only Docker has, under the program's own name, and what clients do with them."""
 
     def path(self, kind, reference, repository=None):
         return f"/v2/{repository or self.name}/{kind}/{reference}"
@@ -93,21 +93,21 @@ class PromiseCase(PushCase):
         return sha256(data)
 
     def restart(self, docker_host, *arguments):
-        """Another program in the place of the one that is there, on the same store."""
+        """Replace the running program with another one on the same store."""
         self.program.stop()
         self.program = Program(docker_host, *arguments, store=self.program.store)
         self.addCleanup(self.program.__exit__)
         self.target = f"{self.program.address}/{self.name}"
 
     def image_of(self, document):
-        """The image manifest behind a manifest or an index that Docker has."""
+        """Return the image manifest that document, a manifest or an index of Docker, leads to."""
         if "manifests" in document:
             digest = document["manifests"][0]["digest"]
             return self.program.get(self.path("manifests", digest)).json
         return document
 
     def assert_whole(self, *tags, repository=None):
-        """Everything below these tags is there without Docker; their digests."""
+        """Check that everything below these tags is available without Docker; return their digests."""
         walked = self.check_without_docker()
         for tag in tags:
             self.assertIn(f"{repository or self.name}:{tag}", walked)
@@ -118,7 +118,7 @@ class PromiseCase(PushCase):
 
 
 class Adoption:
-    """A manifest that is pushed brings along what only Docker has, whatever the image store."""
+    """A pushed manifest brings what only Docker has, with either image store."""
 
     def test_crane_tag(self):
         image = self.build("src", *(["--provenance=mode=max"] if self.engine.containerd_store else []))
@@ -131,7 +131,7 @@ class Adoption:
         out = self.crane("index append", "-m", image, "-t", f"{self.target}:app")
         self.assertEqual([out.rpartition("@")[2]], self.assert_whole("app"))
 
-    def test_get_and_put_by_another_tag(self):
+    def test_get_then_put_with_another_tag(self):
         self.build("src")
         read = self.program.get(self.path("manifests", "src"))
         self.assertEqual(200, read.status, read.body)
@@ -140,7 +140,7 @@ class Adoption:
         self.assertEqual((201, digest), (answer.status, answer.headers["Docker-Content-Digest"]), answer.body)
         self.assertEqual([digest], self.assert_whole("app"))
 
-    def test_crane_copy_of_an_image_that_docker_has_under_the_target_name(self):
+    def test_crane_copy_to_a_name_that_docker_has(self):
         origin = lab.ORIGINS["open"]
         index, _ = lab.push_platforms(origin, f"lab/{self.name}", "1", ["amd64"])
         source = f"{origin.host}/lab/{self.name}:1"
@@ -150,8 +150,8 @@ class Adoption:
         self.crane("cp", source, f"{self.target}:1")
         self.assertEqual([index], self.assert_whole("1"))
 
-    def test_clients_that_push_what_docker_has(self):
-        """Each asks with HEAD first, and has to be told that nothing is there."""
+    def test_clients_that_copy_an_image_of_docker(self):
+        """Each client sends HEAD first, and must get 404."""
         source = self.build("src")
         archive = f"/lab/{self.name}/image"
         layout = f"oci:{archive}:1"
@@ -174,12 +174,12 @@ class TestAdoptionClassic(Adoption, PromiseCase):
 
 class TestAdoptionContainerd(Adoption, PromiseCase):
     def docker_client(self, *command):
-        """A command of Docker's that talks to registries itself, and keeps its files in the test's folder."""
+        """Run a docker command that talks to registries itself. Its files stay in the test's folder."""
         return self.run_client("docker", *command, env={"DOCKER_HOST": self.engine.host,
                                                         "DOCKER_CONFIG": f"/lab/{self.name}"})
 
-    def test_clients_that_push_a_manifest_and_nothing_else(self):
-        """Each with an image of its own, by itself or in an index with an attestation."""
+    def test_clients_that_push_only_a_manifest(self):
+        """Each uses its own image, either a plain one or an index with an attestation."""
         clients = {
             "tag": lambda source, tag: self.run_client("oras", "tag", "--plain-http", f"{self.target}:{source}", tag),
             "index": lambda source, tag: self.run_client(
@@ -193,7 +193,7 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
         tags = []
         for kind, options in (("plain", ["--provenance=false"]), ("attested", ["--provenance=mode=max"])):
             for client, push in clients.items():
-                if (kind, client) != ("attested", "list"):  # it takes no index
+                if (kind, client) != ("attested", "list"):  # it does not accept an index
                     self.build(f"{kind}-{client}", *options)
                     tags.append(f"{kind}-{client}-pushed")
                     push(f"{kind}-{client}", tags[-1])
@@ -205,7 +205,7 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
         self.docker_client("buildx", "imagetools", "create", "-t", f"{self.program.address}/{other}:1", image)
         self.assert_whole("1", repository=other)
 
-    def test_oras_copy_of_platforms_of_which_docker_has_one(self):
+    def test_oras_copy_of_index_with_one_platform_in_docker(self):
         origin = lab.ORIGINS["open"]
         index, (mine, foreign) = lab.push_platforms(origin, f"lab/{self.name}", "all", ["amd64", "arm64"])
         source = f"{origin.host}/lab/{self.name}:all"
@@ -216,8 +216,8 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
         for digest in (mine, foreign):
             self.assertIn(f"{self.name}@{digest}", walked)
 
-    def test_an_index_of_which_docker_has_one_platform(self):
-        """The other manifest is nowhere, so it may be missing. What is there is whole."""
+    def test_index_with_one_platform_in_docker(self):
+        """The other manifest is not available, so it may be missing. What is hosted is complete."""
         origin = lab.ORIGINS["open"]
         index, (mine, foreign) = lab.push_platforms(origin, f"lab/{self.name}", "all", ["amd64", "arm64"])
         source, name = f"{origin.host}/lab/{self.name}:all", f"{self.target}:src"
@@ -231,7 +231,7 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
         self.assertIn(f"{self.name}@{mine}", walked)
 
     def foreign_image(self, origin):
-        """An image with a layer that has urls and one that need not be distributed; (descriptors, manifest)."""
+        """Make an image with a layer that has urls and a non-distributable one. Returns (descriptors, manifest)."""
         files = [lab.tar_of({name: os.urandom(10_000)}) for name in ("plain", "url", "foreign")]
         layers = [origin.add(files[0], OCI_LAYER),
                   origin.add(files[1], OCI_LAYER,
@@ -244,19 +244,19 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
         origin.add(manifest, OCI_MANIFEST, "1")
         return layers, manifest
 
-    def test_layers_that_need_not_be_distributed_are_kept(self):
+    def test_nondistributable_layers_of_docker_are_kept(self):
         with MemoryOrigin() as origin:
             layers, manifest = self.foreign_image(origin)
             source = f"{origin.host}/lab/{self.name}:1"
             self.images.append(source)
             self.engine.docker("pull", "-q", source)
         for layer in layers:
-            self.assertEqual(layer["digest"], sha256(self.engine.content(layer["digest"])), "the lab's Docker has it")
+            self.assertEqual(layer["digest"], sha256(self.engine.content(layer["digest"])), "the engine has the layer")
         answer = self.put(manifest, OCI_MANIFEST, "1")
         self.assertEqual(201, answer.status, answer.body)
         self.assertEqual([sha256(manifest)], self.assert_whole("1"))
 
-    def test_foreign_layers_that_nobody_has_are_optional(self):
+    def test_missing_foreign_layers_are_optional(self):
         config, layer, nowhere = (os.urandom(100) for _ in range(3))
         foreign = described(nowhere, FOREIGN_LAYER, urls=[f"http://127.0.0.1:1/{self.name}"])
         manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described(config, OCI_CONFIG),
@@ -269,7 +269,7 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
         self.assert_whole("1")
 
     def test_concurrent_pushes_share_one_copy(self):
-        """Five manifests are pushed at the same time, to three repositories. Docker is read once."""
+        """Push five manifests at the same time, to three repositories. Docker is read once."""
         size = 40 * MIB
         sent = []
         with lab.filtered(self.engine, tell=sent.append) as socket_path:
@@ -299,7 +299,7 @@ class TestAdoptionContainerd(Adoption, PromiseCase):
 
 
 class TestHeads(PromiseCase):
-    """Whom a HEAD tells what Docker has."""
+    """Which clients get Docker's images in response to HEAD."""
 
     LIBRARY = ("containerd/2.1.4", "containerd/1.6.20+unknown", "buildkit/v0.0-dev",
                "docker/28.5.2 go/go1.24.9 git-commit/3ef3c07 kernel/6.6 os/linux arch/amd64 containerd-client/2.1.9 "
@@ -307,10 +307,10 @@ class TestHeads(PromiseCase):
     ACCEPTS = ("the only type", "the only type, */*", SIX_TYPES, FOUR_TYPES + ", */*", "*/*", None)
 
     def headers(self, accept, media_type, **more):
-        """Request headers; the only type is the manifest's own."""
+        """Return request headers. "the only type" in accept stands for media_type."""
         return {**more, **({"Accept": accept.replace("the only type", media_type)} if accept else {})}
 
-    def test_with_a_namespace_head_says_what_get_says(self):
+    def test_head_with_namespace_agrees_with_get(self):
         image = self.build("1")
         hub = f"{self.name}:hub"
         self.engine.docker("tag", image, hub)
@@ -328,7 +328,7 @@ class TestHeads(PromiseCase):
                     self.assertEqual((str(len(get.body)), sha256(get.body), media_type), tuple(
                         head.headers[name] for name in ("Content-Length", "Docker-Content-Digest", "Content-Type")))
 
-    def test_without_a_namespace_head_tells_of_what_was_pushed(self):
+    def test_head_without_namespace_reports_only_hosted_content(self):
         self.build("1")
         get = self.program.get(self.path("manifests", "1"))
         media_type, digest = get.headers["Content-Type"], get.headers["Docker-Content-Digest"]
@@ -340,8 +340,8 @@ class TestHeads(PromiseCase):
                 answer = self.program.request("HEAD", self.path("manifests", reference), headers)
                 self.assertEqual((404, b""), (answer.status, answer.body))
 
-    def test_the_library_of_containerd(self):
-        """It sends four types to pull, and one to push. Docker and BuildKit use it under names of their own."""
+    def test_head_by_containerd_library(self):
+        """It accepts four types for a pull, and one for a push. Docker and BuildKit use it under their own names."""
         self.build("1")
         get = self.program.get(self.path("manifests", "1"))
         media_type, digest = get.headers["Content-Type"], get.headers["Docker-Content-Digest"]
@@ -369,14 +369,14 @@ class TestHeads(PromiseCase):
             named = self.program.head(f"{path}?ns={self.program.address}")
             self.assertEqual((200, str(blob["size"])), (named.status, named.headers["Content-Length"]))
 
-    def test_a_node_pulls_what_only_docker_has(self):
+    def test_node_pulls_image_of_docker(self):
         image = self.build("1")
-        lab.NODE.pull(image, self.program.address)  # its host is the mirror itself: without ns
+        lab.NODE.pull(image, self.program.address)  # the mirror is the own host of the image, so no ns
         self.assertEqual(self.engine.inspect(image)["Id"], lab.NODE.digest(image))
         self.assertEqual([], self.program.lines("?ns="))
 
-    def test_another_docker_pulls_what_only_docker_has(self):
-        """Docker asks with HEAD first."""
+    def test_another_docker_pulls_image_of_docker(self):
+        """Docker sends HEAD first."""
         image = self.build("1")
         for other in ("classic", "classic-20", "containerd-26"):
             with self.subTest(other):
@@ -385,8 +385,8 @@ class TestHeads(PromiseCase):
                 engine.docker("pull", "-q", image)
                 self.assertEqual("linux", engine.inspect(image)["Os"])
 
-    def test_another_docker_builds_on_what_only_docker_has(self):
-        """BuildKit asks with HEAD first."""
+    def test_another_docker_builds_on_image_of_docker(self):
+        """BuildKit sends HEAD first."""
         image = self.build("1")
         for other in ("classic", "containerd-26"):
             with self.subTest(other):
@@ -394,8 +394,8 @@ class TestHeads(PromiseCase):
                 self.addCleanup(engine.remove, f"{self.name}:built")
                 engine.build(f"{self.name}:built", {"more": b"more"}, image)
 
-    def test_clients_that_only_read(self):
-        """They ask with GET, or go on with GET after a HEAD says 404."""
+    def test_read_only_clients(self):
+        """They send GET, or send GET after HEAD returns 404."""
         image = self.build("1")
         digest = self.engine.inspect(image)["Id"]
         self.assertEqual(digest, self.crane("digest", image))
@@ -409,7 +409,7 @@ class TestHeads(PromiseCase):
 
 
 class TestMounts(PromiseCase):
-    def test_mounts_that_lead_nowhere_begin_an_upload(self):
+    def test_failed_mounts_start_an_upload(self):
         data = os.urandom(1000)
         digest = sha256(data)
         self.push_blob(data, f"{self.name}/other")
@@ -426,7 +426,7 @@ class TestMounts(PromiseCase):
                 self.assertEqual(201, done.status, done.body)
                 self.assertEqual(data, self.program.get(self.path("blobs", digest, repository)).body)
 
-    def test_what_only_docker_has_is_not_mounted(self):
+    def test_content_of_docker_is_not_mounted(self):
         self.build("1")
         image = self.image_of(self.program.get(self.path("manifests", "1")).json)
         digest = image["layers"][-1]["digest"]
@@ -448,7 +448,7 @@ class TestDockerIsDown(PromiseCase):
         return json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described(config, OCI_CONFIG),
                            "layers": [described(layer, OCI_LAYER)]}).encode()
 
-    def test_a_push_that_needs_nothing_of_docker(self):
+    def test_complete_push_does_not_need_docker(self):
         blobs = os.urandom(100), os.urandom(1000)
         manifest = self.manifest(*blobs)
         for blob in blobs:
@@ -472,7 +472,7 @@ class TestDockerIsDown(PromiseCase):
         digests = self.assert_whole("crane", "skopeo", "oras", "tagged")
         self.assertEqual(1, len(set(digests)))
 
-    def test_a_push_that_lacks_a_blob(self):
+    def test_push_with_missing_blob_fails(self):
         blobs = os.urandom(100), os.urandom(1000)
         manifest = self.manifest(*blobs)
         self.push_blob(blobs[0])
@@ -480,14 +480,14 @@ class TestDockerIsDown(PromiseCase):
         self.assertIn((answer.status, answer.code), ((404, "MANIFEST_BLOB_UNKNOWN"), (503, "UNAVAILABLE")))
         for reference in ("1", sha256(manifest)):
             self.assertEqual(404, self.program.head(self.path("manifests", reference)).status)
-        self.assertEqual({}, self.check_without_docker(), "nothing was kept")
+        self.assertEqual({}, self.check_without_docker(), "nothing is kept")
 
 
 class Ranges:
-    """Several ranges at once (RFC 9110, section 14), of a blob at self.blob that holds self.data."""
+    """Several ranges in one request (RFC 9110, section 14), of a blob at self.blob with the content self.data."""
 
     def parts(self, answer):
-        """The parts of a 206: [(first, last, bytes)]."""
+        """Return the parts of a 206 response: [(first, last, bytes)]."""
         self.assertEqual(206, answer.status)
         self.assertEqual(str(len(answer.body)), answer.headers["Content-Length"])
         content_type = answer.headers["Content-Type"]
@@ -499,7 +499,7 @@ class Ranges:
         self.assertEqual("multipart/byteranges", message.get_content_type())
         self.assertEqual([], message.defects)
         self.assertTrue(answer.body.rstrip(b"\r\n").endswith(f"--{message.get_boundary()}--".encode()))
-        # email takes payloads for text, so the bytes are cut out of the body by the length that each part states.
+        # The email package parses payloads as text, so the bytes are cut out of the body by the length in each part.
         found, rest = [], answer.body
         for part in message.iter_parts():
             self.assertEqual(OCTETS, part.get_content_type())
@@ -540,15 +540,15 @@ class Ranges:
                 self.assertTrue((answer.headers["Content-Type"] or "").startswith("multipart/byteranges"))
                 self.assertEqual(expected, [(first, last) for first, last, _ in self.parts(answer)])
 
-    def test_only_what_is_satisfiable_is_sent(self):
-        """One part may come as such, or as a multipart with one part."""
+    def test_unsatisfiable_ranges_are_left_out(self):
+        """A single part may be sent as it is, or as a multipart with one part."""
         size = len(self.data)
         for ranges in (f"bytes=0-99,{size}-", f"bytes={size + 5}-{size + 9},0-99", "bytes=-0,0-99"):
             with self.subTest(ranges):
                 self.assertEqual([(0, 99)], [(first, last) for first, last, _ in self.parts(self.get_ranges(ranges))])
 
     def test_overlapping_ranges(self):
-        """They may be sent as they are, or joined."""
+        """They may be sent as they are, or merged."""
         for ranges, first, last in (("bytes=0-99,50-149", 0, 149), ("bytes=0-99,0-99", 0, 99),
                                     ("bytes=100-199,0-99", 0, 199), ("bytes=0-199,50-99", 0, 199)):
             with self.subTest(ranges):
@@ -556,14 +556,14 @@ class Ranges:
                 covered = {position for start, end, _ in found for position in range(start, end + 1)}
                 self.assertEqual(set(range(first, last + 1)), covered)
 
-    def test_none_is_satisfiable(self):
+    def test_no_satisfiable_range_is_416(self):
         size = len(self.data)
         for ranges in (f"bytes={size}-,{size + 10}-{size + 20}", "bytes=-0,-0", f"bytes={size}-{size}"):
             with self.subTest(ranges):
                 answer = self.get_ranges(ranges)
                 self.assertEqual((416, f"bytes */{size}"), (answer.status, answer.headers["Content-Range"]))
 
-    def test_a_thousand_ranges(self):
+    def test_thousand_ranges(self):
         for ranges in (",".join(f"{i * 3}-{i * 3}" for i in range(1000)), ",".join(["0-"] * 1000)):
             answer = self.get_ranges(f"bytes={ranges}")
             if answer.status == 200:
@@ -579,8 +579,8 @@ class Ranges:
                 self.assertEqual((200, None), (answer.status, answer.headers["Content-Range"]))
                 self.assertEqual(sha256(self.data), sha256(answer.body))
 
-    def test_the_connection_goes_on(self):
-        """The length is right to the byte: the next request on the connection is answered in its turn."""
+    def test_connection_stays_usable(self):
+        """The Content-Length is exact, so the next request on the connection gets its own response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.program.port, timeout=60)
         self.addCleanup(connection.close)
         for ranges in ("bytes=0-99,1000-1099", "bytes=5-9,-5") * 2:
@@ -619,10 +619,10 @@ class TestRangesOfBlobsOfClassicDocker(Ranges, PromiseCase):
         self.assertEqual(layer["digest"], sha256(self.data))
 
 
-class TestWhoAnswers(PromiseCase):
-    """What was pushed and what Docker has, side by side."""
+class TestHostedAndDocker(PromiseCase):
+    """Hosted images and Docker's images under the same names."""
 
-    def test_a_pushed_tag_that_hides_another_image_is_said_once(self):
+    def test_pushed_tag_that_hides_another_image_is_logged_once(self):
         image = self.build("1")
         self.engine.docker("push", image)
         pushed = self.digest()
@@ -638,7 +638,7 @@ class TestWhoAnswers(PromiseCase):
                 self.assertEqual(1, len(lines), (count, self.program.log))
                 self.assertRegex(lines[0], " (WARNING|INFO) ")
 
-    def test_a_pushed_tag_that_hides_nothing_is_not_mentioned(self):
+    def test_pushed_tag_that_hides_nothing_is_not_logged(self):
         image = self.build("1")
         self.engine.docker("push", image)
         pushed = self.digest()
@@ -647,7 +647,7 @@ class TestWhoAnswers(PromiseCase):
             self.assertEqual(200, self.program.get(self.path("manifests", "1")).status)
         self.assertEqual([], [line for line in self.program.lines(pushed)[before:] if " WARNING " in line])
 
-    def test_manifests_by_digest_belong_to_a_repository(self):
+    def test_manifest_by_digest_only_in_its_repository(self):
         self.build("1", "--provenance=mode=max")
         index = self.program.get(self.path("manifests", "1"))
         digests = [index.headers["Docker-Content-Digest"], *(child["digest"] for child in index.json["manifests"])]
@@ -661,7 +661,7 @@ class TestWhoAnswers(PromiseCase):
                     self.assertEqual(404, answer.status, other)
                     self.assertEqual("MANIFEST_UNKNOWN", answer.code)
 
-    def test_what_only_docker_has_cannot_be_deleted(self):
+    def test_deleting_docker_images_is_405(self):
         image = self.build("1")
         digest = self.program.get(self.path("manifests", "1")).headers["Docker-Content-Digest"]
         for reference in ("1", digest):
@@ -669,8 +669,8 @@ class TestWhoAnswers(PromiseCase):
             self.assertEqual((405, "UNSUPPORTED"), (answer.status, answer.code))
         self.assertEqual(digest, self.engine.inspect(image)["Id"])
 
-    def test_deleted_is_what_was_pushed(self):
-        """Afterwards Docker's image of that name answers a GET again."""
+    def test_delete_removes_only_hosted_content(self):
+        """After the deletion GET returns Docker's image of that name again."""
         image = self.build("1")
         self.engine.docker("push", image)
         digest = self.digest()

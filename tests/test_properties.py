@@ -1,4 +1,4 @@
-"""What holds for any input at all: nobody's bytes bring anything but a value or the error that is promised."""
+"""Properties that hold for any input: every parser returns a value or raises the error that it documents."""
 
 import contextlib
 import sys
@@ -23,7 +23,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 
 def payload(data):
-    """Bytes as they may arrive: in small pieces, empty ones among them."""
+    """Return a Payload that gives the bytes in small pieces, with empty ones in between."""
     return module.Payload((piece for start in range(0, len(data), 3) for piece in (data[start:start + 3], b"")), "it")
 
 
@@ -69,12 +69,12 @@ class TestProperties(unittest.TestCase):
             self.assertLess(module.Address.parse(text).port, 65536)
 
     @given(st.binary(max_size=60))
-    def test_protobuf_of_strangers(self, data):
+    def test_malformed_protobuf(self, data):
         with contextlib.suppress(module.Http2Error):
             module.decode_fields(payload(data))
 
     @given(st.dictionaries(st.integers(1, 500), st.integers(0, 2**63) | st.text(max_size=300), max_size=6))
-    def test_protobuf_there_and_back(self, fields):
+    def test_protobuf_round_trip(self, fields):
         encoded = module.encode_fields(*fields.items())
         decoded = module.decode_fields(payload(encoded))
         self.assertEqual({key: [value.encode() if isinstance(value, str) else value] for key, value in fields.items()},

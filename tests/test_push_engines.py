@@ -1,4 +1,4 @@
-"""Pushes by real clients, and pulls by a real node of what they pushed. See lab.py for how to bring the lab up."""
+"""Pushes by real clients, and pulls of the pushed images by a real node. lab.py says how to start the lab."""
 
 import json
 import os
@@ -18,13 +18,13 @@ def setUpModule():
 
 
 class PushCase(unittest.TestCase):
-    """A fresh program, in front of one engine, and a fresh repository name for each test.
+    """Each test has a new program in front of one engine, and a new repository name.
 
-    After each test the program is stopped, and everything that was pushed has to be there without Docker.
+    After each test the program is stopped, and everything that was pushed must be available without Docker.
     """
 
     engine = lab.ENGINES["containerd"]
-    sparse = ()  # digests that may be missing then
+    sparse = ()  # digests that may be missing after a test
     checked = False
 
     def setUp(self):
@@ -45,7 +45,7 @@ class PushCase(unittest.TestCase):
             self.check_without_docker()
 
     def check_without_docker(self, expected=None, how=signal.SIGTERM):
-        """Stop the program, and fetch everything that it keeps from another one that has no Docker."""
+        """Stop the program, and fetch everything in its store from another program that has no Docker."""
         self.checked = True
         self.program.stop(how)
         return walk_without_docker(self.program.store, expected, self.sparse)
@@ -61,7 +61,7 @@ class PushCase(unittest.TestCase):
         return self.program.head(f"/v2/{self.name}/manifests/{reference}").headers["Docker-Content-Digest"]
 
     def pull_everywhere(self, tag="1"):
-        """A node pulls what was pushed, by each name it may have for this registry; the digest is the same."""
+        """Pull the image on a node by each name that it may use for this registry; check that the digests are equal."""
         digest = self.digest(tag)
         port = self.program.port
         for host in (self.program.address, f"localhost:{port}", "localhost:12345", "127.0.0.1:12345"):
@@ -77,7 +77,7 @@ class PushCase(unittest.TestCase):
 
 
 class DockerPush:
-    """`docker push`, whatever the image store."""
+    """`docker push`, with either image store."""
 
     def test_push_and_pull(self):
         image = self.build("1")
@@ -88,7 +88,7 @@ class DockerPush:
         self.program.wait_for_line("PUT /v2/")
         self.assertEqual([], self.program.lines(" ERROR "))
 
-    def test_push_again_and_a_second_tag(self):
+    def test_push_again_and_second_tag(self):
         image = self.build("1")
         self.engine.docker("push", image)
         first = self.digest()
@@ -103,11 +103,11 @@ class DockerPush:
         self.assertNotEqual(first, self.digest())
         self.assertEqual(["1", "2"], self.program.get(f"/v2/{self.name}/tags/list").json["tags"])
 
-    def test_the_tls_probe_is_no_noise(self):
+    def test_tls_probe_logs_no_warning(self):
         self.engine.docker("push", self.build("1"))
         self.assertEqual([], [line for line in self.program.log if "TLS" in line or "x16" in line])
 
-    def test_docker_pulls_it_back(self):
+    def test_docker_pulls_pushed_image(self):
         image = self.build("1")
         self.engine.docker("push", image)
         identity = self.engine.inspect(image)["Id"]
@@ -115,7 +115,7 @@ class DockerPush:
         self.engine.docker("pull", image)
         self.assertEqual(identity, self.engine.inspect(image)["Id"])
 
-    def test_it_outlives_docker_and_a_restart(self):
+    def test_images_remain_after_restart_without_docker(self):
         image = self.build("1")
         self.engine.docker("push", image)
         digest = self.digest()
@@ -127,8 +127,8 @@ class DockerPush:
         lab.NODE.pull(reference, self.program.address)
         self.assertEqual(digest, lab.NODE.digest(reference))
 
-    def test_it_outlives_a_kill(self):
-        """The program is killed the moment that the client says that it is done."""
+    def test_images_remain_after_kill(self):
+        """The program is killed as soon as the client reports success."""
         image = self.build("1")
         self.engine.docker("tag", image, f"{self.target}:2")
         self.images.append(f"{self.target}:2")
@@ -142,7 +142,7 @@ class TestDockerPushContainerd(DockerPush, PushCase):
     engine = lab.ENGINES["containerd"]
 
     def test_buildx(self):
-        """An index with an attestation, pushed by buildx without a stop in the image store."""
+        """buildx pushes an index with an attestation, without using the image store."""
         context = lab.tar_of({"Dockerfile": b"FROM base:1\nCOPY data /data\n", "data": os.urandom(100_000)})
         self.engine.docker("buildx", "build", "--push", "--provenance=mode=max", "-t", f"{self.target}:1", "-",
                            input=context, text=False)
@@ -171,7 +171,7 @@ class TestCrane(PushCase):
         return self.run_client("crane", *command.split(), "--insecure", *arguments)
 
     def source(self):
-        """An image on another registry."""
+        """Return the name of an image on another registry."""
         self.engine.docker("tag", self.build("source"), f"{self.name}:source")
         self.images.append(f"{self.name}:source")
         lab.ORIGINS["open"].push(self.engine, f"{self.name}:source", f"lab/{self.name}:1")
@@ -199,16 +199,16 @@ class TestCrane(PushCase):
         manifest = self.program.get(f"/v2/{self.name}/manifests/both").json
         self.assertEqual({self.digest("1"), self.digest("2")}, {child["digest"] for child in manifest["manifests"]})
         self.pull_everywhere("2")
-        self.sparse = (self.digest("2"),)  # the index lists it, which does not keep it
+        self.sparse = (self.digest("2"),)  # the index lists it, but does not prevent its deletion
         self.crane("delete", f"{self.target}@{self.digest('2')}")
         self.assertEqual(404, self.program.head(f"/v2/{self.name}/manifests/2").status)
         self.assertEqual({"1", "both"}, set(self.crane("ls", self.target).split()) - {"source"})
 
-    def test_copy_from_one_repository_to_another_mounts(self):
+    def test_copy_between_repositories_mounts(self):
         self.crane("copy", self.source(), f"{self.target}:1")
         patches = len(self.program.lines("PATCH "))
         self.crane("copy", f"{self.target}:1", f"{self.program.address}/other/{self.name}:1")
-        self.assertEqual(patches, len(self.program.lines("PATCH ")), "nothing was uploaded again")
+        self.assertEqual(patches, len(self.program.lines("PATCH ")), "no blob is uploaded again")
         self.assertEqual(self.digest(), self.program.head(f"/v2/other/{self.name}/manifests/1").headers[
             "Docker-Content-Digest"])
 
@@ -229,7 +229,7 @@ class TestSkopeo(PushCase):
         self.skopeo("copy", "--dest-tls-verify=false", f"oci:/lab/{self.name}/layout:1", f"docker://{self.target}:2")
         self.assertEqual(self.digest("2"), index["manifests"][0]["digest"])
         listed = json.loads(self.skopeo("list-tags", "--tls-verify=false", f"docker://{self.target}"))
-        self.assertEqual(["1", "2", "local"], listed["Tags"], "what was pushed, and what Docker has")
+        self.assertEqual(["1", "2", "local"], listed["Tags"], "hosted tags, and Docker's")
         self.skopeo("delete", "--tls-verify=false", f"docker://{self.target}:2")
         self.assertEqual(404, self.program.head(f"/v2/{self.name}/manifests/2").status)
 
@@ -260,10 +260,10 @@ class TestOras(PushCase):
         self.oras("manifest delete --force", f"{self.target}@{referrers[0]['digest']}")
         self.assertNotIn("vnd.lab.note", self.oras("discover --format json", f"{self.target}:1"))
 
-    def test_a_push_that_is_cut_off_is_resumed(self):
-        """The program is killed in the middle of a blob; the same session goes on after it was started again."""
-        begun = self.program.request("POST", f"/v2/{self.name}/blobs/uploads/")
-        location = begun.headers["Location"]
+    def test_interrupted_push_is_resumed(self):
+        """The program is killed in the middle of a blob. After a restart the same session continues."""
+        upload = self.program.request("POST", f"/v2/{self.name}/blobs/uploads/")
+        location = upload.headers["Location"]
         half = len(self.data) // 2
         self.program.request("PATCH", location, body=self.data[:half])
         self.program.stop(how=9)

@@ -1,4 +1,4 @@
-"""Sections 1 to 3: what a request may name, and how errors look."""
+"""Tests of the chapters vocabulary, references and manifests: valid names, and the form of errors."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ HEX = "0123456789abcdef" * 4
 
 
 class TestVocabulary(unittest.TestCase):
-    def test_numbers_for_people(self):
+    def test_human_readable_numbers(self):
         for count, expected in ((0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_400, "999.4 kB"),
                                 (999_500, "1.0 MB"), (27_100_000, "27.1 MB"), (5e12, "5.0 TB"), (5e15, "5000.0 TB")):
             with self.subTest(count):
@@ -23,7 +23,7 @@ class TestVocabulary(unittest.TestCase):
             with self.subTest(seconds):
                 self.assertEqual(expected, module.human_seconds(seconds))
 
-    def test_text_of_others(self):
+    def test_printable(self):
         self.assertEqual(r"a\nb\x1b[0m", module.printable("a\nb\x1b[0m"))
         self.assertEqual(1001, len(module.printable("x" * 5000)))
 

@@ -1,4 +1,4 @@
-"""Work that requests share, and what is asked of Docker how often."""
+"""Work that requests share, and the number of requests to Docker."""
 
 import socket
 import sys
@@ -29,7 +29,7 @@ from k3d_registry_dockerd import (
 
 
 class TestDeadline(unittest.TestCase):
-    def test_it_passes(self):
+    def test_deadline_passes(self):
         with mock.patch("time.monotonic", lambda: now):
             now = 100.0
             deadline = Deadline(18)
@@ -39,22 +39,22 @@ class TestDeadline(unittest.TestCase):
             self.assertEqual((8, float("inf")), (deadline.left(), deadline.unlimited().left()))
             waits = []
             self.assertFalse(Deadline(0).wait(lambda seconds: waits.append(seconds)))
-            self.assertEqual([0], waits, "what has happened already is seen")
+            self.assertEqual([0], waits, "a condition that is already true must be seen")
             now = 119.0
             self.assertEqual(0, deadline.left())
 
-    def test_what_it_waits_for(self):
+    def test_wait(self):
         self.assertEqual("here", Deadline().wait(lambda _: "here"))
         answers = iter([None, None, "here"])
         self.assertEqual("here", Deadline().wait(lambda _: next(answers)))
 
-    def test_a_client_that_hangs_up(self):
+    def test_client_disconnects(self):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         deadline = Deadline(1000, ours)
         calls = []
         theirs.send(b"the next request")
-        self.assertTrue(deadline.wait(lambda _: calls.append(1) or len(calls) == 3), "a client may send more")
+        self.assertTrue(deadline.wait(lambda _: calls.append(1) or len(calls) == 3), "a client may send more data")
         theirs.close()
         for one in (deadline, deadline.within(500), deadline.unlimited()):
             with self.assertRaises(ClientGone):
@@ -63,7 +63,7 @@ class TestDeadline(unittest.TestCase):
         with self.assertRaises(ClientGone):
             deadline.wait(lambda _: False)
 
-    def test_cancelled(self):
+    def test_cancel(self):
         deadline = Deadline()
         deadline.cancel()
         with self.assertRaises(ClientGone):
@@ -84,7 +84,7 @@ class TestJobs(unittest.TestCase):
         return run
 
     def start_together(self, *keyed_outcomes):
-        """Start jobs one after the other while all of them are under way; the outcomes."""
+        """Start these jobs so that all of them run at the same time; return their outcomes."""
         jobs = [self.jobs.start(key, self.work(outcome), "at it") for key, outcome in keyed_outcomes]
         self.assertEqual({key for key, _ in keyed_outcomes}, set(self.jobs._jobs))
         with self.assertRaises(RegistryError) as caught:
@@ -99,23 +99,23 @@ class TestJobs(unittest.TestCase):
                 results.append(e)
         return results
 
-    def test_one_key_one_run(self):
-        self.assertEqual([0] * 5, self.start_together(*[("key", i) for i in range(5)]), "all have one outcome")
+    def test_jobs_with_one_key_run_once(self):
+        self.assertEqual([0] * 5, self.start_together(*[("key", i) for i in range(5)]), "all share one outcome")
         self.assertEqual([0], self.runs)
 
-    def test_other_keys_run_beside_it(self):
+    def test_jobs_with_other_keys_run_concurrently(self):
         self.assertEqual([1, 2, 3], self.start_together(("a", 1), ("b", 2), ("c", 3)))
 
-    def test_an_error_is_shared(self):
+    def test_error_is_shared(self):
         error = RegistryError("ENGINE_FAILED", "no")
         self.assertEqual({error}, set(self.start_together(*[("key", error)] * 3)))
 
-    def test_nothing_is_remembered(self):
+    def test_finished_jobs_are_forgotten(self):
         self.go_on.set()
         outcomes = [self.jobs.start("key", self.work(i), "at it").outcome(Deadline(30)) for i in (1, 2)]
         self.assertEqual(([1, 2], {}), (outcomes, self.jobs._jobs))
 
-    def test_no_thread_can_be_started(self):
+    def test_thread_cannot_be_started(self):
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), \
                 self.assertRaises(RegistryError) as caught:
             self.jobs.start("key", self.work(1), "at it")
@@ -138,8 +138,8 @@ class MirrorCase(unittest.TestCase):
 
 
 class TestSharedWork(MirrorCase):
-    def test_only_one_export_however_many_ask(self):
-        """A slow daemon: all who ask while the export is under way share it, and its failure."""
+    def test_concurrent_requests_share_one_export(self):
+        """The daemon is slow. All requests during the export share it, and its failure."""
         self.start("classic")
         self.daemon.add("app:1", self.image)
         go_on, joined, failures = threading.Event(), [], []
@@ -172,8 +172,8 @@ class TestSharedWork(MirrorCase):
         self.assertTrue(all("it broke" in failure.detail for failure in failures))
         self.assertEqual(1, self.asked("/get "))
 
-    def test_an_export_that_ended_a_moment_ago(self):
-        """A thread that found no export, and came to the job when it had just ended."""
+    def test_export_that_has_just_ended(self):
+        """A thread found no export, and started the job when another one had just ended."""
         self.start("classic")
         self.daemon.add("app:1", self.image)
         image = self.mirror.engine.image("app:1")
@@ -182,7 +182,7 @@ class TestSharedWork(MirrorCase):
         self.assertEqual([self.image.digest] * 2, found)
         self.assertEqual(1, self.asked("/get "))
 
-    def test_a_pull_that_ended_a_moment_ago(self):
+    def test_pull_that_has_just_ended(self):
         self.start("containerd")
         reference = Reference.parse("team/app", "1", "registry.example")
         self.daemon.pulls[str(reference)] = lambda: self.daemon.add(str(reference), self.image) and chunked(b"{}")
@@ -192,7 +192,7 @@ class TestSharedWork(MirrorCase):
         self.assertEqual(1, self.asked("/images/create"))
 
     def test_credentials_are_part_of_the_key(self):
-        """An anonymous request never rides on an authenticated one, nor one user on another."""
+        """An anonymous request never uses the pull of an authenticated one, nor one user the pull of another."""
         self.start("containerd")
         keys = []
 
@@ -208,7 +208,7 @@ class TestSharedWork(MirrorCase):
                     self.mirror.manifest(reference, Client(credentials=credentials))
         self.assertEqual(4, len(set(keys)))
 
-    def test_the_content_connection_is_reused(self):
+    def test_content_connection_is_reused(self):
         self.start("containerd")
         self.daemon.add("app:1", self.image)
         with self.assertLogs("k3d-registry-dockerd"):
@@ -216,8 +216,8 @@ class TestSharedWork(MirrorCase):
                 self.mirror.manifest(Reference.parse("library/app", "1", "docker.io"), Client())
         self.assertEqual(1, self.asked("/grpc"))
 
-    def test_no_connection_is_left_over(self):
-        """Bodies that are given up half-read give up their connections as well."""
+    def test_connections_are_closed(self):
+        """A body that is closed before its end closes its connection as well."""
         self.start("containerd")
         self.daemon.add("app:1", self.image)
         for digest in self.image.blobs:
@@ -233,7 +233,7 @@ class TestSharedWork(MirrorCase):
 
 
 class TestProgressLog(unittest.TestCase):
-    def test_a_line_every_few_seconds(self):
+    def test_line_every_few_seconds(self):
         clock = iter([100.0, 100.0, *[100.0 + i for i in range(13)], 113.0])
         with mock.patch("time.monotonic", lambda: next(clock)), self.assertLogs("k3d-registry-dockerd") as logs:
             lines = ProgressLog("pull x")

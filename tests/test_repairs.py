@@ -1,4 +1,4 @@
-"""What Docker lacks: content that it has lost, digests that the classic store does not keep, tags that have moved."""
+"""What Docker lacks: lost content, digests that the classic store does not keep, and tags that have moved."""
 
 import base64
 import concurrent.futures
@@ -20,10 +20,10 @@ def setUpModule():
 
 
 class RepairCase(EngineCase):
-    """An image of two layers, which only an origin has."""
+    """An image of two layers that only an origin has."""
 
     def on(self, host):
-        """A name for the image by way of a host that leads to the origin, and what to remove after the test."""
+        """Return a name of the image on a host that leads to the origin; the image is removed after the test."""
         name = f"{host}/lab/{self.name}"
         self.images += [f"{name}:1", f"{name}@{self.index}"]
         return f"{name}:1"
@@ -45,11 +45,11 @@ class RepairCase(EngineCase):
         return f"/v2/lab/{self.name}/{kind}/{target}?ns={host}"
 
     def stored(self, program):
-        """The digests of what is in the program's own store."""
+        """Return the digests of the content in the program's own store."""
         return {f"sha256:{path.name}" for path in Path(program.store).glob("blobs/sha256/*")}
 
     def login(self, host):
-        """A folder with a config.json as `docker login` leaves it."""
+        """Return a folder with a config.json like the one that `docker login` writes."""
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         auth = base64.b64encode(f"{lab.USER}:{lab.PASSWORD}".encode()).decode()
@@ -58,7 +58,7 @@ class RepairCase(EngineCase):
 
 
 class LostBlobs(RepairCase):
-    """On the containerd store, a blob is gone from Docker's content store, though the image is there."""
+    """On the containerd store: Docker still has the image, but a blob is missing from its content store."""
 
     def lose(self, reference, digest=None):
         self.engine.docker("pull", "-q", reference)
@@ -89,7 +89,7 @@ class TestLostBlobs(LostBlobs):
                 self.assertEqual(({self.large}, untagged), (self.stored(program), self.untagged()))
                 self.engine.remove(*self.images, reference)
 
-    def test_a_lost_config_and_a_lost_manifest(self):
+    def test_lost_config_and_lost_layer(self):
         reference = self.on(lab.ORIGINS["open"].host)
         for lost in (self.manifest["config"]["digest"], self.manifest["layers"][0]["digest"]):
             with self.subTest(lost):
@@ -98,7 +98,7 @@ class TestLostBlobs(LostBlobs):
                 self.assert_served(self.program(), reference)
                 self.engine.remove(reference)
 
-    def test_at_once_for_many(self):
+    def test_concurrent_requests(self):
         reference = self.on(lab.ORIGINS["open"].host)
         self.lose(reference)
         program = self.program()
@@ -108,8 +108,8 @@ class TestLostBlobs(LostBlobs):
         answer = program.get(self.path("blobs", self.large, lab.ORIGINS["open"].host))
         self.assertEqual(self.large, sha256(answer.body))
 
-    def test_what_cannot_be_had_again(self):
-        """An image that was built here and nowhere else."""
+    def test_lost_layer_that_no_registry_has(self):
+        """The image was built here and is in no registry."""
         self.build("1", {"file": os.urandom(5000)})
         layer = self.built_layer()
         self.engine.containerd("content", "rm", layer)
@@ -122,25 +122,25 @@ class TestLostBlobs(LostBlobs):
         self.assertEqual(404, program.head(self.manifest_path("1")).status)
         for ns in ("", "?ns=docker.io"):
             blob = program.head(f"/v2/library/{self.name}/blobs/{layer}{ns}")
-            self.assertEqual(404, blob.status, "or who pushes would not push it")
+            self.assertEqual(404, blob.status, "a client would not push the blob otherwise")
 
     def built_layer(self):
-        """The last layer of what was built here."""
+        """Return the digest of the last layer of the image that was built here."""
         found = self.engine.inspect(f"{self.name}:1")["Id"]
         document = json.loads(self.engine.content(found))
         if "manifests" in document:
             document = json.loads(self.engine.content(document["manifests"][0]["digest"]))
         return document["layers"][-1]["digest"]
 
-    def test_without_the_content_service(self):
-        """Exports lack all blobs of a manifest of which one is lost."""
+    def test_without_content_service(self):
+        """If one blob of a manifest is lost, exports contain none of them."""
         reference = self.on(lab.ORIGINS["open"].host)
         self.lose(reference)
         with lab.filtered(self.engine, b"/grpc HTTP/1.1") as socket, Program(f"unix://{socket}") as program:
             self.assert_served(program, reference)
-            self.assertEqual(2, len(program.jobs("export")), "of the index, and of the platform")
+            self.assertEqual(2, len(program.jobs("export")), "one of the index, one of the platform")
 
-    def test_never(self):
+    def test_pull_never(self):
         reference = self.on(lab.ORIGINS["open"].host)
         self.lose(reference)
         program = self.program("-pull", "never")
@@ -151,11 +151,11 @@ class TestLostBlobs(LostBlobs):
 
 
 class TestRepairByFetch(LostBlobs):
-    """The blob alone comes from the image's registry, into the store."""
+    """Only the blob is fetched from the image's registry, into the store."""
 
     engine = lab.ENGINES["containerd-26"]
 
-    def test_from_an_open_registry(self):
+    def test_open_registry(self):
         reference = self.on(lab.ORIGINS["open"].host)
         self.lose(reference)
         program = self.program()
@@ -168,7 +168,7 @@ class TestRepairByFetch(LostBlobs):
         part = program.get(path, Range="bytes=5000-5999")
         self.assertEqual((206, whole.body[5000:6000]), (part.status, part.body))
 
-    def test_with_a_token_and_a_redirect(self):
+    def test_token_and_redirect(self):
         for private, user, status in ((False, None, 307), (True, f"{lab.USER}:{lab.PASSWORD}", 308)):
             with self.subTest(private=private), lab.TokenOrigin(lab.ORIGINS["open"], private, status) as origin:
                 lab.NODE.forget()
@@ -189,8 +189,8 @@ class TestRepairByFetch(LostBlobs):
                                           if path.startswith("storage") and path.endswith(self.large)})
                 self.assertFalse([line for line in program.log if lab.PASSWORD in line or "Bearer ey" in line])
 
-    def test_with_basic_authentication(self):
-        """By the request's own credentials, or by those of this machine; wrong ones are told so."""
+    def test_basic_authentication(self):
+        """The credentials are those of the request, or those of this machine. Wrong ones are an error."""
         self.put("1", "private")
         host = lab.ORIGINS["private"].host
         reference = self.on(host)
@@ -208,13 +208,13 @@ class TestRepairByFetch(LostBlobs):
         self.assertEqual(200, program.get(path).status)
         self.assertEqual(self.large, sha256(program.get(self.path("blobs", self.large, host)).body))
 
-    def test_what_a_registry_may_say(self):
+    def test_registry_errors(self):
         cases = (("429", "/blobs/", (429, b"slow down"), 429, "TOOMANYREQUESTS"),
                  ("500", "/blobs/", (500, b"no"), 404, "MANIFEST_UNKNOWN"),
                  ("403", "/blobs/", (403, b"no"), 401, "UNAUTHORIZED"),
                  ("404", "storage", (404, b"gone"), 404, "MANIFEST_UNKNOWN"),
-                 ("garbage for a token", "/token", (200, b"<html>"), 404, "MANIFEST_UNKNOWN"),
-                 ("a token that is none", "/token", (200, b'{"token": "a\\r\\nb"}'), 404, "MANIFEST_UNKNOWN"),
+                 ("malformed token response", "/token", (200, b"<html>"), 404, "MANIFEST_UNKNOWN"),
+                 ("invalid token", "/token", (200, b'{"token": "a\\r\\nb"}'), 404, "MANIFEST_UNKNOWN"),
                  ("no token", "/token", (500, b""), 404, "MANIFEST_UNKNOWN"))
         with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
             self.lose(self.on(origin.host))
@@ -228,8 +228,8 @@ class TestRepairByFetch(LostBlobs):
             self.assertEqual(200, program.get(self.path("manifests", "1", origin.host)).status)
             self.assertEqual([], program.lines("a bug in this program"))
 
-    def test_other_bytes_than_were_asked_for(self):
-        """Who reads along is cut off before the last byte, and nothing of it is kept."""
+    def test_content_with_wrong_digest(self):
+        """The response is cut off before its last byte, and nothing is kept."""
         with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
             self.lose(self.on(origin.host))
             size = self.manifest["layers"][-1]["size"]
@@ -246,9 +246,9 @@ class TestRepairByFetch(LostBlobs):
 
 
 class DigestsOnClassic:
-    """Docker's classic store has no manifests of registries: what is asked for by digest comes from the registry."""
+    """The classic store keeps no manifests of registries, so content requested by digest comes from the registry."""
 
-    def test_a_node_pulls_by_digest(self):
+    def test_node_pulls_by_digest(self):
         for target in (self.index, self.child):
             with self.subTest(target):
                 lab.NODE.forget()
@@ -262,7 +262,7 @@ class DigestsOnClassic:
                 self.assertEqual([], program.jobs("pull"))
 
     def test_offline(self):
-        """What was fetched before is there; what was not is 404, with the reason."""
+        """Content that was fetched earlier is served. The rest is 404, with the reason."""
         with lab.Gate(lab.ORIGINS["open"]) as gate:
             gate.open()
             program = self.program()
@@ -274,7 +274,7 @@ class DigestsOnClassic:
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
         self.assertIn("refused", answer.detail)
 
-    def test_what_a_crash_has_cut_short(self):
+    def test_truncated_blob_is_fetched_again(self):
         store = tempfile.TemporaryDirectory()
         self.addCleanup(store.cleanup)
         for _ in range(2):
@@ -286,15 +286,15 @@ class DigestsOnClassic:
             program.stop()
             os.truncate(Path(store.name, "blobs", self.large.replace(":", "/")), 10)
 
-    def test_an_unknown_digest(self):
+    def test_unknown_digest(self):
         answer = self.program().get(self.path("manifests", sha256(b"nothing"), lab.ORIGINS["open"].host))
-        self.assertEqual(401, answer.status, "registries do not tell strangers what exists")
+        self.assertEqual(401, answer.status, "registries do not tell anonymous clients what exists")
         answer = self.program().get(self.path("manifests", sha256(b"nothing"), lab.ORIGINS["open"].host),
                                     Authorization=basic("a", "b"))
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
 
-    def test_blobs_flow_while_they_arrive(self):
-        """The readers of a blob get its first bytes before the last ones are there."""
+    def test_blobs_are_served_while_they_arrive(self):
+        """Readers get the first bytes of a blob before the last ones have arrived."""
         with lab.Gate(lab.ORIGINS["open"]) as gate:
             program = self.program()
             self.assertEqual(200, program.get(self.path("manifests", self.child, gate.host)).status)
@@ -307,7 +307,7 @@ class DigestsOnClassic:
                                             for start, reader in zip(first, readers, strict=True)})
             self.assertEqual(1, len([line for line in program.jobs("fetch") if self.large in line]))
 
-    def test_an_origin_that_breaks_off(self):
+    def test_origin_closes_connection(self):
         gate = lab.Gate(lab.ORIGINS["open"])
         with gate:
             program = self.program()
@@ -322,7 +322,7 @@ class DigestsOnClassic:
         self.assertNotIn(self.large, self.stored(program))
 
     def test_two_clients_with_different_credentials(self):
-        """Nobody rides on the transfer of another, not even while it is under way."""
+        """No client gets content with another client's credentials, not even while it is being fetched."""
         self.put("1", "private")
         with lab.Gate(lab.ORIGINS["private"]) as gate:
             program = self.program()
@@ -335,12 +335,12 @@ class DigestsOnClassic:
                     self.assertEqual(expected, answer.result().status)
             blob = self.path("blobs", self.large, gate.host)
             arriving = program.begin_get(blob, Authorization=good)
-            self.assertEqual(404, program.get(blob, Authorization=wrong).status, "it was not promised to them")
+            self.assertEqual(404, program.get(blob, Authorization=wrong).status, "it was not promised the blob")
             self.assertEqual(404, program.get(blob).status)
             gate.open()
             self.assertEqual(self.large, sha256(arriving.read()))
 
-    def test_not_from_where_it_is_not_allowed(self):
+    def test_disallowed_registry_is_not_asked(self):
         host = lab.ORIGINS["open"].host
         for arguments, status in ((["-allow", "*.corp.example"], 403), (["-pull", "never"], 404)):
             answer = self.program(*arguments).get(self.path("manifests", self.child, host))
@@ -353,14 +353,14 @@ class TestDigestsOnClassic(DigestsOnClassic, RepairCase):
 
 class TestDigestsOnClassic20(DigestsOnClassic, RepairCase):
     engine = lab.ENGINES["classic-20"]
-    test_blobs_flow_while_they_arrive = test_an_origin_that_breaks_off = None  # the engine has no part in these
+    test_blobs_are_served_while_they_arrive = test_origin_closes_connection = None  # these do not depend on the engine
 
 
 class PullPolicy:
-    """-pull with the docker command's meaning."""
+    """-pull, with the same meaning as in docker run."""
 
     def current(self, program, host):
-        """The digest of the small layer's content that a tag leads to, through the program."""
+        """Return the program's response for tag 1."""
         answer = program.get(self.path("manifests", "1", host))
         self.assertEqual(200, answer.status, answer.body)
         return answer
@@ -371,8 +371,8 @@ class PullPolicy:
             document = program.get(self.path("manifests", document["manifests"][0]["digest"], host)).json
         return document["config"]["digest"]
 
-    def test_a_tag_that_moves(self):
-        """missing and never serve what is there, always what the registry has now."""
+    def test_moved_tag(self):
+        """missing and never serve Docker's own image, always serves the registry's."""
         with lab.Gate(lab.ORIGINS["open"]) as gate:
             gate.open()
             reference = self.on(gate.host)
@@ -391,13 +391,13 @@ class PullPolicy:
             self.assertEqual(new, self.config_of(self.current(program, gate.host), program, gate.host))
             program.wait_for_line("Docker's own image is served")
 
-    def test_what_no_registry_has(self):
+    def test_image_that_no_registry_has(self):
         self.build("1")
         program = self.program("-pull", "always")
         self.assertEqual(200, program.get(self.manifest_path("1")).status)
         program.wait_for_line("Docker's own image is served")
 
-    def test_our_own_images_are_not_asked_for_elsewhere(self):
+    def test_own_images_are_not_requested_from_registries(self):
         program = self.program("-pull", "always")
         self.build("1")
         own = f"{program.address}/{self.name}:1"
@@ -406,7 +406,7 @@ class PullPolicy:
         self.assertEqual(200, program.get(f"/v2/{self.name}/manifests/1?ns={program.address}").status)
         self.assertEqual([], program.lines("Docker's own image is served"))
 
-    def test_never(self):
+    def test_pull_never(self):
         program = self.program("-pull", "never")
         answer = program.get(self.path("manifests", "1", lab.ORIGINS["open"].host))
         self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))

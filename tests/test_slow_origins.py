@@ -1,4 +1,4 @@
-"""First pulls that take long: nobody waits in the dark. The clocks are set forward, so that "long" is short."""
+"""First pulls that take long: clients get an early response. The timeouts are reduced to keep the tests fast."""
 
 import concurrent.futures
 import contextlib
@@ -28,7 +28,7 @@ def setUpModule():
 
 
 class SlowCase(unittest.TestCase):
-    """An image of a small and a large layer on an origin from which the large one does not come through yet."""
+    """An image with a small and a large layer, on an origin that holds back the large one."""
 
     engine: lab.Engine
     ENVIRONMENT = {}
@@ -57,7 +57,7 @@ class SlowCase(unittest.TestCase):
         return bool(self.program.lines(f"pull {self.reference}: done"))
 
     def image_manifest(self):
-        """The manifest of this machine's platform, by way of the index if there is one."""
+        """Return the manifest of this machine's platform, through the index if there is one."""
         manifest = self.program.get(self.path("manifests", "1"))
         self.assertEqual(200, manifest.status, manifest.body)
         document = manifest.json
@@ -68,7 +68,7 @@ class SlowCase(unittest.TestCase):
 
 
 class ContainerdStore:
-    def test_blobs_flow_while_docker_still_downloads(self):
+    def test_blobs_are_served_while_docker_downloads(self):
         manifest = self.image_manifest()
         *_, small, large = manifest["layers"]
         for blob in (manifest["config"], small):
@@ -81,7 +81,7 @@ class ContainerdStore:
         self.program.wait_for_line(f"pull {self.reference}: done")
         self.assertEqual(1, len(self.program.jobs("pull")))
 
-    def test_a_node_pulls_at_its_first_try(self):
+    def test_node_pulls_at_first_attempt(self):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             node = pool.submit(lab.NODE.pull, self.reference, self.program.address)
             self.program.wait_for_line("answered with the manifest")
@@ -103,8 +103,8 @@ class ContainerdStore:
             self.program.wait_for_line(f"pull {by_digest}: ")
             self.program.wait_for_line(": done", 2)
 
-    def test_an_origin_that_breaks_off(self):
-        """The connection of who was promised bytes is closed, the reason is logged, the next request is told."""
+    def test_origin_closes_connection(self):
+        """The client's connection is closed, the reason is logged, and the next request gets an error status."""
         large = self.image_manifest()["layers"][-1]
         response = self.program.begin_get(self.path("blobs", large["digest"]))
         self.assertEqual(200, response.status)
@@ -117,7 +117,7 @@ class ContainerdStore:
         answer = self.program.get(self.path("manifests", "1"))
         self.assertEqual(502, answer.status, answer.body)
 
-    def test_it_goes_on_when_the_client_leaves(self):
+    def test_pull_continues_after_client_disconnect(self):
         large = self.image_manifest()["layers"][-1]
         with contextlib.closing(self.program.begin_get(self.path("blobs", large["digest"]))):
             pass
@@ -127,11 +127,11 @@ class ContainerdStore:
 
 
 class ClassicStore:
-    """Docker's own manifest has no digest before the export: HEAD and GET are answered with what is known."""
+    """Docker's own manifest has no digest before the export. HEAD and GET send the headers that are known."""
 
     ENVIRONMENT = {"LAST_ANSWER": "0.5"}
 
-    def test_headers_come_before_the_pull_is_over(self):
+    def test_headers_are_sent_during_the_pull(self):
         path = self.path("manifests", "1")
         head, get = self.program.head(path), self.program.begin_get(path)
         for answer in (head, get):
@@ -146,7 +146,7 @@ class ClassicStore:
         exact = self.program.get(path)
         self.assertEqual((body, sha256(body)), (exact.body, exact.headers["Docker-Content-Digest"]))
 
-    def test_a_node_pulls_at_its_first_try(self):
+    def test_node_pulls_at_first_attempt(self):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             node = pool.submit(lab.NODE.pull, self.reference, self.program.address)
             self.program.wait_for_line("answered while Docker is still getting it", 2)
@@ -156,7 +156,7 @@ class ClassicStore:
         self.assertEqual(self.engine.inspect(self.reference)["Id"], manifest["config"]["digest"])
         self.assertEqual(1, len(self.program.jobs("pull")))
 
-    def test_an_origin_that_breaks_off(self):
+    def test_origin_closes_connection(self):
         response = self.program.begin_get(self.path("manifests", "1"))
         self.assertEqual(200, response.status)
         self.gate.cut()
@@ -172,7 +172,7 @@ class TestContainerd(ContainerdStore, SlowCase):
 
 class TestContainerd26(ContainerdStore, SlowCase):
     engine = lab.ENGINES["containerd-26"]
-    test_an_origin_that_breaks_off = None  # Docker tries again for half a minute: once for each store will do
+    test_origin_closes_connection = None  # Docker retries for 30 seconds: one test per store is enough
 
 
 class TestClassic(ClassicStore, SlowCase):
@@ -181,7 +181,7 @@ class TestClassic(ClassicStore, SlowCase):
 
 class TestClassic20(ClassicStore, SlowCase):
     engine = lab.ENGINES["classic-20"]
-    test_an_origin_that_breaks_off = None  # Docker tries again for half a minute: once for each store will do
+    test_origin_closes_connection = None  # Docker retries for 30 seconds: one test per store is enough
 
 
 if __name__ == "__main__":

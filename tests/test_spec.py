@@ -1,7 +1,7 @@
 """The OCI Distribution Specification, v1.1 and the settled parts of its development version, sentence by sentence.
 
-Each test is named after what it checks, and holds a table of requests and answers where there are several. The
-daemon has no part in this: the fake one has no images, unless a test says so.
+Each test is named after what it checks, and contains a table of requests and responses where there are several. Docker
+plays no part here: the fake daemon has no images unless a test adds one.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def encode(document):
 
 
 class SpecCase(unittest.TestCase):
-    """A fresh repository name for each test; the program is shared."""
+    """Each test uses a new repository name; all share one program."""
 
     @classmethod
     def setUpClass(cls):
@@ -52,7 +52,7 @@ class SpecCase(unittest.TestCase):
         self.assertEqual([], self.program.lines("a bug in this program"))
 
     def ask(self, method, path, status, body=None, **headers):
-        """One request that must have this status; error answers must have the spec's form."""
+        """Send one request and check its status. Error responses must have the form that the spec requires."""
         path = path if path.startswith("/v2") else self.base + path
         answer = self.program.request(method, path, {k.replace("_", "-"): v for k, v in headers.items()}, body)
         self.assertEqual(status, answer.status, (method, path, answer.body))
@@ -68,7 +68,7 @@ class SpecCase(unittest.TestCase):
         return digest
 
     def image(self, push_blobs=True, **more):
-        """The bytes of an image manifest, and its blobs."""
+        """Push the blobs of an image; return the bytes of its manifest, and the blobs."""
         config, layer = encode({"unique": uuid.uuid4().hex}), os.urandom(100)
         if push_blobs:
             for blob in (config, layer):
@@ -92,7 +92,7 @@ class TestPull(SpecCase):
         for method in ("GET", "HEAD"):
             self.ask(method, "/v2/", 200)
 
-    def test_a_manifest_is_provided_by_tag_and_by_digest(self):
+    def test_end_3_get_manifest_by_tag_and_by_digest(self):
         data = self.push("1")
         for reference in ("1", digest_of(data)):
             for method in ("GET", "HEAD"):
@@ -102,7 +102,7 @@ class TestPull(SpecCase):
                     self.assertEqual((digest_of(data), MANIFEST, str(len(data))), tuple(
                         answer.headers[name] for name in ("Docker-Content-Digest", "Content-Type", "Content-Length")))
 
-    def test_a_blob_is_provided_whole_and_in_parts(self):
+    def test_end_2_get_blob_and_ranges(self):
         data = os.urandom(2048)
         digest = self.push_blob(data)
         for method in ("GET", "HEAD"):
@@ -117,7 +117,7 @@ class TestPull(SpecCase):
                 self.assertEqual(f"bytes {start}-{end - 1}/2048", answer.headers["Content-Range"])
         self.ask("GET", f"/blobs/{digest}", 416, Range="bytes=2048-")
 
-    def test_what_is_not_there_is_404(self):
+    def test_missing_content_is_404(self):
         self.push("1")
         nowhere = digest_of(b"nowhere")
         for path, code in ((f"/blobs/{nowhere}", "BLOB_UNKNOWN"), (f"/manifests/{nowhere}", "MANIFEST_UNKNOWN"),
@@ -128,7 +128,7 @@ class TestPull(SpecCase):
                 self.assertEqual(code, self.ask("GET", path, 404).code)
                 self.assertEqual(b"", self.ask("HEAD", path, 404).body)
 
-    def test_the_namespace_is_confirmed(self):
+    def test_response_has_oci_namespace(self):
         self.push("1")
         for path in ("/manifests/1", "/tags/list"):
             answer = self.ask("GET", f"{path}?ns=localhost:5000", 200)
@@ -139,7 +139,7 @@ class TestBlobUpload(SpecCase):
     ALGORITHMS = ("sha256", "sha512")
 
     def check_pushed(self, answer, data, digest):
-        """201, the digest, and a Location from which the blob can be pulled."""
+        """Check for status 201, the digest, and a Location from which the blob can be pulled."""
         self.assertEqual(201, answer.status, answer.body)
         self.assertEqual(digest, answer.headers["Docker-Content-Digest"])
         self.assertEqual(data, self.ask("GET", answer.headers["Location"], 200).body)
@@ -148,14 +148,14 @@ class TestBlobUpload(SpecCase):
         for algorithm in self.ALGORITHMS:
             with self.subTest(algorithm):
                 data = os.urandom(5000)
-                begun = self.ask("POST", "/blobs/uploads/", 202)
-                self.assertTrue(begun.headers["Location"].startswith("/v2/"), "relative, as proxies need")
-                self.assertTrue(begun.headers["Docker-Upload-UUID"])
+                upload = self.ask("POST", "/blobs/uploads/", 202)
+                self.assertTrue(upload.headers["Location"].startswith("/v2/"), "proxies need a relative Location")
+                self.assertTrue(upload.headers["Docker-Upload-UUID"])
                 digest = digest_of(data, algorithm)
-                location = begun.headers["Location"]
+                location = upload.headers["Location"]
                 self.check_pushed(self.ask("PUT", f"{location}?digest={digest}", 201, data), data, digest)
 
-    def test_end_4b_a_single_post(self):
+    def test_end_4b_single_post(self):
         for algorithm in self.ALGORITHMS:
             with self.subTest(algorithm):
                 data = os.urandom(5000)
@@ -163,7 +163,7 @@ class TestBlobUpload(SpecCase):
                 self.check_pushed(self.ask("POST", f"/blobs/uploads/?digest={digest}", 201, data), data, digest)
 
     def test_end_5_chunks_in_order(self):
-        """With the last chunk in the PUT, and without."""
+        """The last chunk may be in the PUT or in a PATCH."""
         data = os.urandom(3000)
         for last_in_put in (True, False):
             for algorithm in self.ALGORITHMS:
@@ -181,7 +181,7 @@ class TestBlobUpload(SpecCase):
                         done = self.ask("PUT", f"{location}?digest={digest}", 201)
                     self.check_pushed(done, data, digest)
 
-    def test_a_streamed_patch_without_content_range(self):
+    def test_patch_without_content_range(self):
         data = [os.urandom(700) for _ in range(5)]
         location = self.begin()
         answer = self.ask("PATCH", location, 202, iter(data))
@@ -189,7 +189,7 @@ class TestBlobUpload(SpecCase):
         digest = digest_of(b"".join(data))
         self.check_pushed(self.ask("PUT", f"{answer.headers['Location']}?digest={digest}", 201), b"".join(data), digest)
 
-    def test_a_chunk_out_of_order_is_416_with_the_current_range(self):
+    def test_chunk_out_of_order_is_416_with_current_range(self):
         location = self.begin()
         self.ask("PATCH", location, 202, b"0123456789", Content_Range="0-9")
         for method, content_range in (("PATCH", "20-29"), ("PATCH", "0-9"), ("PUT", "11-20")):
@@ -200,7 +200,7 @@ class TestBlobUpload(SpecCase):
         self.check_pushed(self.ask("PUT", f"{location}?digest={digest_of(b'0123456789')}", 201), b"0123456789",
                           digest_of(b"0123456789"))
 
-    def test_a_content_range_that_makes_no_sense(self):
+    def test_malformed_content_range_is_400(self):
         for content_range, code in (("a-b", "BLOB_UPLOAD_INVALID"), ("9-0", "BLOB_UPLOAD_INVALID"),
                                     ("0-5", "SIZE_INVALID"), ("0", "BLOB_UPLOAD_INVALID")):
             with self.subTest(content_range):
@@ -209,14 +209,14 @@ class TestBlobUpload(SpecCase):
                 self.assertEqual(code, answer.code)
                 self.assertEqual("0-0", self.ask("GET", location, 204).headers["Range"])
 
-    def test_end_13_the_status_of_an_upload(self):
+    def test_end_13_upload_status(self):
         location = self.begin()
         self.ask("PATCH", location, 202, b"x" * 1000)
         answer = self.ask("GET", location, 204)
         self.assertEqual((location, "0-999", None), tuple(answer.headers[name] for name in (
             "Location", "Range", "Content-Length")))
 
-    def test_end_14_cancel(self):
+    def test_end_14_cancel_upload(self):
         location = self.begin()
         self.ask("PATCH", location, 202, b"x")
         self.ask("DELETE", location, 204)
@@ -224,7 +224,7 @@ class TestBlobUpload(SpecCase):
             path = f"{location}?digest={digest_of(b'x')}" if method == "PUT" else location
             self.assertEqual("BLOB_UPLOAD_UNKNOWN", self.ask(method, path, 404).code)
 
-    def test_an_unknown_session(self):
+    def test_unknown_upload_session_is_404(self):
         location = self.begin()
         session = location.rpartition("/")[2]
         for path in ("/blobs/uploads/" + "0" * 32, "/blobs/uploads/x", "/blobs/uploads/..%2e",
@@ -232,7 +232,7 @@ class TestBlobUpload(SpecCase):
             self.assertEqual("BLOB_UPLOAD_UNKNOWN", self.ask("GET", path, 404).code)
         self.assertEqual(2, len({self.begin(), self.begin()}))
 
-    def test_a_wrong_digest_is_400_and_nothing_is_kept(self):
+    def test_digest_mismatch_is_400_and_keeps_nothing(self):
         for algorithm in self.ALGORITHMS:
             data, wrong = os.urandom(50), digest_of(b"something else", algorithm)
             streamed = self.begin()
@@ -246,13 +246,13 @@ class TestBlobUpload(SpecCase):
                     self.ask("HEAD", f"/blobs/{digest_of(data)}", 404)
             self.ask("GET", streamed, 404)
 
-    def test_a_digest_that_is_none(self):
+    def test_malformed_digest_is_400(self):
         for text in ("", "sha256:short", "md5:" + "0" * 32, "sha256:" + "G" * 64):
             with self.subTest(text):
                 self.assertEqual("DIGEST_INVALID", self.ask("PUT", f"{self.begin()}?digest={text}", 400, b"x").code)
                 self.ask("POST", f"/blobs/uploads/?digest={text}", 400, b"x")
 
-    def test_end_11_mount(self):
+    def test_end_11_mount_blob(self):
         data, other = os.urandom(100), f"other/{uuid.uuid4().hex}"
         digest = self.push_blob(data)
         to = f"/v2/{other}/blobs"
@@ -267,7 +267,7 @@ class TestBlobUpload(SpecCase):
         answer = self.ask("POST", f"/v2/anonymous/{uuid.uuid4().hex}/blobs/uploads/?mount={digest}", 201)
         self.check_pushed(answer, data, digest)
 
-    def test_a_mount_that_is_not_possible_begins_an_upload(self):
+    def test_failed_mount_starts_an_upload(self):
         data = os.urandom(100)
         digest = digest_of(data)
         self.push_blob(data, base="/v2/third")
@@ -278,7 +278,7 @@ class TestBlobUpload(SpecCase):
             with self.subTest(query):
                 self.ask("GET", self.ask("POST", f"/blobs/uploads/?{query}", 202).headers["Location"], 204)
 
-    def test_the_empty_blob(self):
+    def test_empty_blob(self):
         digest = self.push_blob(b"")
         self.assertEqual(b"", self.ask("GET", f"/blobs/{digest}", 200).body)
         self.ask("PUT", f"{self.begin()}?digest={digest}", 201)
@@ -296,7 +296,7 @@ class TestManifestPush(SpecCase):
                 self.assertEqual((odd, MANIFEST, digest), (pulled.body, pulled.headers["Content-Type"],
                                                            pulled.headers["Docker-Content-Digest"]))
 
-    def test_tag_parameters_of_a_manifest_by_digest(self):
+    def test_tag_parameters_of_manifest_by_digest(self):
         for algorithm in ("sha256", "sha512"):
             data, _ = self.image()
             digest = digest_of(data, algorithm)
@@ -310,7 +310,7 @@ class TestManifestPush(SpecCase):
         self.ask("PUT", f"/manifests/{digest}?tag={digest_of(b'x')}", 400, data, Content_Type=MANIFEST)
         self.ask("HEAD", "/manifests/good", 404)
 
-    def test_a_manifest_of_4_mebibytes_but_no_more(self):
+    def test_manifest_size_limit_is_4_mib(self):
         data, _ = self.image(annotations={"filler": ""})
         full = data.replace(b'"filler": ""', b'"filler": "' + b"A" * (4 * 1024 * 1024 - len(data)) + b'"')
         self.assertEqual(4 * 1024 * 1024, len(full))
@@ -320,7 +320,7 @@ class TestManifestPush(SpecCase):
                                                         Content_Type=MANIFEST).code)
         self.ask("PUT", "/manifests/more", 413, iter([full, b" "]), Content_Type=MANIFEST)
 
-    def test_what_is_not_a_manifest(self):
+    def test_invalid_manifests_are_400(self):
         config = descriptor(b"{}", EMPTY)
         for what, data, media_type in (
                 ("not JSON", b"{", MANIFEST), ("a list", b"[]", MANIFEST), ("nothing", b"", MANIFEST),
@@ -346,7 +346,7 @@ class TestManifestPush(SpecCase):
                                                               Content_Type=media_type).code)
         self.ask("HEAD", "/manifests/1", 404)
 
-    def test_bad_references(self):
+    def test_malformed_references(self):
         data, _ = self.image()
         for reference, code in (("sha256:baddigeststring", "DIGEST_INVALID"), (digest_of(b"other"), "DIGEST_INVALID"),
                                 (".tag", "MANIFEST_INVALID"), ("a" * 129, "MANIFEST_INVALID")):
@@ -373,7 +373,7 @@ class TestManifestPush(SpecCase):
             self.push("same", same, media_type)
             self.assertEqual(media_type, self.ask("GET", "/manifests/same", 200).headers["Content-Type"])
 
-    def test_blobs_have_to_be_there_first(self):
+    def test_manifest_with_missing_blobs_is_404(self):
         data, blobs = self.image(push_blobs=False)
         missing = self.ask("PUT", "/manifests/1", 404, data, Content_Type=MANIFEST)
         self.assertEqual("MANIFEST_BLOB_UNKNOWN", missing.code)
@@ -382,7 +382,7 @@ class TestManifestPush(SpecCase):
             self.push_blob(blob)
         self.push("1", data)
 
-    def test_what_may_be_missing(self):
+    def test_content_that_may_be_missing(self):
         layer = {"digest": digest_of(b"far away"), "size": 123}
         config = encode({})
         self.push_blob(config)
@@ -399,7 +399,7 @@ class TestManifestPush(SpecCase):
         self.push("sparse", encode({"schemaVersion": 2, "mediaType": INDEX,
                                     "manifests": [{**layer, "mediaType": MANIFEST}]}), INDEX)
 
-    def test_embedded_data_and_index_of_indexes(self):
+    def test_embedded_data_and_nested_indexes(self):
         child = self.push(data=self.image()[0])
         index = encode({"schemaVersion": 2, "mediaType": INDEX,
                         "manifests": [{**descriptor(child, MANIFEST), "data": "e30="}]})
@@ -441,7 +441,7 @@ class TestReferrers(SpecCase):
                     descriptor(index, INDEX, artifactType="application/vnd.three")]
         self.assertCountEqual(expected, self.referrers(subject).json["manifests"])
 
-    def test_the_filter(self):
+    def test_filter_by_artifact_type(self):
         subject = self.push("1")
         one = self.attach(subject, artifactType="application/vnd.one")
         self.attach(subject, artifactType="application/vnd.two")
@@ -451,18 +451,18 @@ class TestReferrers(SpecCase):
         self.assertIsNone(self.referrers(subject).headers["OCI-Filters-Applied"])
         self.assertEqual([], self.referrers(subject, "?artifactType=none").json["manifests"])
 
-    def test_nothing_is_an_empty_list(self):
-        self.assertEqual([], self.referrers(b"nobody knows this").json["manifests"])
+    def test_no_referrers_is_an_empty_list(self):
+        self.assertEqual([], self.referrers(b"no such subject").json["manifests"])
         self.assertEqual("DIGEST_INVALID", self.ask("GET", "/referrers/sha256:bad", 400).code)
 
-    def test_before_the_subject_is_there(self):
+    def test_referrers_pushed_before_the_subject(self):
         subject, _ = self.image()
         one = self.attach(subject)
         self.assertEqual(digest_of(one), self.referrers(subject).json["manifests"][0]["digest"])
         self.push("late", subject)
         self.assertEqual(1, len(self.referrers(subject).json["manifests"]))
 
-    def test_deleted_ones_are_not_listed(self):
+    def test_deleted_referrers_are_not_listed(self):
         subject = self.push("1")
         one = self.attach(subject)
         self.ask("DELETE", f"/manifests/{digest_of(one)}", 202)
@@ -492,7 +492,7 @@ class TestLists(SpecCase):
         for bad in ("-1", "x", "", "1e3"):
             self.ask("GET", f"/tags/list?n={bad}", 400)
 
-    def test_the_pages_together_are_the_list(self):
+    def test_pages_add_up_to_the_whole_list(self):
         path, found = "/tags/list?n=2", []
         while path:
             answer = self.ask("GET", path, 200)
@@ -501,7 +501,7 @@ class TestLists(SpecCase):
             path = link and link.partition(">")[0][1:]
         self.assertEqual(self.TAGS, found)
 
-    def test_the_catalog(self):
+    def test_catalog(self):
         names = [f"c{uuid.uuid4().hex[:6]}/{i}" for i in range(3)]
         for name in names:
             self.base = f"/v2/{name}"
@@ -519,7 +519,7 @@ class TestLists(SpecCase):
 
 
 class TestDelete(SpecCase):
-    def test_end_9_a_tag_and_nothing_else(self):
+    def test_end_9_delete_only_a_tag(self):
         data = self.push("1")
         self.push("2", data)
         self.ask("DELETE", "/manifests/1", 202)
@@ -528,7 +528,7 @@ class TestDelete(SpecCase):
             self.ask("HEAD", f"/manifests/{reference}", 200)
         self.assertEqual("MANIFEST_UNKNOWN", self.ask("DELETE", "/manifests/1", 404).code)
 
-    def test_end_9_a_manifest_with_its_tags(self):
+    def test_end_9_delete_a_manifest_with_its_tags(self):
         data = self.push("1")
         self.push("2", data)
         other = self.push("3")
@@ -541,13 +541,13 @@ class TestDelete(SpecCase):
         self.push(None, data)
         self.ask("HEAD", "/manifests/1", 404)
 
-    def test_end_10_a_blob(self):
+    def test_end_10_delete_a_blob(self):
         digest = self.push_blob(b"to be deleted")
         self.ask("DELETE", f"/blobs/{digest}", 202)
         self.ask("HEAD", f"/blobs/{digest}", 404)
         self.assertEqual("BLOB_UNKNOWN", self.ask("DELETE", f"/blobs/{digest}", 404).code)
 
-    def test_other_repositories_keep_what_they_have(self):
+    def test_deleted_blob_remains_in_other_repositories(self):
         data = os.urandom(100)
         digest = self.push_blob(data)
         other = f"/v2/keeps/{uuid.uuid4().hex}/blobs"
@@ -557,18 +557,18 @@ class TestDelete(SpecCase):
         pool = self.program.store / "blobs" / digest.replace(":", "/")
         self.assertTrue(pool.exists())
         self.ask("DELETE", f"{other}/{digest}", 202)
-        self.assertFalse(pool.exists(), "nobody needs it any more")
+        self.assertFalse(pool.exists(), "no repository uses it any more")
 
 
 class TestRepositoriesAndDocker(SpecCase):
-    """What was pushed, beside what Docker has."""
+    """Hosted content next to Docker's images."""
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.local = cls.daemon.add("local/app:1", Image())
 
-    def test_kept_apart(self):
+    def test_repositories_are_separate(self):
         data = self.push("1")
         blob = self.push_blob(b"only here")
         for path in ("/manifests/1", f"/manifests/{digest_of(data)}", f"/blobs/{blob}"):
@@ -576,7 +576,7 @@ class TestRepositoriesAndDocker(SpecCase):
             self.ask("HEAD", f"/v2/somebody/else{path}", 404)
             self.ask("HEAD", f"{path}?ns=localhost:9", 200)
 
-    def test_images_of_docker_are_not_deleted(self):
+    def test_deleting_docker_images_is_405(self):
         for path in ("manifests/1", f"manifests/{self.local.digest}", f"blobs/{digest_of(self.local.layer)}"):
             with self.subTest(path):
                 answer = self.ask("DELETE", f"/v2/local/app/{path}", 405)
@@ -584,7 +584,7 @@ class TestRepositoriesAndDocker(SpecCase):
                 self.assertIn("docker rmi", answer.detail)
                 self.ask("GET", f"/v2/local/app/{path}", 200)
 
-    def test_a_push_wins_and_its_deletion_shows_docker_s_again(self):
+    def test_pushed_tag_hides_docker_image_until_deleted(self):
         before = self.ask("GET", "/v2/local/app/manifests/1", 200).body
         self.base, data = "/v2/local/app", None
         data = self.push("1")
@@ -593,8 +593,8 @@ class TestRepositoriesAndDocker(SpecCase):
         self.ask("DELETE", "/v2/local/app/manifests/1", 202)
         self.assertEqual(before, self.ask("GET", "/v2/local/app/manifests/1", 200).body)
 
-    def test_blobs_that_docker_has_need_not_be_pushed(self):
-        """They are copied before the manifest is accepted, and stay when Docker drops them."""
+    def test_blobs_of_docker_need_not_be_pushed(self):
+        """They are copied before the manifest is accepted, and remain when Docker deletes them."""
         manifest = self.ask("GET", "/v2/local/app/manifests/1", 200).body
         self.push("1", manifest, json.loads(manifest)["mediaType"])
         kept = {str(path.relative_to(self.program.store / "repositories" / self.repo))
@@ -602,15 +602,15 @@ class TestRepositoriesAndDocker(SpecCase):
         for blob in (self.local.config, self.local.layer):
             self.assertIn(f"_blobs/sha256/{hashlib.sha256(blob).hexdigest()}", kept)
 
-    def test_both_are_listed(self):
+    def test_tag_list_includes_hosted_and_docker_tags(self):
         self.base = "/v2/local/app"
         self.push("pushed")
         self.assertEqual(["1", "pushed"], self.ask("GET", "/tags/list", 200).json["tags"])
         self.assertIn("local/app", self.ask("GET", "/v2/_catalog", 200).json["repositories"])
         self.assertEqual(["1"], self.ask("GET", "/tags/list?ns=docker.io", 200).json["tags"])
 
-    def test_a_name_means_one_image_whichever_way_it_comes_in(self):
-        """Namespace and Host of the request -> whether it is this registry that is meant."""
+    def test_own_names_by_namespace_and_host(self):
+        """Each row has the namespace and Host of a request, and True if they name this registry."""
         tagged = self.daemon.add("localhost:12345/tagged:1", Image()).digest
         pushed = digest_of(self.push("1", base="/v2/pushed"))
         for namespace, host, ours in (
@@ -623,8 +623,8 @@ class TestRepositoriesAndDocker(SpecCase):
                     answer = self.program.get(f"/v2/{name}/manifests/1{query}", Host=host)
                     self.assertEqual(digest if ours else None, answer.headers["Docker-Content-Digest"])
 
-    def test_head_speaks_of_pushes_only(self):
-        """A client that is told that Docker's image is here pushes nothing, and the image goes when Docker drops it."""
+    def test_head_reports_only_hosted_content(self):
+        """A client does not push what HEAD reports, so Docker's images must not be reported: Docker may delete them."""
         one, many = f"{MANIFEST}, */*", f"{MANIFEST}, {INDEX}, */*"
         for agent, accept, ns, status in (
                 ("crane/0.20", many, "", 404), ("oras/1.3", one, "", 404), ("containerd/2.1.4", one, "", 404),

@@ -40,7 +40,7 @@ class StoreCase(unittest.TestCase):
         self.hosted = Hosted(self.store)
 
     def tidy_up(self, in_docker, now):
-        """Tidy up as the program does; the number of bytes that are freed."""
+        """Tidy up as the program does; return the number of bytes that are freed."""
         before = self.store.contents()
         self.hosted.tidy_up(now)
         self.store.tidy_up(in_docker, now)
@@ -55,38 +55,38 @@ class StoreCase(unittest.TestCase):
         return {str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()}
 
     def age(self, seconds):
-        """Make everything so old, seen from NOW."""
+        """Set the age of all files, relative to NOW."""
         for path in self.root.rglob("*"):
             os.utime(path, (NOW - seconds, NOW - seconds))
 
 
 class TestBlobs(StoreCase):
-    def test_nothing_is_made_before_the_first_write(self):
+    def test_no_files_before_the_first_write(self):
         self.assertIsNone(self.store.docker.size(IMAGE))
         self.assertIsNone(self.store.exported(IMAGE))
         self.assertFalse(self.root.exists())
 
-    def test_kept(self):
+    def test_keep(self):
         digest = self.put(b"content")
         self.assertEqual(Digest.of(b"content"), digest)
         self.assertEqual(b"content", self.store.blob_path(digest).read_bytes())
         self.assertEqual({f"blobs/sha256/{digest.hex}", f"docker/sha256/{digest.hex}"}, self.files())
 
-    def test_discarded(self):
+    def test_discard(self):
         writer = BlobWriter(self.store)
         writer.write(b"content")
         self.assertEqual(1, len(self.files()))
-        self.assertIsNone(self.store.docker.size(Digest.of(b"content")), "not under its name before it is whole")
+        self.assertIsNone(self.store.docker.size(Digest.of(b"content")), "named before it is complete")
         writer.discard()
         self.assertEqual(set(), self.files())
 
-    def test_discarding_what_was_kept_changes_nothing(self):
+    def test_discard_after_keep_does_nothing(self):
         writer = BlobWriter(self.store)
         digest = writer.keep(self.store.docker)
         writer.discard()
         self.assertEqual(0, self.store.docker.size(digest))
 
-    def test_the_end_of_the_process(self):
+    def test_close_removes_unfinished_blobs(self):
         writer = BlobWriter(self.store)
         self.addCleanup(writer.discard)
         writer.write(b"half")
@@ -94,7 +94,7 @@ class TestBlobs(StoreCase):
         self.store.close()
         self.assertEqual({f"blobs/sha256/{kept.hex}", f"docker/sha256/{kept.hex}"}, self.files())
 
-    def test_the_same_blob_from_two_sides(self):
+    def test_concurrent_writers_of_the_same_blob(self):
         threads = [threading.Thread(target=self.put, args=(b"x" * 100_000,)) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -103,7 +103,7 @@ class TestBlobs(StoreCase):
         name = f"sha256/{Digest.of(b'x' * 100_000).hex}"
         self.assertEqual({f"blobs/{name}", f"docker/{name}"}, self.files())
 
-    def test_a_place_that_cannot_be_written_to(self):
+    def test_unwritable_store(self):
         self.root.write_bytes(b"a file")
         with self.assertRaises(RegistryError) as caught:
             BlobWriter(self.store)
@@ -117,13 +117,13 @@ class TestExports(StoreCase):
         self.store.record_export(image_id, digests[0], digests)
         return digests
 
-    def test_recorded(self):
+    def test_record(self):
         target, *_ = self.export(IMAGE, b"manifest", b"config", b"layer")
         self.assertEqual(target, self.store.exported(IMAGE))
         self.assertIsNone(self.store.exported(OTHER))
-        self.assertEqual(target, Store(self.root).exported(IMAGE), "in another process")
+        self.assertEqual(target, Store(self.root).exported(IMAGE), "another process must find it")
 
-    def test_it_counts_only_while_it_is_whole(self):
+    def test_incomplete_export_is_ignored(self):
         _, layer = self.export(IMAGE, b"manifest", b"layer")
         path = self.store.blob_path(layer)
         for what, damage in (("shorter", lambda: path.write_bytes(b"lay")), ("gone", path.unlink)):
@@ -131,7 +131,7 @@ class TestExports(StoreCase):
                 damage()
                 self.assertIsNone(self.store.exported(IMAGE))
 
-    def test_broken_records(self):
+    def test_malformed_records(self):
         self.export(IMAGE, b"manifest")
         (path,) = self.root.glob("exports/*/*")
         for text in (b"", b"{", b"[]", b"{}", b'{"target": 1, "content": {}}', b'{"target": "sha256:x", "content": {}}',
@@ -143,7 +143,7 @@ class TestExports(StoreCase):
                     self.tidy_up(lambda _: True, NOW)
 
     def test_eviction(self):
-        """Image in Docker?, seconds since the last use -> is it kept?"""
+        """Each row: is the image in Docker, the seconds since its last use, is the export kept."""
         for in_docker, age, kept in ((True, 10 * EVICTION_AGE, True), (False, EVICTION_AGE - 1, True),
                                      (False, EVICTION_AGE + 1, False)):
             with self.subTest(in_docker=in_docker, age=age):
@@ -153,7 +153,7 @@ class TestExports(StoreCase):
                 self.assertEqual(0 if kept else len(b"manifestlayer"), freed)
                 self.assertEqual(5 if kept else 0, len(self.files()))
 
-    def test_what_another_export_needs_stays(self):
+    def test_content_of_another_export_is_kept(self):
         self.export(IMAGE, b"manifest", b"shared")
         other = self.export(OTHER, b"other manifest", b"shared")
         self.age(10 * EVICTION_AGE)
@@ -163,8 +163,8 @@ class TestExports(StoreCase):
         self.assertEqual(other[0], self.store.exported(OTHER))
         self.assertIsNone(self.store.docker.size(Digest.of(b"manifest")))
 
-    def test_what_is_being_written_stays(self):
-        """However long the writing takes; but not what a killed process left behind."""
+    def test_unfinished_blob_is_kept(self):
+        """It is kept however long the writing takes. What a killed process left behind is removed."""
         writer = BlobWriter(self.store)
         (self.root / "blobs/sha256/.left-behind").touch()
         self.age(10 * EVICTION_AGE)
@@ -172,7 +172,7 @@ class TestExports(StoreCase):
         self.assertEqual({str(writer.path.relative_to(self.root))}, self.files())
         writer.discard()
 
-    def test_what_was_adopted_a_moment_ago_stays(self):
+    def test_recently_adopted_content_is_kept(self):
         digest = self.put(b"content")
         self.age(10 * EVICTION_AGE)
         self.assertTrue(self.store.docker.adopt(digest))
@@ -187,7 +187,7 @@ class TestFetched(StoreCase):
         self.store.record_fetch(manifest, content)
         return content
 
-    def test_it_stays_while_it_is_used(self):
+    def test_content_in_use_is_kept(self):
         kept, gone = self.fetch(IMAGE, b"manifest", b"layer"), self.fetch(OTHER, b"another")
         now = time.time()
         self.age(FETCHED_AGE + 60 + NOW - now)
@@ -197,13 +197,13 @@ class TestFetched(StoreCase):
         self.assertTrue(all(self.store.docker.size(digest) for digest in kept))
         self.assertIsNone(self.store.docker.size(next(iter(gone))))
 
-    def test_longer_than_other_content(self):
+    def test_kept_longer_than_exports(self):
         (digest,) = self.fetch(IMAGE, b"layer")
         self.age(10 * EVICTION_AGE)
         self.assertEqual(0, self.tidy_up(lambda _: False, NOW))
         self.assertEqual(5, self.store.docker.size(digest))
 
-    def test_many_at_once(self):
+    def test_concurrent_records(self):
         digests = [Digest.of(b"%d" % i) for i in range(50)]
         threads = [threading.Thread(target=self.store.record_fetch, args=(IMAGE, {digest: 1})) for digest in digests]
         for thread in threads:
@@ -213,8 +213,8 @@ class TestFetched(StoreCase):
         (path,) = self.root.glob("fetched/*/*")
         self.assertEqual(set(digests), set(Record.load(path).content))
 
-    def test_what_two_manifests_have_in_common(self):
-        """It stays as long as one of them is used, whichever it was fetched for."""
+    def test_content_shared_by_two_manifests(self):
+        """It is kept while either manifest is in use, whichever it was fetched for."""
         shared = self.fetch(IMAGE, b"shared")
         self.fetch(OTHER, b"the other's manifest")
         now = time.time()
@@ -223,7 +223,7 @@ class TestFetched(StoreCase):
         self.tidy_up(lambda _: False, now)
         self.assertEqual(6, self.store.docker.size(next(iter(shared))))
 
-    def test_one_after_the_other(self):
+    def test_records_are_merged(self):
         both = {**self.fetch(IMAGE, b"manifest"), **self.fetch(IMAGE, b"layer")}
         self.age(10 * EVICTION_AGE)
         self.tidy_up(lambda _: False, NOW)
@@ -231,12 +231,12 @@ class TestFetched(StoreCase):
 
 
 class TestLinks(StoreCase):
-    def test_the_bytes_are_there_once(self):
+    def test_content_is_stored_once(self):
         digest = self.put(b"content")
         one, two = self.hosted.repository("one").blobs, self.hosted.repository("two").blobs
         self.assertTrue(one.adopt(digest))
         self.assertTrue(two.adopt(digest))
-        self.assertTrue(two.adopt(digest), "twice is no harm")
+        self.assertTrue(two.adopt(digest), "adopting twice must succeed")
         inodes = {(self.root / name).stat().st_ino for name in self.files()}
         self.assertEqual((4, 1), (len(self.files()), len(inodes)))
 
@@ -251,7 +251,7 @@ class TestLinks(StoreCase):
         self.assertEqual(set(), self.files())
         self.assertFalse(one.adopt(digest))
 
-    def test_what_a_crash_cut_short_is_replaced(self):
+    def test_truncated_blob_is_replaced(self):
         digest = self.put(b"content")
         self.store.blob_path(digest).write_bytes(b"con")
         self.assertFalse(self.store.docker.adopt(digest, 7))
@@ -259,8 +259,8 @@ class TestLinks(StoreCase):
         self.assertEqual(b"content", self.store.docker.path(digest).read_bytes())
         self.assertEqual(b"content", self.store.blob_path(digest).read_bytes())
 
-    def test_many_hands(self):
-        """Pushed and deleted by many at once: who has just pushed, has it."""
+    def test_concurrent_pushes_and_deletes(self):
+        """A blob that was just pushed is readable, whatever other repositories do."""
         failures = []
 
         def work(name):
@@ -287,7 +287,7 @@ class TestRepository(StoreCase):
         self.repository = self.hosted.repository("some/app")
 
     def push(self, *blobs, tags=("1",), **more):
-        """Push a manifest over blobs, some of which are there."""
+        """Push a manifest with these blobs, some of which may exist already."""
         layers = []
         for data in blobs:
             with BlobWriter(self.store) as writer:
@@ -298,22 +298,22 @@ class TestRepository(StoreCase):
         self.repository.put_manifest(manifest, tags)
         return manifest
 
-    def test_names_are_kept_apart(self):
+    def test_repositories_are_separate(self):
         self.push()
         for name in ("some", "some/app/below", "some/application"):
             self.assertIsNone(self.hosted.repository(name).manifest("1"))
         self.hosted.repository("some").begin_upload()
         self.assertEqual(["some", "some/app"], self.hosted.names())
 
-    def test_a_tag_counts_only_with_its_manifest(self):
+    def test_tag_without_manifest_is_ignored(self):
         manifest = self.push()
         self.assertEqual(manifest, self.repository.manifest("1"))
         self.repository.manifests.path(manifest.digest).unlink()
         self.assertEqual((None, None, []), (self.repository.manifest("1"), self.repository.tag("1"),
                                             self.repository.tags()))
 
-    def test_a_push_and_a_deletion_of_one_manifest_do_not_mix(self):
-        """In the middle of the one, the other begins: it waits, and so its outcome is the last word."""
+    def test_push_and_delete_of_one_manifest_are_serialized(self):
+        """The second operation starts in the middle of the first one. It waits, so the result is the second one's."""
         subject = {"mediaType": "application/json", "digest": str(OTHER), "size": 1}
         manifest = Manifest.accept(json.dumps({"schemaVersion": 2, "subject": subject}).encode(), "text/x", "sha256")
         push = lambda: self.repository.put_manifest(manifest, ["1"])  # noqa: E731
@@ -338,14 +338,14 @@ class TestRepository(StoreCase):
                 self.assertEqual(stays, bool(list(self.repository.referrers(OTHER))))
                 self.assertEqual(stays, (self.repository.folder / "_tags" / "1").exists())
 
-    def test_tags_that_make_no_sense(self):
+    def test_malformed_tags_are_ignored(self):
         self.push()
         for text in ("", "nonsense", "sha256:..", str(IMAGE)):
             (self.repository.folder / "_tags/1").write_text(text)
             self.assertEqual([], self.repository.tags())
 
-    def test_blobs_of_no_manifest_are_freed(self):
-        """After a while: a push brings them before the manifest."""
+    def test_unreferenced_blobs_are_removed(self):
+        """They are kept for a while, because a push sends them before the manifest."""
         manifest = self.push(b"needed")
         with BlobWriter(self.store) as writer:
             writer.write(b"of no manifest")
@@ -361,7 +361,7 @@ class TestRepository(StoreCase):
         self.assertEqual(len(b"needed"), self.tidy_up(lambda _: True, NOW))
         self.assertEqual(set(), self.files())
 
-    def test_what_is_pushed_and_exported_stays_for_either(self):
+    def test_content_that_is_pushed_and_exported(self):
         self.push(b"shared")
         self.store.docker.adopt(Digest.of(b"shared"))
         self.age(10 * EVICTION_AGE)
@@ -379,17 +379,17 @@ class TestRepository(StoreCase):
             self.assertEqual(4, upload.size)
             self.age(UPLOAD_AGE + 1)
             self.tidy_up(lambda _: True, NOW)
-            self.assertEqual(1, len(self.files()), "somebody is writing to it")
+            self.assertEqual(1, len(self.files()), "an upload in use is kept")
         self.tidy_up(lambda _: True, NOW)
         self.assertEqual((set(), {}), (self.files(), self.store.hashes))
 
-    def test_an_upload_in_pieces_by_two_processes(self):
+    def test_upload_continues_in_another_process(self):
         session = self.repository.begin_upload()
         store = self.store
         for piece in (b"one ", b"two ", b"three"):
             with Hosted(store).repository("some/app").upload(session) as upload:
                 upload.write(piece)
-            store = Store(self.root)  # which knows nothing of the hash
+            store = Store(self.root)  # which does not have the hash
         for algorithm in ("sha512", "sha256"):
             expected = Digest.of(b"one two three", algorithm)
             with Hosted(store).repository("some/app").upload(session) as upload:
@@ -399,8 +399,8 @@ class TestRepository(StoreCase):
             with Hosted(store).repository("some/app").upload(session) as upload:
                 upload.write(b"one two three")
 
-    def test_killed_between_the_blob_and_the_end_of_its_upload(self):
-        """The session is over, and can't write into the blob that it has become."""
+    def test_upload_cannot_be_reused_after_kill(self):
+        """The process was killed before it removed the upload. The session must not write to the finished blob."""
         session = self.repository.begin_upload()
         with self.repository.upload(session) as upload, mock.patch.object(upload, "cancel"):
             upload.write(b"content")

@@ -1,10 +1,10 @@
-"""A store that version 0.9 wrote: all of it is served as it was.
+"""A store that version 0.9 wrote: all of its content is still served.
 
-The store is recorded in data/store-0.9.tar.gz. It was written by version 0.9 itself, by running this file:
+The store is recorded in data/store-0.9.tar.gz. Version 0.9 itself wrote it, by running this file:
 
     python tests/test_store_of_0_9.py record
 
-record() says what is in it. It is not to be recorded again by a later version: that would test nothing.
+record() lists its content. Do not record it again with a later version: the tests would no longer prove anything.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FOLDER = "store"
 ONE, TWO, NESTED = Image("one"), Image("two"), Image("nested")
 EXPORTED, FETCHED = Image("exported"), Image("fetched")
 UPLOAD = bytes(range(256)) * 20
-UPLOADED = 3000  # bytes of it that had arrived
+UPLOADED = 3000  # bytes of UPLOAD that had arrived
 
 ODD_TYPE = "application/vnd.example.odd+json"
 ODD = json.dumps({"entries": [1, 2, 3]}).encode()
@@ -72,7 +72,7 @@ BLOBS = {
 
 
 def record():
-    """Have the program write the store, and pack it."""
+    """Let the program write the store, and pack it."""
     def must(status, answer):
         assert answer.status == status, (answer.status, answer.body)
         return answer
@@ -122,14 +122,14 @@ class TestStore(unittest.TestCase):
             archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         self.store = Path(folder) / FOLDER
         for path in self.store.rglob("*"):
-            os.utime(path)  # or it would be tidied up
+            os.utime(path)  # the program would remove old content
 
     def start(self, docker_host):
         """Start the program on the store."""
         self.program = self.stack.enter_context(Program(docker_host, store=self.store))
 
     def start_with_docker(self):
-        """Start the program on the store, and on a Docker that has the exported image."""
+        """Start the program on the store, with a Docker that has the exported image."""
         self.daemon = self.stack.enter_context(FakeDaemon("classic"))
         self.daemon.add("exported:1", EXPORTED)
         self.start(self.daemon.host)
@@ -138,37 +138,37 @@ class TestStore(unittest.TestCase):
         self.assertEqual([], self.program.lines("a bug in this program"))
 
     def ask(self, method, path, status, body=None):
-        """One request that must have this status."""
+        """Send one request and check its status."""
         answer = self.program.request(method, path, {}, body)
         self.assertEqual(status, answer.status, (method, path, answer.body))
         return answer
 
     def check_manifest(self, path, data, media_type, digest):
-        """It is served with its exact bytes, its type and its digest, by GET and by HEAD."""
+        """Check the exact bytes, the media type and the digest of a manifest, with GET and with HEAD."""
         for method in ("GET", "HEAD"):
             answer = self.ask(method, path, 200)
             self.assertEqual((data if method == "GET" else b"", media_type, digest, str(len(data))), (
                 answer.body, *(answer.headers[name] for name in (
                     "Content-Type", "Docker-Content-Digest", "Content-Length"))))
 
-    def check_not_here(self, path):
-        """It was not pushed there; without Docker, that may be all that can be said."""
+    def check_not_hosted(self, path):
+        """Check that this content is not hosted. Without Docker, the status may be 503."""
         self.assertIn(self.program.head(path).status, (404, 503))
 
     def check_pushed(self):
-        """All that was pushed is served, and belongs to its own repository only."""
+        """Check that everything pushed is served, and only in its own repository."""
         for repository, manifests in MANIFESTS.items():
             for reference, (data, media_type) in manifests.items():
                 with self.subTest(repository=repository, reference=reference):
                     digest = reference if ":" in reference else sha256(data)
                     self.check_manifest(f"/v2/{repository}/manifests/{reference}", data, media_type, digest)
-                    self.check_not_here(f"/v2/another/{repository}/manifests/{reference}")
+                    self.check_not_hosted(f"/v2/another/{repository}/manifests/{reference}")
         for repository, blobs in BLOBS.items():
             for digest, data in blobs.items():
                 with self.subTest(repository=repository, blob=digest):
                     self.assertEqual(data, self.ask("GET", f"/v2/{repository}/blobs/{digest}", 200).body)
                     self.ask("HEAD", f"/v2/{repository}/blobs/{digest}", 200)
-                    self.check_not_here(f"/v2/another/{repository}/blobs/{digest}")
+                    self.check_not_hosted(f"/v2/another/{repository}/blobs/{digest}")
         for repository, tags in TAGS.items():
             with self.subTest(repository=repository):
                 self.assertEqual(tags, self.ask("GET", f"/v2/{repository}/tags/list", 200).json["tags"])
@@ -179,14 +179,14 @@ class TestStore(unittest.TestCase):
                                "artifactType": "application/vnd.example.signature"}], found.json["manifests"])
 
     def check_fetched(self, image, name):
-        """An image that was copied out of Docker, or fetched from its registry, is served by digest."""
+        """Check that an image that was exported from Docker, or fetched from its registry, is served by digest."""
         self.check_manifest(f"/v2/{name}/manifests/{image.digest}?ns=registry.example", image.manifest, OCI_MANIFEST,
                             image.digest)
         for blob in (image.layer, image.config):
             self.assertEqual(blob, self.ask("GET", f"/v2/{name}/blobs/{sha256(blob)}?ns=registry.example", 200).body)
 
-    def test_it_was_written_by_0_9(self):
-        """What the fixture has to hold for the other tests to mean anything."""
+    def test_recorded_content(self):
+        """The recording must have content of every kind, or the other tests prove nothing."""
         self.start("unix:///nowhere")
         for folder in ("blobs/sha512", "docker/sha256", "exports/sha256", "fetched/sha256", "repositories/app/_tags",
                        "repositories/app/nested/deeply/_manifests/sha256", "repositories/app/_referrers/sha256",
@@ -211,7 +211,7 @@ class TestStore(unittest.TestCase):
         for request in ("/get ", "/images/create"):
             self.assertEqual([], [line for line in self.daemon.requests if request in line])
 
-    def test_an_upload_goes_on(self):
+    def test_upload_continues(self):
         (path,) = (self.store / "repositories/unfinished/_uploads").iterdir()
         location = f"/v2/unfinished/blobs/uploads/{path.name}"
         for docker in (False, True):
@@ -227,8 +227,8 @@ class TestStore(unittest.TestCase):
         self.ask("PUT", f"{location}?digest={digest}", 201, UPLOAD[UPLOADED + 1000:])
         self.assertEqual(UPLOAD, self.ask("GET", f"/v2/unfinished/blobs/{digest}", 200).body)
 
-    def test_it_can_be_changed(self):
-        """Tags move, and what is deleted is gone, on the disk too where nobody else needs it."""
+    def test_changes(self):
+        """Tags can be moved. Deleted content is gone, and its file too unless another repository uses it."""
         self.start("unix:///nowhere")
         self.ask("PUT", "/v2/app/manifests/latest", 201, ONE.manifest)
         self.check_manifest("/v2/app/manifests/latest", ONE.manifest, OCI_MANIFEST, ONE.digest)
@@ -238,18 +238,18 @@ class TestStore(unittest.TestCase):
         self.assertEqual(["1", "latest"], self.ask("GET", "/v2/app/tags/list", 200).json["tags"])
         for digest, needed in ((sha256(TWO.layer), False), (sha256(LONG_CONFIG), True)):
             self.ask("DELETE", f"/v2/app/blobs/{digest}", 202)
-            self.check_not_here(f"/v2/app/blobs/{digest}")
+            self.check_not_hosted(f"/v2/app/blobs/{digest}")
             self.assertEqual(needed, (self.store / "blobs" / digest.replace(":", "/")).exists())
         self.ask("GET", f"/v2/long/digests/blobs/{sha256(LONG_CONFIG)}", 200)
 
     def age(self, hours):
-        """Make all of the store older."""
+        """Make everything in the store older."""
         for path in self.store.rglob("*"):
             old = path.stat().st_mtime - hours * 3600
             os.utime(path, (old, old))
 
-    def test_use_renews_the_time_of_what_was_fetched(self):
-        """It stays for a week after its last use."""
+    def test_use_extends_the_lifetime_of_fetched_content(self):
+        """It is kept for a week after its last use."""
         for kept in (True, True, False):
             with self.subTest(kept=kept):
                 self.age(hours=6 * 24 if kept else 8 * 24)
@@ -261,8 +261,8 @@ class TestStore(unittest.TestCase):
                 self.check_fetched(EXPORTED, "exported")
                 self.program.stop()
 
-    def test_it_is_tidied_up(self):
-        """The records count: what Docker does not have any more goes after its time, what was fetched stays longer."""
+    def test_old_content_is_removed(self):
+        """Exported content that Docker no longer has is removed. Fetched content is kept longer."""
         self.age(hours=2)
         with FakeDaemon("classic") as daemon:  # without the exported image
             self.start(daemon.host)

@@ -1,4 +1,4 @@
-"""The shape of the module: the standard library only, and chapters that use what their banners say."""
+"""The structure of the module: it imports only the standard library, and chapters use what their banners list."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ SOURCE = MODULE.read_text()
 
 
 def foreign_imports(source):
-    """The modules that a source imports from outside the standard library."""
+    """Return the modules that a source imports from outside the standard library."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -22,7 +22,7 @@ def foreign_imports(source):
 
 
 class Chapter:
-    """A chapter of the module: its banner says what it is for and which chapters it uses."""
+    """A chapter of the module. Its banner describes it and lists the chapters that it uses."""
 
     BANNER = re.compile(r"# =+\n# (\d+)\. ([^:\n]+): [^\n]+\n(?:# Uses: ([^\n]+)\.\n)?# =+\n")
 
@@ -45,7 +45,7 @@ def chapter_at(line, chapters):
 
 
 def definitions(tree, chapters):
-    """Name -> chapter, for everything that is defined at the top level."""
+    """Return {name: chapter} for everything that is defined at the top level."""
     found = {}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -61,7 +61,7 @@ GROUND_FLOOR = {"vocabulary", "references", "manifests"}  # all chapters may use
 
 
 def used(source):
-    """Chapter -> the chapters that its code names something of, itself and the ground floor left out."""
+    """Return {chapter: chapters whose names its code uses}, except itself and GROUND_FLOOR."""
     tree, chapters = ast.parse(source), chapters_of(source)
     known = definitions(tree, chapters)
     found = {chapter.name: set() for chapter in chapters}
@@ -72,7 +72,7 @@ def used(source):
 
 
 def undocumented(source):
-    """Public classes, functions and methods without a docstring."""
+    """Return the public classes, functions and methods without a docstring."""
     missing = []
 
     def visit(body, prefix=""):
@@ -110,10 +110,10 @@ class TestStructure(unittest.TestCase):
         self.assertEqual({"requests", "."}, foreign_imports(BAD))
         self.assertEqual(set(), foreign_imports(SOURCE))
 
-    def test_it_is_python_3_10(self):
+    def test_syntax_is_python_3_10(self):
         ast.parse(SOURCE, feature_version=(3, 10))
 
-    def test_banners_say_which_chapters_are_used(self):
+    def test_banners_list_the_used_chapters(self):
         self.assertEqual({"first": {"second"}, "second": {"first"}}, used(BAD))
         self.assertEqual({"first": {"third"}, "second": set()}, {c.name: c.uses for c in chapters_of(BAD)})
         said = {chapter.name: chapter.uses - GROUND_FLOOR for chapter in chapters_of(SOURCE)}
@@ -134,15 +134,15 @@ class TestStructure(unittest.TestCase):
         self.assertEqual([], [(c.name, c.end - c.line) for c in chapters_of(SOURCE)
                               if not 120 <= c.end - c.line <= 500])
 
-    def test_the_docstring_lists_them(self):
+    def test_docstring_lists_the_chapters(self):
         listed = re.findall(r"(?m)^ {4,5}(\d+) ([a-z-]+(?: [a-z]+)?)  +\S", ast.get_docstring(ast.parse(SOURCE), False))
         self.assertEqual([(str(c.number), c.name) for c in chapters_of(SOURCE)], listed)
 
-    def test_all_that_is_public_is_documented(self):
+    def test_public_names_are_documented(self):
         self.assertEqual(["early", "Late.method"], undocumented(BAD))
         self.assertEqual([], undocumented(SOURCE))
 
-    def test_what_is_exported_exists(self):
+    def test_exported_names_exist(self):
         exported = next(ast.literal_eval(node.value) for node in ast.parse(SOURCE).body
                         if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
         known = definitions(ast.parse(SOURCE), chapters_of(SOURCE))

@@ -1,7 +1,7 @@
-"""Fetches everything that a reference leads to, and checks it: the proof that a push is whole.
+"""Fetches everything below a reference and checks it: the proof that a push is complete.
 
     missing = everything_below(program, "a/app", "1")     asks a running program
-    walk_without_docker(store)                            starts a program on a store, with no Docker to ask
+    walk_without_docker(store)                            starts a program on a store, without Docker
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from program import Program
 
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
-ABSENT = (404, 503)  # 503: it is not hosted, and Docker could not be asked
+ABSENT = (404, 503)  # 503: not hosted, and Docker is not available
 
 
 class Missing(NamedTuple):
@@ -31,7 +31,7 @@ class Walk:
         self._seen = set()
 
     def _get(self, kind, reference):
-        """The answer to a GET without `ns`, or None if it is not there. The digest is verified."""
+        """Return the response to a GET without `ns`, or None if the content is absent. The digest is verified."""
         path = f"/v2/{self.repository}/{kind}/{reference}"
         answer = self.program.get(path)
         if answer.status in ABSENT:
@@ -45,7 +45,7 @@ class Walk:
         return answer
 
     def manifest(self, reference):
-        """Walk everything below a tag or a digest; return the manifest's digest, or None if it is not there."""
+        """Walk everything below a tag or digest; return the manifest's digest, or None if it is absent."""
         answer = self._get("manifests", reference)
         if answer is None:
             return None
@@ -87,7 +87,7 @@ class Walk:
 def everything_below(program, repository, reference):
     """Fetch a manifest and everything below it, without `ns`; verify digests, sizes and media types.
 
-    Returns a Missing. Raises AssertionError if the manifest itself is not there, or for any wrong answer.
+    Returns a Missing. Raises AssertionError if the manifest itself is absent, or for any wrong response.
     """
     walk = Walk(program, repository)
     assert walk.manifest(reference), f"{repository} {reference} is not there"
@@ -95,7 +95,7 @@ def everything_below(program, repository, reference):
 
 
 def pages(program, path, key):
-    """All the entries of a list, over all its pages. An empty list if the program cannot give one now."""
+    """Return all entries of a list, over all its pages, or an empty list if the list is not available."""
     found = []
     while path:
         answer = program.get(path)
@@ -109,9 +109,9 @@ def pages(program, path, key):
 
 
 def references(program, store):
-    """Every (repository, tag or digest) of a store: what the program lists, and what lies in the folders.
+    """Return every (repository, tag or digest) of a store, from the program's lists and from the store's folders.
 
-    The lists may be unavailable while Docker is, so they alone do not prove anything.
+    The lists may be unavailable without Docker, so they alone prove nothing.
     """
     root = Path(store) / "repositories"
     found = {(repository, tag) for repository in pages(program, "/v2/_catalog", "repositories")
@@ -127,9 +127,9 @@ def references(program, store):
 def walk_without_docker(store, expected=None, sparse=()):
     """Start a program on a store, without Docker, and walk everything that was ever pushed to it.
 
-    expected   {"repository:tag": digest} that have to be there
-    sparse     digests that may be missing: manifests that an index lists and nobody has, layers that need not be
-               distributed and nobody has
+    expected   {"repository:tag": digest} that must be present
+    sparse     digests that may be missing: manifests that an index lists, and non-distributable layers, if they are
+               not available anywhere
 
     Returns {"repository:tag or repository@digest": digest} of what was walked. Raises AssertionError if anything
     else is missing, or if HEAD and GET disagree about a manifest.
