@@ -4954,6 +4954,8 @@ class Adoption:
 
     def _copy(self, digest: Digest, blob: Blob) -> None:
         """Copy content out of Docker into the store."""
+        if self._store.docker.adopt(digest, blob.size):
+            return  # copied by a job that ended after the caller had looked
         with ProgressLog(f"copy {digest}, {human_bytes(blob.size)}, for a push") as lines, \
                 BlobWriter(self._store, digest.algorithm) as writer, \
                 contextlib.closing(blob.open(0, blob.size, Deadline())) as body:

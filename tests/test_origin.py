@@ -509,8 +509,10 @@ class TestSharedReads(unittest.TestCase):
 
     def test_reader_joins_after_a_failure(self):
         """The shared read has failed, but the first reader is still open: the new reader starts another read."""
+        self.go_on.clear()
         first, second = self.open(), self.open()
         self.failing = RegistryError("ENGINE_FAILED", "broken")
+        self.go_on.set()
         with self.assertLogs("k3d-registry-dockerd"), self.assertRaisesRegex(RegistryError, "broken"):
             list(second)
         self.failing = None
