@@ -4915,13 +4915,13 @@ class Adoption:
         """Add what a manifest lacks, and what those that it lists lack, to a plan."""
         required, optional = ([digest for digest in digests if not plan.has(digest)]
                               for digests in (manifest.blobs(), manifest.undistributed()))
-        if required or optional:
-            plan.blobs.update(self._mirror.contents(plan.reference, (*required, *optional), plan.client))
-        missing = [str(digest) for digest in required if digest not in plan.blobs]
+        found = self._mirror.contents(plan.reference, (*required, *optional), plan.client) if required or optional else {}
+        missing = [str(digest) for digest in required if digest not in found]
         if missing:
             raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {plan.repository.name} nor Docker has "
                                                          f"{', '.join(missing)}: push blobs before the manifest that "
                                                          "refers to them")
+        plan.blobs.update(found)
         for digest in manifest.listed("manifests"):
             self._plan_child(plan, digest)
 

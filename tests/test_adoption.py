@@ -6,7 +6,7 @@ import threading
 import unittest
 
 import walk
-from fake_daemon import OCI_INDEX, OCI_MANIFEST, FakeDaemon, Image, sha256
+from fake_daemon import OCI_INDEX, OCI_MANIFEST, FakeDaemon, Image, sha256, varint
 from program import Program
 
 
@@ -155,7 +155,7 @@ class TestAdoption(AdoptionCase):
             if digest == sha256(image.layer):
                 asked.set()
                 go_on.wait(30)
-            self.daemon.answer_call(sock, stream, b"\x12" + self.varint(len(part)) + part)
+            self.daemon.answer_call(sock, stream, b"\x12" + varint(len(part)) + part)
 
         self.daemon.reading = hold
         threads = [threading.Thread(target=self.put, args=(image.manifest, f"/v2/kept{i}/manifests/1"))
@@ -168,14 +168,6 @@ class TestAdoption(AdoptionCase):
             thread.join(30)
         self.assertEqual(1, len(self.program.jobs("copy")) - 1, "the layer and the config, once each")
         self.check_whole()
-
-    @staticmethod
-    def varint(number):
-        out = bytearray()
-        while number > 127:
-            out.append(number & 127 | 128)
-            number >>= 7
-        return bytes((*out, number))
 
     def test_failed_delete_exports_nothing(self):
         with FakeDaemon("classic") as daemon, Program(daemon.host) as program:
