@@ -582,34 +582,28 @@ class Manifest:
         except MALFORMED_ERRORS as e:
             raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a valid digest: {e}") from None
         size = fields.get("size")
-        if type(size) is not int or size < 0:
+        if type(size) is not int or not 0 <= size < SIZE_LIMIT:
             raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a valid size: {size!r}")
 
-    def blobs(self) -> list[Digest]:
-        """Return the digests of the blobs that must be available to serve this manifest.
-
-        Non-distributable layers are not among them, nor are the manifests of an index: the image spec allows an
-        index to list platforms that a registry does not have.
-        """
-        return list(self.sizes("config", "layers", "blobs"))
-
-    def sizes(self, *names: str) -> dict[Digest, int]:
-        """Return the digests in the named properties with their sizes in bytes, without non-distributable content.
+    def sizes(self, *names: str, foreign: bool = False) -> dict[Digest, int]:
+        """Return the digests in the named properties with their sizes in bytes: of distributable content, or the rest.
 
         Malformed descriptors are ignored: unlike pushed manifests, those of Docker are not validated.
         """
         found = {}
         for descriptor in descriptors(self.document, *names):
-            foreign = descriptor.get("urls") or NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))
+            elsewhere = descriptor.get("urls") or NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))
             size = descriptor.get("size")
-            if not foreign and type(size) is int and 0 <= size < SIZE_LIMIT:
+            if bool(elsewhere) == foreign and type(size) is int and 0 <= size < SIZE_LIMIT:
                 with contextlib.suppress(ValueError):
                     found[Digest.parse(descriptor["digest"])] = size
         return found
 
-    def undistributed(self) -> list[Digest]:
-        """Return the digests of the layers that a registry need not have: they have other places to come from."""
-        return [digest for digest in self.listed("config", "layers", "blobs") if digest not in self.blobs()]
+    def undistributed(self) -> dict[Digest, int]:
+        """Return the layers that a registry need not have, because they have other sources, with their sizes."""
+        required = self.sizes("config", "layers", "blobs")
+        return {digest: size for digest, size in self.sizes("layers", "blobs", foreign=True).items()
+                if digest not in required}
 
     def platforms(self) -> list[Digest]:
         """Return the manifests of an index that are images. Attestations have an unknown platform.
@@ -1041,7 +1035,8 @@ class ProgressLog:
 
     def failed(self, error: BaseException) -> None:
         """Log the last line of work that failed; leaving the `with` by an exception calls this."""
-        log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started), error)
+        log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started),
+                    printable(str(error)))
 
 
 # =====================================================================================================================
@@ -1150,7 +1145,7 @@ class PullProgress:
         layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
         if not isinstance(status, str):
             return
-        self.status = status.lower()
+        self.status = printable(status.lower())
         if not isinstance(layer, str) or not isinstance(detail, dict):
             return
         current, total = detail.get("current"), detail.get("total")
@@ -1752,6 +1747,12 @@ class Transfer:
         with self._change:
             return self._error is not None
 
+    @property
+    def started(self) -> bool:
+        """True if the content has begun to arrive, and nothing has gone wrong so far."""
+        with self._change:
+            return self._file is not None and self._error is None
+
     def wait_for_start(self, deadline: Deadline) -> None:
         """Wait until the content has begun to arrive. Raises the source's error, or STILL_PULLING."""
         with self._change:
@@ -1999,6 +2000,15 @@ def make_link(source: Path, target: Path) -> None:
                 target.unlink()  # a crash of the machine cut it short
 
 
+def list_folder(folder: Path) -> list[str]:
+    """The names in a folder, none if there is no such folder. STORE_FAILED if it cannot be read."""
+    with disk_errors(f"read {folder}"):
+        try:
+            return [path.name for path in folder.iterdir()]
+        except FileNotFoundError:
+            return []
+
+
 class Links:
     """The content that belongs to one owner, by digest: a folder of hard links to the store's content.
 
@@ -2016,23 +2026,24 @@ class Links:
 
     def size(self, digest: Digest) -> int | None:
         """The size of the content in bytes, or None if it does not belong here."""
-        try:
-            return self.path(digest).stat().st_size
-        except OSError:
-            return None
+        with disk_errors(f"read {self.path(digest)}"):
+            try:
+                return self.path(digest).stat().st_size
+            except FileNotFoundError:
+                return None
 
     def digests(self) -> Iterator[Digest]:
-        """The digests of everything that belongs here."""
-        for path in self._folder.glob("*/[0-9a-f]*"):
-            yield Digest(path.parent.name, path.name)
+        """The digests of everything that belongs here; STORE_FAILED if not all of it can be listed."""
+        for algorithm in list_folder(self._folder):
+            for name in list_folder(self._folder / algorithm):
+                if not name.startswith("."):
+                    yield Digest(algorithm, name)
 
     def touch(self, digest: Digest) -> bool:
-        """Mark content as used now. True if it belongs here."""
-        try:
+        """Mark content as used now, if that is possible. True if it belongs here."""
+        with contextlib.suppress(OSError):  # a read-only file system, say
             os.utime(self.path(digest))
-        except OSError:
-            return False
-        return True
+        return self.size(digest) is not None
 
     def adopt(self, digest: Digest, size: int | None = None) -> bool:
         """Make content of the store belong here too, as used now. True if the store has it.
@@ -2439,14 +2450,22 @@ class Repository:
         digest = target if isinstance(target, Digest) else self.tag(target)
         if digest is None:
             return None
-        try:
-            data = self.manifests.path(digest).read_bytes()
-        except OSError:
+        data = self._read(self.manifests.path(digest))
+        if data is None:
             return None
-        media_type = manifest_type(data)
-        with contextlib.suppress(OSError):
-            media_type = self._type_path(digest).read_text()
-        return Manifest(digest, media_type or OCI_MANIFEST, data)
+        media_type = (self._read(self._type_path(digest)) or b"").decode(errors="replace")
+        if not MEDIA_TYPE.fullmatch(media_type):
+            media_type = manifest_type(data) or OCI_MANIFEST
+        return Manifest(digest, media_type, data)
+
+    @staticmethod
+    def _read(path: Path) -> bytes | None:
+        """The bytes of a small file, or None if there is none. STORE_FAILED if it cannot be read."""
+        with disk_errors(f"read {path}"):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
 
     def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
         """Keep a manifest, and then its tags. STORE_FAILED."""
@@ -2486,13 +2505,17 @@ class Repository:
             if manifest:
                 yield manifest
 
+    def has_blob(self, digest: Digest, size: int) -> bool:
+        """True if a blob is here in its size, in bytes. It counts as used now."""
+        return self.blobs.touch(digest) and self.blobs.size(digest) == size
+
     # ---- tags
 
     def tag(self, tag: str) -> Digest | None:
         """The digest of the manifest that a tag names, or None if there is no such tag or manifest."""
         try:
-            digest = Digest.parse((self.folder / "_tags" / tag).read_text())
-        except (OSError, ValueError):
+            digest = Digest.parse((self._read(self.folder / "_tags" / tag) or b"").decode())
+        except ValueError:
             return None
         return digest if self.manifests.size(digest) is not None else None
 
@@ -2550,9 +2573,8 @@ class Repository:
                 self._store.hashes.pop(path, None)
         unused = set(self.blobs.digests())
         for digest in self.manifests.digests():
-            manifest = self.manifest(digest)
-            with contextlib.suppress(RegistryError):  # a manifest that is not JSON refers to nothing
-                unused.difference_update(manifest.listed("config", "layers", "blobs") if manifest else ())
+            manifest = self.manifest(digest)  # or an error, and then nothing is removed: its blobs are not known
+            unused.difference_update(manifest.listed("config", "layers", "blobs") if manifest else ())
         for digest in unused:
             if self._store.is_old(self.blobs.path(digest), now, UPLOAD_AGE):
                 self.blobs.drop(digest)
@@ -2653,7 +2675,8 @@ class Hosted:
     def put_manifest(self, reference: Reference, manifest: Manifest, tags: Iterable[str]) -> None:
         """Keep a manifest with its tags. MANIFEST_BLOB_UNKNOWN if its repository lacks a blob: then nothing is kept."""
         repository = self.repository(reference.repository)
-        missing = [str(digest) for digest in manifest.blobs() if not repository.blobs.touch(digest)]
+        sizes = manifest.sizes("config", "layers", "blobs")
+        missing = [str(digest) for digest, size in sizes.items() if not repository.has_blob(digest, size)]
         if missing:
             raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"{reference.repository} lacks {', '.join(missing)}: push "
                                                          "blobs before the manifest that refers to them")
@@ -2673,7 +2696,10 @@ class Hosted:
     def tidy_up(self, now: float) -> None:
         """Remove what was pushed and is not needed any more. now is in seconds since the epoch."""
         for name in self.names():
-            self.repository(name).tidy_up(now)
+            try:
+                self.repository(name).tidy_up(now)
+            except RegistryError as e:
+                log.warning("store: %s is not tidied up: %s", name, e.detail)
 
 
 # =====================================================================================================================
@@ -3724,20 +3750,25 @@ class Origin:
                 yield response
         except urllib.error.HTTPError as e:
             codes = {401: "DENIED", 403: "DENIED", 404: f"{kind[:-1].upper()}_UNKNOWN", 429: "TOOMANYREQUESTS"}
-            text = b"(the answer is incomplete)"
+            text = b""
             with e, contextlib.suppress(OSError, http.client.HTTPException):
-                text = e.read(300)
+                if self._is_own(e.url):  # what another host says, to which a redirect led, is not for the client
+                    text = e.read(300)
             reason = f"{self._host} answered {e.code}: {printable(text.decode(errors='replace'))}"
             raise PullFailed(codes.get(e.code, "ORIGIN_UNAVAILABLE"), reason) from None
         except (OSError, http.client.HTTPException) as e:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: {getattr(e, 'reason', None) or e!r}") from None
+
+    def _is_own(self, url: str) -> bool:
+        """Return True if a URL is one of the registry itself."""
+        return urllib.parse.urlsplit(url)[:2] == (self._schemes[0], self._host)
 
     def _get(self, path: str) -> http.client.HTTPResponse:
         """Send a GET, and repeat it with authentication if the registry demands that."""
         try:
             return self._try(path)
         except urllib.error.HTTPError as e:
-            ours = urllib.parse.urlsplit(e.url)[:2] == (self._schemes[0], self._host)  # no redirect
+            ours = self._is_own(e.url)  # no redirect
             self._authorization = self._answer(e.headers) if ours and e.code == 401 else None
             if self._authorization is None:
                 raise
@@ -3834,18 +3865,23 @@ class Content:
     def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
         self._store, self._providers = FolderProvider("store", store.docker.path), providers
 
-    def find(self, digest: Digest) -> Blob | None:
-        """The content, from the first provider that has it. The store answers even without Docker."""
+    def find(self, digest: Digest, size: int | None = None) -> Blob | None:
+        """The content, from the first provider that has it in this size, in bytes: a crash may have cut a file short.
+
+        The store answers even without Docker.
+        """
         blob = self._store.find(digest)
-        if blob is None:
-            for provider in self._providers():
-                blob = blob or provider.find(digest)
-        return blob
+        if blob and size in (None, blob.size):
+            return blob
+        for provider in self._providers():
+            blob = provider.find(digest)
+            if blob and size in (None, blob.size):
+                return blob
+        return None
 
     def has(self, digest: Digest, size: int) -> bool:
-        """True if the content is here with its size in bytes: a crash may have cut a file short."""
-        blob = self.find(digest)
-        return blob is not None and blob.size == size
+        """True if the content is here with its size in bytes."""
+        return self.find(digest, size) is not None
 
     def manifest(self, digest: Digest) -> Manifest | None:
         """The manifest or index with a digest; None if there is none, or if the content is something else."""
@@ -4177,19 +4213,41 @@ class Fetches:
         if len(blobs) > BLOBS_LIMIT:
             raise RegistryError("MANIFEST_INVALID", f"{reference} has {len(blobs)} blobs: more than are fetched")
         used = self._policy.credentials(source, own)
+        promised = {self._key(reference, digest, client.credentials): Promised(size, source, used)
+                    for digest, size in blobs.items()}
         with self._lock:
-            self._promised.update((self._key(reference, digest, client.credentials), Promised(size, source, used))
-                                  for digest, size in blobs.items())
-        digests = list(blobs)
-        for start in range(0, len(digests), FETCHES):
-            transfers = [self._join(reference, digest, client) for digest in digests[start:start + FETCHES]]
-            for transfer in transfers:
+            self._promised.update(promised)
+        with on_failure(functools.partial(self._forget, promised)):
+            digests = list(blobs)
+            for start in range(0, len(digests), FETCHES):
+                self._wait_for_start([self._join(reference, digest, client)
+                                      for digest in digests[start:start + FETCHES]], client.deadline)
+
+    def _forget(self, promised: Mapping[Hashable, Promised]) -> None:
+        """Take back promises, unless their blobs are arriving."""
+        with self._lock:
+            for key, promise in promised.items():
+                if self._promised.get(key) is promise and not self._transfers.get(key):
+                    del self._promised[key]
+
+    @staticmethod
+    def _wait_for_start(transfers: Iterable[Transfer | None], deadline: Deadline) -> None:
+        """Wait until each transfer has begun or failed, so that none is taken for one that will bring its blob. Raises
+        the first error."""
+        errors = []
+        for transfer in transfers:
+            try:
                 if transfer:
-                    transfer.wait_for_start(client.deadline)
+                    transfer.wait_for_start(deadline)
+            except RegistryError as e:
+                errors.append(e)
+        if errors:
+            raise errors[0]
 
     def is_fetching(self, reference: Reference, digest: Digest, client: Client) -> bool:
-        """True if a blob is arriving for clients with these credentials."""
-        return self._transfers.get(self._key(reference, digest, client.credentials)) is not None
+        """True if a blob has begun to arrive for clients with these credentials."""
+        transfer = self._transfers.get(self._key(reference, digest, client.credentials))
+        return transfer is not None and transfer.started
 
     def blob(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
         """A promised blob once it has begun to arrive, fetched again if need be; None if it was not promised.
@@ -4225,9 +4283,9 @@ class Fetches:
             keep_promise = transfer.count > 0
             raise
         finally:
-            if not keep_promise:
-                with self._lock:
-                    self._promised.pop(key, None)
+            with self._lock:
+                if not keep_promise and self._promised.get(key) is promised:
+                    del self._promised[key]
 
     def _fetch(self, digest: Digest, promised: Promised, transfer: Transfer, lines: ProgressLog) -> None:
         with BlobWriter(self._store, digest.algorithm) as writer, \
@@ -4384,7 +4442,10 @@ class Pulls:
             if blob:
                 return transfer.found(blob)
             if ended:
-                raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
+                _, other = self._coming(digest)
+                if other is None:
+                    raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
+                pull = other
 
 
 # =====================================================================================================================
@@ -4416,7 +4477,7 @@ class Mirror:
                  docker_root: Path | None = None):
         """docker_root is where Docker's data folder is mounted, if that is not the place that Docker names."""
         self.engine, self._store, self._policy = engine, store, policy or PullPolicy()
-        self._exports = Exports(engine, store, lambda: start_thread(self.tidy_up))
+        self._exports = Exports(engine, store, self._tidy_up_soon)
         self.images = ImageStores(engine, store, self._exports, docker_root)
         self._content = self.images.content
         self._pulls = Pulls(engine, self.images, self._policy)
@@ -4473,17 +4534,18 @@ class Mirror:
         deadline, the answer is what is known by then. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED,
         TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
         """
-        known = threading.Event()
+        made_types: list[str | None] = []  # of the manifest to come, once Docker is known to have the image
 
         def late(job: Job) -> Manifest | ArrivingManifest:
-            made_type = self.images.current().made_type
-            if made_type is None or not known.is_set():
+            made_type = made_types[-1] if made_types else None
+            if made_type is None:
                 raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
             log.info("%s: answered while Docker is still getting it", reference)
             return ArrivingManifest(made_type, lambda: job.outcome(client.deadline.unlimited()))
 
         def find(asking: Client) -> Manifest | ArrivingManifest:
-            return self._find_manifest(reference, asking, may_pull, known.set)
+            return self._find_manifest(reference, asking, may_pull,
+                                       lambda: made_types.append(self.images.current().made_type))
 
         return self._ask(client, find, late)
 
@@ -4664,7 +4726,7 @@ class Mirror:
     def _promise(self, reference: Reference, manifest: Manifest, client: Client) -> None:
         """See that all blobs of a manifest are here or on their way; MANIFEST_UNKNOWN says which are not available."""
         if self._missing(reference, manifest, client):
-            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials),
+            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials, client.own_name),
                                    lambda: self._recover(reference, manifest, dataclasses.replace(
                                        client, deadline=Deadline())), f"getting what it lacks of {reference}")
             job.outcome(client.deadline)
@@ -4746,8 +4808,11 @@ class Mirror:
     def _other_names(self, target: Digest, missing: Mapping[Digest, int],
                      manifest: Manifest | None = None) -> Iterator[Reference]:
         """Other names under which Docker got a manifest, or some missing blobs of it, from registries."""
-        names = [name for image in self.engine.listed() if self._leads_to(image.id, target, missing)
-                 for name in (*image.origins, *image.tags)]
+        names: list[str] = []
+        for image in self.engine.listed():
+            with engine_failures_logged():
+                if self._leads_to(image.id, target, missing):
+                    names += (*image.origins, *image.tags)
         for digest in manifest.listed("config", "layers") if manifest else ():
             names += self.images.current().origins(digest)
         for host, repository in dict.fromkeys(docker_name(repository_of(name)) for name in names):
@@ -4796,17 +4861,18 @@ class Mirror:
 
     # ---- what is adopted
 
-    def contents(self, reference: Reference, digests: Iterable[Digest], client: Client) -> dict[Digest, Blob]:
-        """What Docker has of the content of an image with these digests, exported if need be."""
-        return self._ask(client, lambda asking: self._find_contents(reference, list(digests), asking))
+    def contents(self, reference: Reference, sizes: Mapping[Digest, int], client: Client) -> dict[Digest, Blob]:
+        """What Docker has of the content of an image with these digests and sizes in bytes, exported if need be."""
+        return self._ask(client, lambda asking: self._find_contents(reference, sizes, asking))
 
-    def _find_contents(self, reference: Reference, digests: list[Digest], client: Client) -> dict[Digest, Blob]:
-        found = {digest: blob for digest in digests if (blob := self._content.find(digest) or self._arriving(
-            reference, digest, client))}
-        lacking = {digest: 0 for digest in digests if digest not in found}
+    def _find_contents(self, reference: Reference, sizes: Mapping[Digest, int], client: Client) -> dict[Digest, Blob]:
+        found = {digest: blob for digest, size in sizes.items() if (
+            blob := self._content.find(digest, size) or self._arriving(reference, digest, client))}
+        lacking = {digest: size for digest, size in sizes.items() if digest not in found}
         if lacking:
             self._restore(reference, lacking, client)
-            found.update((digest, blob) for digest in lacking if (blob := self._content.find(digest)))
+            found.update((digest, blob) for digest, size in lacking.items()
+                         if (blob := self._content.find(digest, size)))
         return found
 
     def _arriving(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
@@ -4848,13 +4914,17 @@ class Mirror:
     def _all_names(self, client: Client) -> list[tuple[Digest, str, str]]:
         return self._ask(client, lambda _: self.engine.names())
 
+    def _tidy_up_soon(self) -> None:
+        with contextlib.suppress(RegistryError):  # no thread can be started: there is a next time
+            start_thread(self.tidy_up)
+
     def tidy_up(self) -> None:
-        """Free the disk of exports that nobody needs any more. Never raises RegistryError."""
+        """Free the disk of exports that nobody needs any more. Failures are logged."""
         try:
             with self._store.log_freed():
                 self._store.tidy_up(lambda image_id: self.engine.image(str(image_id)) is not None, time.time())
-        except RegistryError as e:
-            log.warning("store: not tidied up: %s", e.detail)
+        except Exception as e:  # a boundary: the program goes on
+            log.warning("store: not tidied up: %s", printable(str(e)))
 
 
 # =====================================================================================================================
@@ -4877,9 +4947,9 @@ class AdoptionPlan:
     manifests: list[Manifest] = field(default_factory=list)
     seen: set[Digest] = field(default_factory=set)
 
-    def has(self, digest: Digest) -> bool:
-        """True if a blob is in the repository, where it counts as used now, or will be brought there."""
-        return digest in self.blobs or self.repository.blobs.touch(digest)
+    def has(self, digest: Digest, size: int) -> bool:
+        """True if a blob of this size, in bytes, is in the repository or will be brought there."""
+        return digest in self.blobs or self.repository.has_blob(digest, size)
 
 
 class Adoption:
@@ -4890,6 +4960,8 @@ class Adoption:
     linked, the rest is read from Docker, verified and kept. So what was pushed stays, even if Docker removes it later.
     Content of other repositories is never taken: that is what mounts are for.
     """
+
+    DEPTH = 8  # indexes in indexes
 
     def __init__(self, store: Store, hosted: Hosted, mirror: Mirror):
         self._store, self._hosted, self._mirror = store, hosted, mirror
@@ -4911,33 +4983,37 @@ class Adoption:
         for child in plan.manifests:
             plan.repository.put_manifest(child, ())
 
-    def _plan(self, plan: AdoptionPlan, manifest: Manifest) -> None:
+    def _plan(self, plan: AdoptionPlan, manifest: Manifest, depth: int = 0) -> None:
         """Add what a manifest lacks, and what those that it lists lack, to a plan."""
-        required, optional = ([digest for digest in digests if not plan.has(digest)]
-                              for digests in (manifest.blobs(), manifest.undistributed()))
-        found = self._mirror.contents(plan.reference, (*required, *optional), plan.client) if required or optional else {}
-        missing = [str(digest) for digest in required if digest not in found]
+        required = manifest.sizes("config", "layers", "blobs")
+        lacking = {digest: size for digest, size in {**manifest.undistributed(), **required}.items()
+                   if not plan.has(digest, size)}
+        found = self._mirror.contents(plan.reference, lacking, plan.client) if lacking else {}
+        missing = [str(digest) for digest in lacking if digest in required and digest not in found]
         if missing:
             raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {plan.repository.name} nor Docker has "
                                                          f"{', '.join(missing)}: push blobs before the manifest that "
                                                          "refers to them")
         plan.blobs.update(found)
         for digest in manifest.listed("manifests"):
-            self._plan_child(plan, digest)
+            self._plan_child(plan, digest, depth)
 
-    def _plan_child(self, plan: AdoptionPlan, digest: Digest) -> None:
+    def _plan_child(self, plan: AdoptionPlan, digest: Digest, depth: int) -> None:
         """Add a manifest of an index, behind what it refers to; or nothing, if not all of it is available."""
         if digest in plan.seen:
             return
         plan.seen.add(digest)
+        if depth == self.DEPTH:
+            raise RegistryError("MANIFEST_INVALID", f"{plan.reference}: indexes are nested more than {self.DEPTH} deep")
         hosted = plan.repository.manifest(digest)
         child = hosted or self._mirror.manifest_content(digest, plan.client)
         if child is None:
             return
         try:
-            self._plan(plan, child)
+            child.check()
+            self._plan(plan, child, depth + 1)
         except RegistryError as e:
-            if e.code != "MANIFEST_BLOB_UNKNOWN":
+            if e.code not in ("MANIFEST_BLOB_UNKNOWN", "MANIFEST_INVALID"):
                 raise
             log.info("%s: pushed without the manifest %s: %s", plan.reference, digest, e.detail)
         else:
@@ -5142,12 +5218,12 @@ class Front:
             self.tidy_up()
 
     def tidy_up(self) -> None:
-        """Free the disk of what nothing refers to any more. Never raises RegistryError."""
+        """Free the disk of what nothing refers to any more. Failures are logged."""
         try:
             with self._store.log_freed():
                 self.hosted.tidy_up(time.time())
-        except RegistryError as e:
-            log.warning("store: not tidied up: %s", e.detail)
+        except Exception as e:  # a boundary: the program goes on
+            log.warning("store: what was pushed is not tidied up: %s", printable(str(e)))
         self.mirror.tidy_up()
 
 

@@ -285,6 +285,15 @@ class TestBlobUpload(SpecCase):
 
 
 class TestManifestPush(SpecCase):
+    def test_blob_of_another_size_than_the_manifest_says(self):
+        data, blobs = self.image()
+        document = json.loads(data)
+        document["layers"][0]["size"] += 1
+        answer = self.ask("PUT", "/manifests/1", 404, encode(document), Content_Type=MANIFEST)
+        self.assertEqual("MANIFEST_BLOB_UNKNOWN", answer.code)
+        self.assertIn(digest_of(blobs[1]), answer.detail)
+        self.ask("HEAD", "/manifests/1", 404)
+
     def test_end_7_exact_bytes_location_and_digest(self):
         odd = self.image()[0].replace(b": ", b" :  ") + b"\n\n"
         for reference in ("1", digest_of(odd), digest_of(odd, "sha512")):

@@ -344,6 +344,22 @@ class TestRepository(StoreCase):
             (self.repository.folder / "_tags/1").write_text(text)
             self.assertEqual([], self.repository.tags())
 
+    def test_nothing_is_freed_while_a_manifest_cannot_be_read(self):
+        """Its blobs are not known then: a damaged file, or no descriptor left."""
+        manifest = self.push(b"needed")
+        path = self.repository.manifests.path(manifest.digest)
+        self.age(UPLOAD_AGE + 1)
+        for what, damage in (("unreadable", lambda: (path.unlink(), path.mkdir())),
+                             ("not JSON", lambda: (path.rmdir(), path.write_bytes(b"{")))):
+            with self.subTest(what), self.assertLogs("k3d-registry-dockerd", "WARNING"):
+                damage()
+                self.tidy_up(lambda _: True, NOW)
+            self.assertEqual(6, self.repository.blobs.size(Digest.of(b"needed")))
+        with mock.patch.object(Path, "iterdir", side_effect=OSError(24, "Too many open files")), \
+                self.assertRaises(RegistryError) as caught:
+            list(self.repository.manifests.digests())
+        self.assertEqual("STORE_FAILED", caught.exception.code)
+
     def test_unreferenced_blobs_are_removed(self):
         """They are kept for a while, because a push sends them before the manifest."""
         manifest = self.push(b"needed")
