@@ -138,7 +138,8 @@ class TestLostBlobs(LostBlobs):
         self.lose(reference)
         with lab.filtered(self.engine, b"/grpc HTTP/1.1") as socket, Program(f"unix://{socket}") as program:
             self.assert_served(program, reference)
-            self.assertEqual(2, len(program.jobs("export")), "one of the index, one of the platform")
+            self.assertTrue(program.jobs("export"))
+            self.assertEqual(1, len(program.jobs(f"fetch {self.large}")))
 
     def test_pull_never(self):
         reference = self.on(lab.ORIGINS["open"].host)
@@ -229,7 +230,10 @@ class TestRepairByFetch(LostBlobs):
             self.assertEqual([], program.lines("a bug in this program"))
 
     def test_content_with_wrong_digest(self):
-        """The response is cut off before its last byte, and nothing is kept."""
+        """The response is cut off before its last byte, and nothing is kept.
+
+        If the fetch fails before the manifest is answered, the blob is not promised: 404.
+        """
         with lab.TokenOrigin(lab.ORIGINS["open"]) as origin:
             self.lose(self.on(origin.host))
             size = self.manifest["layers"][-1]["size"]
@@ -240,7 +244,7 @@ class TestRepairByFetch(LostBlobs):
                     program.get(self.path("manifests", "1", origin.host))
                     with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
                         answer = program.get(self.path("blobs", self.large, origin.host))
-                        self.assertEqual(502, answer.status)
+                        self.assertIn(answer.status, (404, 502))
                     self.assertIn("failed", program.wait_for_line(f"fetch {self.large} of", 2))
                     self.assertEqual(set(), self.stored(program))
 
