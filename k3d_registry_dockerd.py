@@ -169,6 +169,7 @@ IDLE_TIMEOUT = 120          # seconds after which an idle client connection is c
 STALL_TIMEOUT = 300         # seconds for which a client may read nothing of a body; the kubelet has a similar limit
 ORIGIN_TIMEOUT = 30         # seconds without data from an image's own registry
 ENGINE_FRESH = 10           # seconds for which the engine's description is cached
+PRESENCE_FRESH = 5          # seconds for which content that was found is assumed to exist
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that running requests get to finish on shutdown
 EVICTION_AGE = 3600         # seconds that unreferenced content is kept after its last use
@@ -177,7 +178,8 @@ UPLOAD_AGE = 24 * 3600      # seconds that an upload is kept after its last byte
 TIDY_INTERVAL = 3600        # seconds between two cleanups of the store
 
 FETCHES = 10                # fetches of blobs of one manifest that are started at once
-MEMORY_LIMIT = 1000         # entries of what is remembered only to be said or made once
+MEMORY_LIMIT = 1000         # entries of what is remembered for a while
+MANIFEST_REMEMBERED = 32 * KIB  # bytes of the largest manifest that is cached
 LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at the same time
 IDLE_CALLS = 8              # idle connections to the content service that are kept for reuse
 
@@ -3864,6 +3866,9 @@ class Content:
 
     def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
         self._store, self._providers = FolderProvider("store", store.docker.path), providers
+        self._lock = threading.Lock()  # guards what follows
+        self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that holds, and its size
+        self._manifests: dict[Digest, Manifest] = {}
 
     def find(self, digest: Digest, size: int | None = None) -> Blob | None:
         """The content, from the first provider that has it in this size, in bytes: a crash may have cut a file short.
@@ -3880,11 +3885,39 @@ class Content:
         return None
 
     def has(self, digest: Digest, size: int) -> bool:
-        """True if the content is here with its size in bytes."""
-        return self.find(digest, size) is not None
+        """True if the content is here with its size in bytes.
+
+        A good answer holds for a few seconds: one pull asks for the same again and again, which costs Docker as much as
+        an inspect.
+        """
+        now = time.monotonic()
+        with self._lock:
+            until, known = self._seen.get(digest, (0.0, 0))
+        if now < until and known == size:
+            return True
+        if self.find(digest, size) is None:
+            return False
+        self._remember(self._seen, digest, (now + PRESENCE_FRESH, size))
+        return True
+
+    def _remember(self, memory: dict[Digest, T], digest: Digest, value: T) -> None:
+        with self._lock:
+            if len(memory) >= MEMORY_LIMIT:
+                memory.clear()
+            memory[digest] = value
 
     def manifest(self, digest: Digest) -> Manifest | None:
         """The manifest or index with a digest; None if there is none, or if the content is something else."""
+        with self._lock:
+            known = self._manifests.get(digest)
+        if known and self.has(digest, len(known.data)):
+            return known
+        manifest = self._read_manifest(digest)
+        if manifest and len(manifest.data) <= MANIFEST_REMEMBERED:
+            self._remember(self._manifests, digest, manifest)
+        return manifest
+
+    def _read_manifest(self, digest: Digest) -> Manifest | None:
         blob = self.find(digest)
         if blob is None or blob.size > MANIFEST_LIMIT:
             return None
