@@ -4743,13 +4743,13 @@ class Mirror:
         for image in self._images_of(reference, client):
             index = self._content.manifest(image.id)
             child = index.child(digest) if index else None
-            if child and index and digest in index.platforms() and not self._is_ours(child):
+            if child and index and digest in index.platforms() and not self._is_for_docker(child):
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image.id} in its repository "
                                     f"{reference.docker_repository()}, but not the platform "
                                     f"{platform_of(child.get('platform')) or digest} of it: "
                                     "get it with docker pull --platform")
 
-    def _is_ours(self, descriptor: Mapping[str, Any]) -> bool:
+    def _is_for_docker(self, descriptor: Mapping[str, Any]) -> bool:
         """True if a manifest of an index is for Docker's own platform."""
         ours = self.engine.info().platform
         return bool(ours) and same_platform(platform_of(descriptor.get("platform")), ours)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import unittest
 
 from fake_daemon import FakeDaemon, Image, chunked, http_answer, sha256
@@ -238,7 +239,7 @@ class TestHiddenImages(FrontCase):
             asked = len(daemon.requests)
             self.assertEqual(json.loads(image.manifest), program.get("/v2/app/manifests/1").json)
             while len(daemon.requests) == asked:  # the comparison has failed
-                pass
+                time.sleep(0.01)
             self.assertEqual([], program.lines("WARNING"))
 
 
