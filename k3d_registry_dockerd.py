@@ -62,22 +62,32 @@ Chapters, in the order of what uses what; each says at its head which others it 
      3 manifests         what a manifest refers to
      4 configuration     where Docker is (DOCKER_HOST), the credentials of docker login
      5 waiting           the deadline of a request; jobs that many wait for
-     6 engine            the Docker Engine API
-     7 transfers         what a provider gives; content on its way
-     8 store             content by digest, on our own disk
-     9 hosted            repositories, uploads, tags, referrers
-    10 content service   Docker's content by way of its socket: HTTP/2, gRPC, protobuf
-    11 layers            the files of Docker's classic store
-    12 export            the tar of docker save
-    13 origin            an image's own registry
-    14 images            how Docker's image stores differ
-    15 pulls             images that Docker pulls, and content that is fetched because Docker lacks it
-    16 mirror            names to content: look up, pull, recover
-    17 front             who answers; adoption
-    18 requests          parsed requests, responses as values
-    19 end-points        one method for each end-point of the specification
-    20 server            connections, the log's lines
-    21 command line      settings, signals
+     6 activity          what the program does, for people to see
+     7 engine            the Docker Engine API
+     8 transfers         what a provider gives; content on its way
+     9 disk              our own folder, whose files are whole or not there
+    10 store             content by digest, and its owners
+    11 writers           content that is being written
+    12 hosted            repositories, uploads, tags, referrers
+    13 content service   Docker's content by way of its socket: HTTP/2, gRPC, protobuf
+    14 layers            the files of Docker's classic store
+    15 export            the tar of docker save
+    16 origin            an image's own registry
+    17 images            how Docker's image stores differ
+    18 pulls             images that Docker pulls, and content that is fetched because Docker lacks it
+    19 mirror            names to content: look up, pull, recover
+    20 front             who answers; adoption
+    21 verification      what is damaged in the store, and how to get it again
+    22 status            what people and monitoring ask this program about itself
+    23 page              the status for people, as HTML and as plain text
+    24 requests          parsed requests, responses as values
+    25 end-points        one method for each end-point of the specification
+    26 admission         which writes, web pages and connections are let in
+    27 server            HTTP on a socket, the log's lines
+    28 doctor            the usual causes of trouble, one by one
+    29 configurations    how others are told to use this registry
+    30 settings          flags, variables, the settings file
+    31 command line      subcommands, signals
 """
 
 from __future__ import annotations
@@ -85,12 +95,17 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import collections
 import contextlib
 import dataclasses
+import datetime
+import errno
 import fnmatch
 import functools
 import gzip
 import hashlib
+import heapq
+import html
 import http.client
 import io
 import ipaddress
@@ -100,8 +115,10 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -125,13 +142,14 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
+from typing import Any, BinaryIO, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 __version__ = "0.9"
 __all__ = ["Digest", "Engine", "EngineHost", "Front", "Hosted", "Mirror", "Reference", "RegistryError", "Server",
            "Store", "main"]
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 
 # =====================================================================================================================
@@ -150,12 +168,18 @@ MANIFEST_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.dis
 KIB, MIB = 1024, 1024 * 1024
 
 MANIFEST_LIMIT = 4 * MIB    # bytes of a manifest; the distribution spec asks for at least 4 MiB
+MANIFEST_ENTRIES = 4000     # descriptors in a manifest; an image has at most 127 layers, a large index some hundreds
+ARTIFACT_TYPE_LIMIT = 255   # characters of an artifact type, which is a media type (RFC 6838, 4.2)
+PAGE_LIMIT = MANIFEST_LIMIT - KIB  # bytes of the entries on a page of referrers, which clients read like a manifest
 TAG_LIMIT = 100             # tags that one push of a manifest may set; the spec's development version asks for 10
 SIZE_LIMIT = 2**63          # bytes of content: sizes have to be smaller
-BLOBS_LIMIT = 1000          # blobs fetched for one manifest; Docker's own images have at most 127 layers
+LAYERS_LIMIT = 127          # layers of an image of Docker's, and unknown manifests of an index that it is asked for
+BLOBS_LIMIT = 1000          # blobs fetched at once, or for one manifest
 JSON_LIMIT = 64 * MIB       # bytes of an answer of the engine (lists of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
 SENDFILE_STEP = 16 * MIB    # bytes per system call when a file is sent
+HEAD_LIMIT = 64 * KIB       # bytes of a request's first line and headers
+HEADERS_LIMIT = 100         # headers of a request
 BODY_LIMIT = 16 * MIB       # bytes of an unused request body that are read, so that the client gets the answer
 CHUNK_LINE = 4 * KIB        # bytes of a line of the chunked coding: a chunk size with extensions, or a trailer
 TRAILER_LIMIT = 100         # trailer lines after a chunked body
@@ -166,23 +190,38 @@ EARLY_ANSWER = 5            # seconds that a request waits for the result of a p
 LAST_ANSWER = 18            # seconds after which a request gets an answer in any case, from what is known then
 ARRIVAL_INTERVAL = 0.2      # seconds between two checks for content of a running pull
 IDLE_TIMEOUT = 120          # seconds after which an idle client connection is closed
+HEAD_TIMEOUT = 30           # seconds that a request's first line and headers may take, all of them
+BODY_RATE = KIB             # bytes per second that the body of a request has to bring on average
+BODY_PATIENCE = 120         # seconds that a client may be behind that
 STALL_TIMEOUT = 300         # seconds for which a client may read nothing of a body; the kubelet has a similar limit
 ORIGIN_TIMEOUT = 30         # seconds without data from an image's own registry
+LIST_ATTEMPTS = 5           # Docker cannot list its images when one of them is removed at the same time
 ENGINE_FRESH = 10           # seconds for which the engine's description is cached
 PRESENCE_FRESH = 5          # seconds for which content that was found is assumed to exist
+WARMING_PULLS = 2           # pulls at once of the images that Docker is to have from the start
+WARMING_PAUSES = (5, 10, 20, 40, 80, 160, 300)  # seconds before each next try of those that failed
+WATCH_INTERVAL = 1          # seconds between two redrawings of a terminal
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that running requests get to finish on shutdown
 EVICTION_AGE = 3600         # seconds that unreferenced content is kept after its last use
 FETCHED_AGE = 7 * 24 * 3600  # seconds that fetched content, which Docker lacks, is kept after its last use
+SERVED_AGE = 300            # seconds that content which can be had again is kept after its last use when room is needed
 UPLOAD_AGE = 24 * 3600      # seconds that an upload is kept after its last byte, and a blob without a manifest
 TIDY_INTERVAL = 3600        # seconds between two cleanups of the store
 
+MINIMUM_FREE = 10**9        # bytes of the disk that pushes and copies leave free
+VERIFIED_LIMIT = 50_000     # files whose content is known to be right, folders that are known to be on the disk
+
 FETCHES = 10                # fetches of blobs of one manifest that are started at once
+PULLS_LIMIT = 100           # pulls by Docker, exports, fetches of manifests at once; each has a thread
 MEMORY_LIMIT = 1000         # entries of what is remembered for a while
 MANIFEST_REMEMBERED = 32 * KIB  # bytes of the largest manifest that is cached
 LISTEN_BACKLOG = 512        # connections waiting to be accepted: many nodes start at the same time
-IDLE_CALLS = 8              # idle connections to the content service that are kept for reuse
+CONNECTIONS_LIMIT = 4096    # connections of clients unless -max-connections says otherwise: each has a thread
+DESCRIPTORS_LIMIT = 65536   # descriptors that this process asks for, if the system allows more
+DESCRIPTORS_EACH = 3        # descriptors that a request needs: its connection, a file, a connection to Docker
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # of HTTP that are known here
 API_VERSION = (1, 51)       # newest version of the Engine API that this program was written against
 
 # The exceptions that reading malformed JSON from outside may raise.
@@ -207,10 +246,44 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def printable(text: str) -> str:
-    """Escape control characters in text from outside and shorten it, for one line of the log."""
-    escaped = repr(text)[1:-1]
-    return escaped if len(escaped) <= 1000 else f"{escaped[:1000]}…"
+def some_of(names: Iterable[object]) -> str:
+    """Name the first few of many, and say how many more there are: "a, b, and 3 more"."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:5]) + (f", and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """Escape control characters in text from outside, and shorten it to limit characters. Good text stays as it is."""
+    text = text if len(text) <= limit else f"{text[:limit]}…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def call_engine(name: str, text: str) -> str:
+    """Return one of our texts, which say Docker, with the name of the engine: Docker or Podman.
+
+    Only the word on its own is replaced, so it can be part of an image's name.
+    """
+    return re.sub(r"(?<![^\s(])Docker(?=[\s,;:)']|\.?(?:\s|$))", name, text)
+
+
+class OneLineEach(logging.Filter):
+    """Makes each message of the log one line of printable text.
+
+    Messages may hold text of clients, of registries and of Docker: it must not forge lines, nor control a terminal.
+    """
+
+    LIMIT = 4000  # characters
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See logging.Filter. A traceback has more lines, but each is indented."""
+        record.msg, record.args = printable(record.getMessage(), self.LIMIT), ()
+        if record.exc_info and not record.exc_text:
+            lines = logging.Formatter().formatException(record.exc_info).splitlines()
+            record.exc_text = "\n".join(f"  {printable(line)}" for line in lines)
+        return True
+
+
+log.addFilter(OneLineEach())
 
 
 # Code -> HTTP status and message. The first group is the table of OCI Distribution Spec v1.1, "Error
@@ -234,12 +307,18 @@ ERRORS: Mapping[str, tuple[int, str]] = {
     "REQUEST_INVALID":       (400, "the request is malformed"),
     "NOT_FOUND":             (404, "no such endpoint"),
     "STILL_PULLING":         (408, "Docker is still pulling the image"),
+    "REQUEST_TIMEOUT":       (408, "the request took too long to arrive"),
     "RANGE_INVALID":         (416, "the requested range cannot be satisfied"),
     "UPLOAD_BUSY":           (409, "another request writes to this upload"),
     "MANIFEST_TOO_LARGE":    (413, "the manifest is too large"),
     "TOO_MANY_TAGS":         (414, "too many tags at once"),
+    "TARGET_TOO_LONG":       (414, "the request target is too long"),
+    "HEAD_TOO_LARGE":        (431, "the headers are too large"),
+    "METHOD_UNKNOWN":        (501, "the method is not known"),
+    "VERSION_UNKNOWN":       (505, "the version of HTTP is not supported"),
     "UNKNOWN":               (500, "internal error"),
     "STORE_FAILED":          (500, "this registry's own store failed"),
+    "STORE_FULL":            (507, "this registry's store is full"),
     "ENGINE_FAILED":         (502, "Docker failed"),
     "ORIGIN_UNAVAILABLE":    (502, "Docker could not get the image from its registry"),
     "UNAVAILABLE":           (503, "the service is unavailable"),
@@ -258,16 +337,15 @@ class RegistryError(Exception):
         self.code, self.detail, self.headers = code, detail, dict(headers or {})
         self.status, self.message = ERRORS[code]
 
-    def body(self) -> bytes:
-        """Return the error as JSON (OCI Distribution Spec v1.1, "Error Codes")."""
+    def body(self, named: Callable[[str], str] = str) -> bytes:
+        """Return the error as JSON (OCI Distribution Spec v1.1, "Error Codes"). named puts the engine's name in."""
         # Most clients only show the message, so it includes the detail.
-        error = {"code": self.code, "message": f"{self.message}: {self.detail}", "detail": self.detail}
+        error = {"code": self.code, "message": named(f"{self.message}: {self.detail}"), "detail": named(self.detail)}
         return json.dumps({"errors": [error]}).encode()
 
 
 # =====================================================================================================================
 # 2. References: what a request names
-# Uses: vocabulary.
 # =====================================================================================================================
 
 # OCI Distribution Spec v1.1, "Pulling manifests": <name> and <reference>. A name without its registry's host has at
@@ -333,16 +411,38 @@ def is_host(text: str) -> bool:
 
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+NAMES_LIMIT = 16  # names of this registry under which Docker is asked for an image
 
 
-def names_us(namespace: str, own_name: str | None) -> bool:
+def names_us(namespace: str, own_name: str | None, names: Iterable[str] = ()) -> bool:
     """Return True if a namespace probably is this registry, whose name in the Host header is own_name.
 
     The registry has several names. k3d maps its port, so that nodes reach k3d-x:12345 as k3d-x:5000. And pods
-    may use the name localhost:12345, to which a developer has pushed.
+    may use the name localhost:12345, to which a developer has pushed. names are those that Docker knows.
     """
-    name, own = (re.sub(r":\d+$", "", text) for text in (namespace, own_name or ""))
-    return name == own or name in LOOPBACK
+    name, *own = (re.sub(r":\d+$", "", text) for text in (namespace, own_name or "", *names))
+    return name in own or name in LOOPBACK
+
+
+def container_names(container: Mapping[str, Any], port: int) -> tuple[str, ...]:
+    """Return the names of a registry that listens on a port of a container: HOST:PORT, each at most once.
+
+    container is what Docker shows of it. Names by which this machine reaches a published port come first, then those
+    of the container on its networks. Raises one of MALFORMED_ERRORS.
+    """
+    settings, config = container.get("NetworkSettings") or {}, container.get("Config") or {}
+    published = [(str(binding["HostIp"]), int(binding["HostPort"]))
+                 for binding in (settings.get("Ports") or {}).get(f"{port}/tcp") or ()]
+    if (container.get("HostConfig") or {}).get("NetworkMode") == "host":
+        published.append(("", port))
+    anywhere = ("", "0.0.0.0", "::", "127.0.0.1", "::1")  # noqa: S104
+    outside = [f"{name}:{number}" for host, number in published
+               for name in (LOOPBACK[:2] if host in anywhere else (f"[{host}]" if ":" in host else host,))]
+    found = [str(container.get("Name") or "").lstrip("/"), str(config.get("Hostname") or "")]
+    for network in (settings.get("Networks") or {}).values():
+        found += [str(name) for key in ("DNSNames", "Aliases") for name in network.get(key) or ()]
+    inside = [f"{name}:{port}" for name in found if name != str(container.get("Id"))[:12]]
+    return tuple(dict.fromkeys(name for name in (*outside, *inside) if is_host(name)))[:NAMES_LIMIT]
 
 
 def docker_name(name: str) -> tuple[str, str]:
@@ -431,26 +531,27 @@ class Reference:
         """Return the repository with its namespace: docker.io/library/alpine."""
         return f"{self.namespace}/{self.repository}" if self.namespace else self.repository
 
-    def aliases(self, own_name: str | None) -> Iterator[Reference]:
+    def aliases(self, own_name: str | None, names: tuple[str, ...] = ()) -> Iterator[Reference]:
         """Yield the references by which Docker may know this image, the most likely first.
 
-        Without a namespace, the image is one of this registry, or one that Docker shows by the same name.
+        Without a namespace, the image is one of this registry, or one that Docker shows by the same name. own_name and
+        names are those of this registry.
         """
         if self.written:
-            yield from Reference(self.written, self.target).aliases(own_name)
+            yield from Reference(self.written, self.target).aliases(own_name, names)
             return
-        yield from (self.under(host) for host in self._hosts(self.namespace or own_name, own_name))
+        yield from (self.under(host) for host in self._hosts(self.namespace or own_name, own_name, names))
         if self.namespace is None:
             yield self
 
-    def _hosts(self, name: str | None, own_name: str | None) -> Iterator[str]:
+    @staticmethod
+    def _hosts(name: str | None, own_name: str | None, names: tuple[str, ...]) -> Iterator[str]:
         if name is None:
             return
-        yield name
-        if names_us(name, own_name):
-            port = re.search(r":\d+$", name)
-            yield from (host for host in (f"{loopback}{port[0] if port else ''}" for loopback in LOOPBACK[:2])
-                        if host != name)
+        port = re.search(r":\d+$", name)
+        same_port = [f"{loopback}{port[0] if port else ''}" for loopback in LOOPBACK[:2]]
+        yield from dict.fromkeys((name, *(same_port if names_us(name, own_name, names) else ()),
+                                  *(names if name == own_name or name in names else ())))
 
     def under(self, namespace: str | None) -> Reference:
         """Return the same repository and target in another namespace."""
@@ -461,10 +562,32 @@ class Reference:
         return f"{self.docker_repository()}{separator}{self.target}"
 
 
+def docker_reference(text: str) -> Reference:
+    """Parse the name of an image as `docker pull` takes it: alpine, quay.io/a/b:1, x@sha256:... Raises ValueError."""
+    name, at, digest = text.partition("@")
+    bare = repository_of(name)
+    host, repository = docker_name(bare)
+    if host in ("docker.io", "index.docker.io"):
+        host, repository = "docker.io", repository if "/" in repository else f"library/{repository}"
+    tag = name[len(bare) + 1:] if name != bare else "latest"
+    try:
+        found = Reference.parse(repository, tag, host)
+        return Reference.parse_digest(repository, digest, host) if at else found
+    except RegistryError as e:
+        raise ValueError(f"{text!r} is not the name of an image: {e.detail}") from None
+
+
 # =====================================================================================================================
 # 3. Manifests: what an image consists of
-# Uses: vocabulary, references.
 # =====================================================================================================================
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON as RFC 8259 has it: UTF-8 without a byte order mark, no NaN. Raises ValueError and RecursionError."""
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(data.decode(), parse_constant=refuse)
 
 
 def manifest_type(data: bytes) -> str | None:
@@ -474,7 +597,7 @@ def manifest_type(data: bytes) -> str | None:
     Spec v1.1 allows.
     """
     try:
-        document = json.loads(data)
+        document = parse_json(data)
     except (ValueError, RecursionError):
         return None
     if not isinstance(document, dict):
@@ -526,10 +649,14 @@ class Manifest:
         The media type is that of the Content-Type header, which must not contradict the `mediaType` in the JSON
         (OCI Image Spec v1.1, "mediaType"). Raises MANIFEST_INVALID.
         """
+        if sum(data.count(mark) for mark in b"{[,") > 60 * MANIFEST_ENTRIES:  # parsed, that would take much memory
+            raise RegistryError("MANIFEST_INVALID", "the manifest has too many elements")
         declared = (content_type or "").partition(";")[0].strip()
         own = manifest_type(data)
         media_type = declared or own
-        if media_type is None or not MEDIA_TYPE.fullmatch(media_type):
+        # Other types than application/... may be shown by a browser, which the bytes of a manifest are not meant for.
+        if media_type is None or not MEDIA_TYPE.fullmatch(media_type) or not media_type.lower().startswith(
+                "application/"):
             raise RegistryError("MANIFEST_INVALID", f"Content-Type: {declared!r} is not a manifest's media type")
         manifest = cls(Digest.of(data, algorithm), media_type, data)
         if own == DOCKER_SCHEMA1:
@@ -545,7 +672,7 @@ class Manifest:
     def document(self) -> Mapping[str, Any]:
         """The parsed manifest. Raises MANIFEST_INVALID if it is not a JSON object."""
         try:
-            document = json.loads(self.data)
+            document = parse_json(self.data)
         except (ValueError, RecursionError) as e:
             raise RegistryError("MANIFEST_INVALID", f"the manifest is not JSON: {e}") from None
         if not isinstance(document, dict):
@@ -553,7 +680,12 @@ class Manifest:
         return document
 
     def check(self) -> None:
-        """Raise MANIFEST_INVALID if a property that holds descriptors is malformed."""
+        """Raise MANIFEST_INVALID if a property that holds descriptors is malformed, or holds too many."""
+        lists = [value for value in map(self.document.get, ("layers", "blobs", "manifests")) if isinstance(value, list)]
+        count = sum(map(len, lists))
+        if count > MANIFEST_ENTRIES:
+            raise RegistryError("MANIFEST_INVALID", f"the manifest lists {count} descriptors; the limit is "
+                                                    f"{MANIFEST_ENTRIES}")
         for name in ("config", "subject", "layers", "blobs", "manifests"):
             value = self.document.get(name)
             many = name in ("layers", "blobs", "manifests")
@@ -569,8 +701,8 @@ class Manifest:
         """Raise MANIFEST_INVALID if a property that lists of referrers show has the wrong type."""
         config, annotations = self.document.get("config"), self.document.get("annotations")
         kinds = (self.document.get("artifactType"), config.get("mediaType") if isinstance(config, dict) else None)
-        if not all(kind is None or isinstance(kind, str) for kind in kinds):
-            raise RegistryError("MANIFEST_INVALID", "artifactType or the config's mediaType is not a string")
+        if not all(kind is None or (isinstance(kind, str) and len(kind) <= ARTIFACT_TYPE_LIMIT) for kind in kinds):
+            raise RegistryError("MANIFEST_INVALID", "artifactType or the config's mediaType is not a short string")
         if annotations is not None and not (isinstance(annotations, dict) and all(
                 isinstance(value, str) for value in annotations.values())):
             raise RegistryError("MANIFEST_INVALID", "annotations are not an object of strings")
@@ -666,57 +798,284 @@ def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> by
 
 # =====================================================================================================================
 # 4. Configuration: where Docker is, and the credentials of docker login
-# Uses: vocabulary, references.
 # =====================================================================================================================
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
+DEFAULT_CONTEXT = "default"  # the name that means: no context, but DOCKER_HOST or the default socket
+
+
+def docker_folder(environ: Mapping[str, str]) -> Path:
+    """Return the folder of the docker command's config.json and contexts."""
+    return Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+
+
+def in_container() -> bool:
+    """Return True if this process runs in a container of Docker or Podman."""
+    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+
+
+def container_ids(mountinfo: str, cgroup: str) -> list[str]:
+    """Return the IDs that a process's own container may have, by /proc/self/mountinfo and /proc/self/cgroup."""
+    # Docker and Podman mount these files from a folder that is named after the container.
+    mounts = re.findall(r"/([0-9a-f]{64})/\S+ /etc/(?:hostname|hosts|resolv\.conf) ", mountinfo)
+    groups = re.findall(r"(?m)[/-]([0-9a-f]{64})(?:\.scope)?(?:/.*)?$", cgroup)
+    return list(dict.fromkeys((*mounts, *groups)))
+
+
+def own_container() -> list[str]:
+    """Return what may name the container of this process to Docker, the surest first: IDs, and its host name."""
+    texts = []
+    for name in ("mountinfo", "cgroup"):
+        try:
+            texts.append(Path("/proc/self", name).read_text(errors="replace"))
+        except OSError:  # not Linux, or hidden: the host name may do
+            texts.append("")
+    return [*container_ids(*texts), *([socket.gethostname()] if in_container() else [])]
+
+
+class CommandFailed(OSError):
+    """The command that leads to Docker has failed. The message has what the command said."""
+
+
+class CommandSocket(socket.socket):
+    """A connection to the standard input and output of a command, which is ended when the connection is closed.
+
+    When the command fails, reads and writes raise CommandFailed.
+    """
+
+    STATUS_TIMEOUT = 2    # seconds that a command may take to end after it has closed its output
+    TEXT_LIMIT = 4 * KIB  # bytes that are read of what a command said
+
+    _process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, command: Iterable[str], timeout: float) -> CommandSocket:
+        """Start a command. timeout, in seconds, applies to each operation of the connection. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            # A session of its own: no terminal to ask on, and no Ctrl-C that is meant for this program.
+            process = subprocess.Popen([*command], stdin=theirs.fileno(), stdout=theirs.fileno(),  # noqa: S603
+                                       stderr=subprocess.PIPE, start_new_session=True)
+            sock = cls(fileno=ours.detach())
+        sock._process = process
+        sock.settimeout(timeout)
+        return sock
+
+    def recv(self, count: int, flags: int = 0) -> bytes:
+        """See socket.socket.recv."""
+        with self._lost_connection():
+            data = super().recv(count, flags)
+        if not data:
+            self._check_command()
+        return data
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """See socket.socket.recv_into."""
+        with self._lost_connection():
+            count = super().recv_into(buffer, nbytes, flags)
+        if not count:
+            self._check_command()
+        return count
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """See socket.socket.sendall."""
+        with self._lost_connection():
+            super().sendall(data, flags)
+
+    def close(self) -> None:
+        """See socket.socket.close, which is called again when the last file of the connection is closed."""
+        super().close()
+        if self.fileno() < 0:
+            self._process.kill()  # SIGTERM may be blocked in it, as it is in this program
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self.STATUS_TIMEOUT)
+            if self._process.stderr:
+                self._process.stderr.close()
+
+    @contextlib.contextmanager
+    def _lost_connection(self) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError:
+            self._check_command()
+            raise
+
+    def _check_command(self) -> None:
+        """Raise CommandFailed if the command has failed, rather than ended because Docker closed the connection."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(self.STATUS_TIMEOUT)
+            if status:
+                raise CommandFailed(f"status {status}: {self._said() or 'it said nothing'}")
+
+    def _said(self) -> str:
+        """Return the last lines that the command wrote to its standard error, as one."""
+        assert self._process.stderr is not None
+        descriptor, text = self._process.stderr.fileno(), b""
+        os.set_blocking(descriptor, False)  # a process in the background may keep it open
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(descriptor, self.TEXT_LIMIT)
+        lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
+        return printable("; ".join(lines[-2:]), 300)
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """The way to a Docker daemon through ssh, as the docker command goes it: ssh://[user@]host[:port][/socket].
+
+    OpenSSH is told to keep one connection for all that is asked, as a new one takes half a second. It must not ask
+    anything, because nobody is there to answer.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ENGINE_TIMEOUT}",
+        "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=2")
+    SHARING: ClassVar[tuple[str, ...]] = ("-o", "ControlMaster=auto", "-o", "ControlPersist=60")
+
+    user: str
+    host: str
+    port: int | None = None
+    path: str = ""  # of the socket there, if it is not the default one
+
+    @classmethod
+    def parse(cls, text: str) -> Tunnel:
+        """Parse what follows ssh://. Raises ValueError, whose message has no password."""
+        parts = urllib.parse.urlsplit(f"//{text}")
+        if parts.password is not None or parts.query or parts.fragment or not parts.hostname:
+            raise ValueError("use ssh://[user@]host[:port][/socket], without a password")
+        path = urllib.parse.unquote(parts.path)
+        return cls(urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.hostname), parts.port,
+                   path if path.strip("/") else "")
+
+    def _target(self) -> list[str]:
+        user, port = ["-l", self.user] if self.user else [], ["-p", str(self.port)] if self.port else []
+        return [*user, *port, "--", self.host]
+
+    def _docker(self) -> list[str]:
+        return ["docker", *([shlex.quote(f"--host=unix://{self.path}")] if self.path else [])]
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        """The folder for the socket by which processes of ssh share a connection. The end of the program removes it."""
+        folder = tempfile.mkdtemp(prefix="k3d-ssh-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    def connect(self, timeout: float) -> socket.socket:
+        """Open a connection, which is not known to lead to Docker before the first read. Raises OSError."""
+        command = ["ssh", *self.OPTIONS, *self.SHARING, "-o", f"ControlPath={self._folder}/%C", *self._target(),
+                   *self._docker(), "system", "dial-stdio"]
+        try:
+            return CommandSocket.start(command, timeout)
+        except FileNotFoundError:
+            raise CommandFailed("the program ssh is not installed here") from None
+
+    def advice(self, error: Exception) -> str:
+        """Explain an error to the user, with the command that shows it."""
+        command = " ".join(["ssh", "-o", "BatchMode=yes", *self._target(), *self._docker(), "version"])
+        return f"{self} failed with {error}. To see why, run: {command}"
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return (f"ssh://{self.user}{'@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
+                f"{self.path}")
+
+
+def client_tls(folder: Path, verified: bool = True, needs_authority: bool = True) -> ssl.SSLContext:
+    """Return the TLS that ca.pem, cert.pem and key.pem of a folder configure. Raises ValueError.
+
+    The last two can be missing, and also the first one unless needs_authority: then the system's authorities count.
+    """
+    authority, certificate, key = (folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    try:
+        trusts_folder = needs_authority or authority.exists()
+        context = ssl.create_default_context(cafile=str(authority) if trusts_folder else None)
+        if certificate.exists() or key.exists():
+            context.load_cert_chain(certificate, key)
+    except OSError as e:  # includes ssl.SSLError
+        raise ValueError(f"ca.pem, cert.pem and key.pem cannot be read from {folder}: {e.strerror or e}") from None
+    if not verified:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 @dataclass(frozen=True)
 class EngineHost:
-    """The address of the Docker daemon: a unix socket, or a host and a port, with or without TLS.
+    """The address of the Docker daemon: a unix socket, or a host and a port, with or without TLS, or a tunnel.
 
-    Follows the rules of the docker CLI for DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH
-    (docs.docker.com/reference/cli/docker/#environment-variables).
+    It is found by the docker command's own rules: DOCKER_HOST, with DOCKER_TLS, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH;
+    else the context of DOCKER_CONTEXT; else the current context of config.json; else the default socket
+    (docs.docker.com/reference/cli/docker/#environment-variables, github.com/docker/cli, resolveContextName).
     """
 
     path: str = ""
     host: str = ""
     port: int = 0
     tls: ssl.SSLContext | None = None
+    tunnel: Tunnel | None = None
+    origin: str = field(default="", compare=False)  # which setting named it: "from DOCKER_HOST"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> EngineHost:
-        """Read the DOCKER_ variables. Raises ValueError if one is invalid."""
-        text = environ.get("DOCKER_HOST") or f"unix://{DEFAULT_SOCKET}"
+        """Read the DOCKER_ variables and the docker command's contexts. Raises ValueError if one is invalid."""
+        contexts = DockerContexts(docker_folder(environ))
+        name, source = contexts.current(environ)
+        if name is None:
+            return cls._default(environ, source)
+        try:
+            found = contexts.host(name, source)
+        except FileNotFoundError:
+            found = None
+        if found and (not found.path or Path(found.path).exists()):
+            return found
+        if source != "DOCKER_CONTEXT" and in_container():  # the file came from outside, perhaps for its credentials
+            return cls(path=DEFAULT_SOCKET, origin=f"the default: the context {printable(name)} ({source}) is not here")
+        if found is None:
+            raise ValueError(f"the context {printable(name)} ({source}) does not exist: {contexts.file(name)}")
+        return found
+
+    @classmethod
+    def _default(cls, environ: Mapping[str, str], origin: str) -> EngineHost:
+        """Return the address without a context: DOCKER_HOST or the default, with TLS if a variable says so."""
+        verified = bool(environ.get("DOCKER_TLS_VERIFY"))
+        wants_tls = verified or bool(environ.get("DOCKER_TLS"))
+        text = environ.get("DOCKER_HOST", "").strip() or ("tcp://localhost:2376" if wants_tls else "unix://")
+        try:
+            found = dataclasses.replace(cls.parse(text), origin=origin)
+        except ValueError as e:
+            raise ValueError(f"DOCKER_HOST is not supported: {e}") from None
+        if not found.host or not wants_tls:
+            return found
+        folder = Path(environ.get("DOCKER_CERT_PATH") or docker_folder(environ))
+        try:
+            return dataclasses.replace(found, tls=client_tls(folder, verified))
+        except ValueError as e:
+            raise ValueError(f"{'DOCKER_TLS_VERIFY' if verified else 'DOCKER_TLS'} is set, but {e} "
+                             "(DOCKER_CERT_PATH)") from None
+
+    @classmethod
+    def parse(cls, text: str) -> EngineHost:
+        """Parse an address as DOCKER_HOST has it. Without a scheme, it is a path or HOST:PORT. Raises ValueError."""
         scheme, separator, rest = text.partition("://")
-        if not separator or scheme not in ("unix", "tcp"):
-            raise ValueError(f"DOCKER_HOST={text!r} is not supported: use unix:///path or tcp://host:port")
+        if not separator:
+            scheme, rest = "unix" if text.startswith(("/", "./")) else "tcp", text
         if scheme == "unix":
             return cls(path=rest or DEFAULT_SOCKET)
-        tls = cls._tls(environ) if environ.get("DOCKER_TLS_VERIFY") else None
-        try:
-            parts = urllib.parse.urlsplit(f"//{rest}")
-            port = parts.port
-        except ValueError as e:
-            raise ValueError(f"DOCKER_HOST={text!r} is malformed: {e}") from None
-        if parts.path.strip("/") or parts.query or parts.username is not None:
-            raise ValueError("DOCKER_HOST must be tcp://host:port, without user, path or query")
-        return cls(host=parts.hostname or "127.0.0.1", port=port or (2376 if tls else 2375), tls=tls)
-
-    @staticmethod
-    def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
-        folder = Path(environ.get("DOCKER_CERT_PATH") or Path.home() / ".docker")
-        try:
-            context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
-            context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-        except OSError as e:  # includes ssl.SSLError
-            raise ValueError("DOCKER_TLS_VERIFY is set, but ca.pem, cert.pem and key.pem cannot be read "
-                             f"from DOCKER_CERT_PATH={folder}: {e.strerror or e}") from None
-        return context
+        if scheme == "ssh":
+            return cls(tunnel=Tunnel.parse(rest))
+        if scheme == "npipe":
+            raise ValueError("named pipes (npipe://) are for Windows: have Docker Desktop listen on "
+                             "tcp://localhost:2375, or run this program in WSL or in a container")
+        if scheme != "tcp":
+            raise ValueError(f"{printable(scheme, 20)}:// is none of unix:///path, tcp://host:port, ssh://user@host")
+        parts = urllib.parse.urlsplit(f"//{rest}")
+        if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+            raise ValueError("use tcp://host:port, without user, path or query")
+        return cls(host=urllib.parse.unquote(parts.hostname or "localhost"), port=parts.port or 2375)
 
     def connect(self, timeout: float) -> socket.socket:
         """Open a connection. timeout, in seconds, applies to each socket operation. Raises OSError."""
+        if self.tunnel:
+            return self.tunnel.connect(timeout)
         if self.path:
             sock = socket.socket(socket.AF_UNIX)
             try:
@@ -731,21 +1090,88 @@ class EngineHost:
 
     def advice(self, error: Exception) -> str:
         """Explain to the user why Docker cannot be reached, and what to do about it."""
+        if isinstance(error, CommandFailed) and self.tunnel:
+            return self.tunnel.advice(error)
         if isinstance(error, FileNotFoundError):
-            return (f"{self.path} does not exist: is Docker running? In a container, mount it with "
+            looked = f" (address {self.origin})" if self.origin else ""
+            return (f"{self.path} does not exist{looked}: is Docker running? In a container, mount it with "
                     f"-v {DEFAULT_SOCKET}:{self.path}")
         if isinstance(error, PermissionError):
             return f"permission denied on {self.path}: run as root or as a member of the group that owns it"
         if isinstance(error, ConnectionRefusedError):
-            return f"connection refused at {self}: Docker is not running, or listens on another address"
+            again = (", or Docker was started again since: restart this container, or mount the socket's folder"
+                     if self.path else "")
+            return f"connection refused at {self}: Docker is not running, or listens on another address{again}"
         if isinstance(error, TimeoutError):
             return f"no answer from {self} in time"
-        if isinstance(error, http.client.IncompleteRead | ConnectionError):
-            return f"the connection to {self} was lost: Docker is restarting or was stopped"
+        if isinstance(error, http.client.IncompleteRead | ConnectionError | ssl.SSLEOFError):
+            refused = ", or does not accept this client's certificate" if self.tls else ""
+            return f"the connection to {self} was lost: Docker is restarting or was stopped{refused}"
         return f"{self}: {error}"
 
     def __str__(self) -> str:
-        return f"unix://{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
+        if self.tunnel:
+            return str(self.tunnel)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"unix://{self.path}" if self.path else f"tcp://{host}:{self.port}"
+
+
+class DockerContexts:
+    """The contexts of the docker command (docs.docker.com/engine/manage-resources/contexts), in its folder.
+
+    Rootless Docker, Docker Desktop, Colima and others say in a context where their Docker is.
+    """
+
+    def __init__(self, folder: Path):
+        self.config, self._folder = folder / "config.json", folder / "contexts"
+
+    def current(self, environ: Mapping[str, str]) -> tuple[str | None, str]:
+        """Return the context to use, None for none, and what says so: for people, and DOCKER_CONTEXT."""
+        if environ.get("DOCKER_HOST"):
+            return None, "from DOCKER_HOST"
+        name, source = environ.get("DOCKER_CONTEXT"), "DOCKER_CONTEXT"
+        if not name:
+            name, source = self._configured()
+        if name == DEFAULT_CONTEXT:
+            return None, f"the default: {source} names the context {DEFAULT_CONTEXT}"
+        return name or None, source if name else (
+            f"the default: DOCKER_HOST and DOCKER_CONTEXT are not set, {source}")
+
+    def _configured(self) -> tuple[str, str]:
+        """Return the current context of config.json and the file; or no name, and the reason."""
+        try:
+            name = json.loads(self.config.read_bytes()).get("currentContext") or ""
+        except FileNotFoundError:
+            return "", f"{self.config} does not exist"
+        except (OSError, *MALFORMED_ERRORS) as e:  # the docker command warns, and goes on
+            return "", f"{self.config} cannot be read ({type(e).__name__})"
+        return (str(name), str(self.config)) if name else ("", f"{self.config} names no context")
+
+    def file(self, name: str) -> Path:
+        """Return the file that describes a context."""
+        return self._folder / "meta" / self._identifier(name) / "meta.json"
+
+    @staticmethod
+    def _identifier(name: str) -> str:
+        return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+    def host(self, name: str, source: str) -> EngineHost:
+        """Return the address that a context has. source is what names it. Raises ValueError and FileNotFoundError."""
+        try:
+            endpoint = json.loads(self.file(name).read_bytes())["Endpoints"]["docker"]
+            host = EngineHost.parse(str(endpoint.get("Host") or "unix://"))
+            tls = self._tls(name, not endpoint.get("SkipTLSVerify")) if host.host else None
+        except FileNotFoundError:
+            raise
+        except (OSError, *MALFORMED_ERRORS) as e:
+            reason = e.strerror if isinstance(e, OSError) else e
+            raise ValueError(f"the context {printable(name)} ({source}) cannot be used: {reason}") from None
+        return dataclasses.replace(host, tls=tls, origin=f"from the context {printable(name)} ({source})")
+
+    def _tls(self, name: str, verified: bool) -> ssl.SSLContext | None:
+        """Return the TLS of a context, or None if it has none."""
+        folder = self._folder / "tls" / self._identifier(name) / "docker"
+        return None if verified and not folder.exists() else client_tls(folder, verified, needs_authority=False)
 
 
 # The user name that credential helpers return if the secret is an identity token.
@@ -851,10 +1277,16 @@ class Deadline:
 
     CHECK_INTERVAL = 0.5  # seconds between two checks that the client is still there
 
-    def __init__(self, seconds: float = math.inf, connection: socket.socket | None = None):
-        """seconds are from now on. connection is the client's, or None if no client waits."""
+    def __init__(self, seconds: float = math.inf, connection: socket.socket | None = None,
+                 origin: Deadline | None = None):
+        """seconds are from now on. connection is the client's, or None if no client waits.
+
+        origin is the deadline that this one was derived from, with which it is cancelled.
+        """
         self._moment, self._connection = time.monotonic() + seconds, connection
+        self._origin = origin or self
         self._cancelled = False
+        self.is_waiting = False  # True during wait(), also that of derived deadlines
 
     def left(self) -> float:
         """The seconds that are left; 0 when the moment has passed."""
@@ -862,14 +1294,18 @@ class Deadline:
 
     def within(self, seconds: float) -> Deadline:
         """A deadline for the same client, at most this many seconds from now."""
-        return Deadline(min(seconds, self.left()), self._connection)
+        return Deadline(min(seconds, self.left()), self._connection, self._origin)
 
     def unlimited(self) -> Deadline:
         """A deadline for the same client that never passes: for a body, which may take its time."""
+        return Deadline(math.inf, self._connection, self._origin)
+
+    def separate(self) -> Deadline:
+        """A deadline for the same client that never passes, and is not cancelled together with this one."""
         return Deadline(math.inf, self._connection)
 
     def cancel(self) -> None:
-        """End every wait, as if the client had gone: it has its answer."""
+        """End every wait, also of derived deadlines, as if the client had gone: it has its answer."""
         self._cancelled = True
 
     def wait(self, wait_for: Callable[[float], T]) -> T:
@@ -878,15 +1314,19 @@ class Deadline:
         wait_for waits for some seconds, as threading.Event.wait does, and returns a true value if it happened. That
         value is returned, or the last false one when the deadline has passed. Raises ClientGone.
         """
-        while True:
-            left = self.left()
-            value = wait_for(min(left, self.CHECK_INTERVAL))
-            if value or not left:
-                return value
-            self._check_client()
+        was_waiting, self._origin.is_waiting = self._origin.is_waiting, True
+        try:
+            while True:
+                left = self.left()
+                value = wait_for(min(left, self.CHECK_INTERVAL))
+                if value or not left:
+                    return value
+                self._check_client()
+        finally:
+            self._origin.is_waiting = was_waiting
 
     def _check_client(self) -> None:
-        if self._cancelled:
+        if self._origin._cancelled:
             raise ClientGone
         if self._connection is None:
             return
@@ -903,7 +1343,7 @@ class Deadline:
 class Client:
     """The client that sent a request, as far as the answer depends on it.
 
-    own_name is the name by which it knows this registry: its Host header.
+    own_name is the name by which it knows this registry: its Host header. names are others that this registry has.
     """
 
     own_name: str | None = None
@@ -911,6 +1351,8 @@ class Client:
     deadline: Deadline = field(default_factory=Deadline)
     user_agent: str = ""
     accept: str = ""
+    is_browser: bool = False
+    names: tuple[str, ...] = ()
 
     # Nodes, Docker and BuildKit use containerd's library. (Docker's classic store sends no such HEAD before a push.)
     CONTAINERD: ClassVar[re.Pattern[str]] = re.compile(r"(?:^|[ /-])(?:containerd|docker|buildkit|nerdctl)/")
@@ -958,13 +1400,13 @@ class Job:
     def __init__(self, what: str):
         """what names the work in an error: "pulling alpine:3"."""
         self.what, self.done = what, threading.Event()
-        self._result: Any = None
+        self.result: Any = None  # if there is one
         self.error: Exception | None = None
 
     def run(self, work: Callable[[], Any]) -> None:
         """Do the work, and keep its result or its error."""
         try:
-            self._result = work()
+            self.result = work()
         except Exception as e:  # a boundary: the waiting threads raise it
             self.error = without_frames(e)
 
@@ -974,76 +1416,381 @@ class Job:
             raise RegistryError("STILL_PULLING", f"Docker is still {self.what}: ask again")
         if self.error:
             raise self.error.with_traceback(None)
-        return self._result
+        return self.result
 
 
-class Jobs:
-    """Runs at most one job for a key at a time; whoever asks meanwhile gets the same job.
+def ask(deadline: Deadline, question: Callable[[Deadline], T], late: Callable[[Job], T | None] = lambda _: None,
+        discard: Callable[[T], None] | None = None) -> T:
+    """The answer to a question that is asked in a thread of its own, so no sum of delays outlasts a deadline.
 
-    The key has to hold everything that changes the outcome. A job goes on when the client that started it has
-    gone, and a retry joins it or finds its work done.
+    The question gets a deadline that never passes, and that ends its waits when nobody waits here any more. When time
+    is up, a question that waits for Docker is answered with UNAVAILABLE. One that waits for work of this program is
+    answered with late(the job), or STILL_PULLING if that is None. discard is called with an answer that comes too late.
+    """
+    inner, job = deadline.separate(), Job("at work for this request")
+
+    def work() -> None:
+        job.run(lambda: question(inner))
+        job.done.set()
+
+    def give_up() -> None:
+        inner.cancel()
+        if discard:
+            start_thread(discard_outcome, discard)
+
+    def discard_outcome(discard: Callable[[T], None]) -> None:
+        with contextlib.suppress(Exception):
+            discard(job.outcome(Deadline()))
+
+    start_thread(work)
+    with on_failure(give_up):
+        if not deadline.wait(job.done.wait):
+            if not inner.is_waiting:
+                raise RegistryError("UNAVAILABLE", "Docker has not answered in time")
+            answer = late(job)
+            if answer is None:
+                raise RegistryError("STILL_PULLING", "Docker is still at work for this request: ask again")
+            return answer
+    outcome: T = job.outcome(deadline)
+    return outcome
+
+
+class UnderWay(Generic[W]):
+    """Work that is under way: at most one for a key, and whoever asks meanwhile gets the same.
+
+    The key has to hold everything that changes the outcome. Work goes on when the client that started it has gone, and
+    a retry joins it or finds it done.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _jobs
-        self._jobs: dict[Hashable, Job] = {}
+    def __init__(self, limit: float = math.inf) -> None:
+        """limit is for how many keys there may be work at once; more is refused with TOOMANYREQUESTS."""
+        self._lock, self._limit = threading.Lock(), limit  # the lock guards _work
+        self._work: dict[Hashable, W] = {}
+
+    def get(self, key: Hashable) -> W | None:
+        """The work under way for a key, or None."""
+        with self._lock:
+            return self._work.get(key)
+
+    def join(self, key: Hashable, new: Callable[[], W], run: Callable[[W], Callable[[], None]]) -> W:
+        """The work under way for a key, or else new work, which is run in a thread of its own.
+
+        run() returns a function that tells the end to those who wait. It is called when the work is not here any more.
+        """
+        with self._lock:
+            work = self._work.get(key)
+            if work is None:
+                if len(self._work) >= self._limit:
+                    raise RegistryError("TOOMANYREQUESTS", f"{self._limit} jobs like this are under way: try again")
+                work = self._work[key] = new()
+                with on_failure(lambda: self._work.pop(key)):
+                    start_thread(self._run, key, work, run)
+        return work
+
+    def _run(self, key: Hashable, work: W, run: Callable[[W], Callable[[], None]]) -> None:
+        tell = run(work)
+        with self._lock:
+            del self._work[key]
+        tell()
+
+
+class Jobs(UnderWay[Job]):
+    """The jobs that are under way."""
 
     def start(self, key: Hashable, work: Callable[[], Any], what: str) -> Job:
         """The job under way for a key, or a new one that does this work."""
-        with self._lock:
-            job = self._jobs.get(key)
-            if job is None:
-                job = self._jobs[key] = Job(what)
-                with on_failure(lambda: self._jobs.pop(key)):
-                    start_thread(self._run, key, job, work)
-        return job
 
-    def _run(self, key: Hashable, job: Job, work: Callable[[], Any]) -> None:
-        job.run(work)
+        def run(job: Job) -> Callable[[], None]:
+            job.run(work)
+            return job.done.set
+
+        return self.join(key, lambda: Job(what), run)
+
+
+class PunctualReader(io.RawIOBase):
+    """Reads from a socket for as long as its timeout says, all in all: the socket's own timeout is for each read."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase):
+        """raw is what reads from the socket."""
+        self._sock, self._raw, self._deadline = sock, raw, Deadline(sock.gettimeout() or 0)
+
+    def readable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """See io.RawIOBase. Raises TimeoutError."""
+        self._sock.settimeout(max(self._deadline.left(), 0.001))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """See io.RawIOBase."""
+        self._raw.close()
+        super().close()
+
+
+class NextReads:
+    """Shares reads of the same thing among all who ask at the same time. No answer is older than its question.
+
+    Whoever asks while a read is under way waits for the next one, which begins when that one has ended. So nobody
+    waits for more than two reads, however many ask. Errors are shared as well.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _reads, and the lists in it
+        self._reads: dict[Hashable, list[Job]] = {}  # the read under way, and the next one if somebody waits for it
+
+    def read(self, key: Hashable, read: Callable[[], T]) -> T:
+        """The result of a read that begins after this call, by this thread or by another with the same key."""
         with self._lock:
-            del self._jobs[key]
+            reads = self._reads.setdefault(key, [])
+            leads = len(reads) < 2
+            if leads:
+                reads.append(Job("reading"))
+            before, job = reads[:-1], reads[-1]
+        if leads:
+            for other in before:
+                other.done.wait()
+            self._run(key, job, read)
+        result: T = job.outcome(Deadline())
+        return result
+
+    def _run(self, key: Hashable, job: Job, read: Callable[[], Any]) -> None:
+        job.run(read)
+        with self._lock:
+            self._reads[key].remove(job)
+            if not self._reads[key]:
+                del self._reads[key]
         job.done.set()
 
 
-class ProgressLog:
-    """Logs the beginning and the end of some long work, and a line every PROGRESS_INTERVAL seconds in between."""
+# =====================================================================================================================
+# 6. Activity: what the program does, for people to see
+# =====================================================================================================================
 
-    def __init__(self, what: str):
-        self._what, self._next = what, time.monotonic() + PROGRESS_INTERVAL
+
+class Task:
+    """Some long work: a pull, a fetch, an export. It logs its beginning, its end, and its progress in between.
+
+    subject is what it is about; repository, if it is known, is where clients ask for that. parts are the bytes that are
+    done and the bytes in all, 0 if unknown, for each part of the work, such as the layers of an image. They are
+    replaced whole, so no lock is needed.
+    """
+
+    def __init__(self, kind: str, subject: str, detail: str = "", repository: str | None = None,
+                 ended: Callable[[Task], None] = lambda _: None):
+        """ended is called once, at the end."""
+        self.kind, self.subject, self.repository, self._ended = kind, subject, repository, ended
+        self._what = f"{kind} {subject}{detail}"
+        self.parts: Mapping[str, tuple[int, int]] = {}
+        self.status = ""                        # what it is doing now
+        self.error: str | None = None           # why it failed
         self.started = time.monotonic()
-        log.info("%s: started", what)
+        self.seconds: float | None = None       # how long it took, once it has ended
+        self._next_line = self.started + PROGRESS_INTERVAL
+        log.info("%s: started", self._what)
 
-    def __enter__(self) -> ProgressLog:
+    def __enter__(self) -> Task:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error:
-            self.failed(error)
+        if error and self.seconds is None:
+            self.error = printable(str(error))
+            self._end()
+            log.warning("%s: failed after %s: %s", self._what, human_seconds(self.seconds or 0), error)
 
-    def tell(self, line: Callable[[float], str]) -> None:
-        """Log a line if it is time for one: line(seconds of the monotonic clock) returns the text."""
+    def report(self, parts: Mapping[str, tuple[int, int]], status: str = "") -> None:
+        """Note the progress, and log it from time to time."""
+        self.parts, self.status = parts, status
         now = time.monotonic()
-        if now >= self._next:
-            self._next = now + PROGRESS_INTERVAL
-            log.info("%s: %s", self._what, line(now))
+        if now >= self._next_line:
+            self._next_line = now + PROGRESS_INTERVAL
+            log.info("%s: %s", self._what, self.line(now))
 
-    def tell_rate(self, count: int) -> None:
-        """Tell how many bytes have been read so far."""
-        self.tell(lambda now: f"{human_bytes(count)}, {human_bytes(count / (now - self.started))}/s")
+    def report_bytes(self, done: int, total: int = 0) -> None:
+        """The same, for work that has one part."""
+        self.report({"": (done, total)})
 
-    def done(self, how: str) -> None:
-        """Log the last line of work that succeeded."""
-        log.info("%s: done in %s, %s", self._what, human_seconds(time.monotonic() - self.started), how)
+    def done(self, how: str = "") -> None:
+        """Log the last line of work that succeeded. how is the result; without it, that is the progress at the end."""
+        how = how or self.line(time.monotonic())
+        self._end()
+        log.info("%s: done in %s, %s", self._what, human_seconds(self.seconds or 0), how)
 
-    def failed(self, error: BaseException) -> None:
-        """Log the last line of work that failed; leaving the `with` by an exception calls this."""
-        log.warning("%s: failed after %s: %s", self._what, human_seconds(time.monotonic() - self.started),
-                    printable(str(error)))
+    def _end(self) -> None:
+        self.seconds = time.monotonic() - self.started
+        self._ended(self)
+
+    def progress(self) -> tuple[int, int]:
+        """The bytes that are done, and the bytes in all as far as they are known, or 0."""
+        parts = self.parts.values()
+        return sum(done for done, _ in parts), sum(total for _, total in parts)
+
+    def rate(self, now: float) -> float:
+        """Bytes per second, from the start until now, in seconds of the monotonic clock."""
+        return self.progress()[0] / max(now - self.started, 0.001)
+
+    def line(self, now: float) -> str:
+        """The progress as "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading". now is as in rate()."""
+        done, total = self.progress()
+        if not done and not total:
+            return self.status
+        share = f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
+        return f"{share}, {human_bytes(self.rate(now))}/s" + (f", {self.status}" if self.status else "")
+
+
+@dataclass
+class Visit:
+    """A request of a client, as people see it. time is in seconds since the epoch; status is 0 while it goes on."""
+
+    time: float
+    client: str
+    method: str
+    target: str = ""            # manifests/1
+    repository: str = ""        # with its namespace: docker.io/library/alpine
+    user_agent: str = ""
+    is_node: bool = False       # True if it was sent to this registry as a mirror, or by a node that is about to pull
+    digest: str = ""            # of the manifest that it got
+    status: int = 0
+    size: int = 0               # bytes of the response's body
+    seconds: float = 0
+    note: str = ""              # what went wrong
+
+
+class Activity:
+    """What the program does and has done lately. The other chapters send it events; nothing depends on it.
+
+    The numbers are for metrics, and never go down.
+    """
+
+    REPOSITORIES = 50           # repositories whose requests are remembered
+    VISITS = 5                  # requests of each
+    ENDED = 20                  # tasks that have ended, errors
+    CLIENTS = 100               # nodes, and manifests that were served
+    DURATIONS = (0.005, 0.025, 0.1, 0.5, 2.5, 10, 30, 120, 600)  # seconds: the upper bounds of the histograms' buckets
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.lock = threading.Lock()  # guards everything that follows
+        self._tasks: dict[int, Task] = {}
+        self._ended: collections.deque[tuple[float, Task]] = collections.deque(maxlen=self.ENDED)
+        self._visits: dict[int, Visit] = {}
+        self._past: dict[str, collections.deque[Visit]] = {}
+        self._errors: dict[str, tuple[int, Visit]] = {}
+        self._served: dict[str, Visit] = {}
+        self._nodes: dict[str, Visit] = {}
+        self.requests: collections.Counter[tuple[str, int]] = collections.Counter()     # (method, status)
+        self.request_seconds: collections.Counter[float] = collections.Counter()        # bucket -> requests
+        self.pulls: collections.Counter[tuple[str, str]] = collections.Counter()        # (registry, result)
+        self.pull_seconds: collections.Counter[float] = collections.Counter()           # bucket -> pulls
+        self.sums: collections.Counter[str] = collections.Counter()  # bytes; seconds, in microseconds
+
+    # ---- tasks
+
+    def task(self, kind: str, subject: str, detail: str = "", repository: str | None = None) -> Task:
+        """Begin a task; see Task. It has to be used in a `with`."""
+        task = Task(kind, subject, detail, repository, self._end_task)
+        with self.lock:
+            self._tasks[id(task)] = task
+        return task
+
+    def _end_task(self, task: Task) -> None:
+        with self.lock:
+            self._tasks.pop(id(task), None)
+            self._ended.appendleft((time.time(), task))
+
+    def tasks(self) -> list[Task]:
+        """The tasks under way, the oldest first."""
+        with self.lock:
+            return list(self._tasks.values())
+
+    def ended_tasks(self) -> list[tuple[float, Task]]:
+        """The last tasks that have ended, with the time of that in seconds since the epoch, the newest first."""
+        with self.lock:
+            return list(self._ended)
+
+    def count_pull(self, registry: str, result: str, seconds: float) -> None:
+        """Count a pull by Docker: result is "ok", or a code of ERRORS."""
+        with self.lock:
+            self.pulls[registry if len(self.pulls) < MEMORY_LIMIT else "other", result] += 1
+            self.pull_seconds[self._bucket(seconds)] += 1
+            self.sums["pull_microseconds"] += int(seconds * 1e6)
+
+    # ---- requests
+
+    def begin(self, visit: Visit) -> None:
+        """A request has begun."""
+        with self.lock:
+            self._visits[id(visit)] = visit
+            if visit.is_node:
+                self._nodes.pop(visit.client, None)
+                self._nodes[visit.client] = visit
+                self._trim(self._nodes, self.CLIENTS)
+
+    def end(self, visit: Visit) -> None:
+        """A request has got its answer, with which the visit is completed."""
+        with self.lock:
+            self._visits.pop(id(visit), None)
+            self.requests[visit.method if visit.method in METHODS else "other", visit.status] += 1
+            self.request_seconds[self._bucket(visit.seconds)] += 1
+            self.sums["response_bytes"] += visit.size
+            self.sums["request_microseconds"] += int(visit.seconds * 1e6)
+            if visit.repository:
+                self._remember(visit)
+
+    def _remember(self, visit: Visit) -> None:
+        past = self._past.pop(visit.repository, None) or collections.deque(maxlen=self.VISITS)
+        past.appendleft(visit)
+        self._past[visit.repository] = past
+        self._trim(self._past, self.REPOSITORIES)
+        if visit.digest and visit.status == 200:
+            self._served.pop(visit.digest, None)
+            self._served[visit.digest] = visit
+            self._trim(self._served, self.CLIENTS)
+        elif visit.note and visit.status >= 400 and (visit.method, visit.status) != ("HEAD", 404):
+            count, _ = self._errors.pop(visit.note, (0, visit))
+            self._errors[visit.note] = count + 1, visit
+            self._trim(self._errors, self.ENDED)
+
+    @staticmethod
+    def _trim(memory: dict[Any, Any], limit: int) -> None:
+        """Forget the oldest entry if there are too many."""
+        if len(memory) > limit:
+            del memory[next(iter(memory))]
+
+    @classmethod
+    def _bucket(cls, seconds: float) -> float:
+        return next((bound for bound in cls.DURATIONS if seconds <= bound), math.inf)
+
+    def waiting_for(self, repository: str | None) -> list[str]:
+        """The clients that wait for an answer about a repository."""
+        with self.lock:
+            return sorted({visit.client for visit in self._visits.values() if visit.repository == repository})
+
+    def past(self) -> dict[str, list[Visit]]:
+        """The last requests, by repository, the newest first."""
+        with self.lock:
+            return {name: list(visits) for name, visits in reversed(self._past.items())}
+
+    def errors(self) -> list[tuple[int, Visit]]:
+        """The last errors: how often each occurred, and for whom last, the newest first."""
+        with self.lock:
+            return list(reversed(self._errors.values()))
+
+    def nodes(self) -> list[Visit]:
+        """The last request of each node, the newest first."""
+        with self.lock:
+            return list(reversed(self._nodes.values()))
+
+    def served(self, digest: str) -> Visit | None:
+        """The last request that got a manifest, or None."""
+        with self.lock:
+            return self._served.get(digest)
 
 
 # =====================================================================================================================
-# 6. Engine: the Docker Engine API
-# Uses: configuration.
+# 7. Engine: the Docker Engine API
+# Uses: configuration, waiting.
 # =====================================================================================================================
 
 
@@ -1057,6 +1804,14 @@ class EngineConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Open the socket. Called by http.client before the first request."""
         self.sock = self._engine_host.connect(self._seconds)
+
+
+class PunctualResponse(http.client.HTTPResponse):
+    """A response that has to be here within the timeout of its connection, all of it."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any):
+        super().__init__(sock, *arguments, **options)
+        self.fp = io.BufferedReader(PunctualReader(sock, self.fp.detach()))
 
 
 @dataclass(frozen=True)
@@ -1073,6 +1828,9 @@ class EngineInfo:
     platform: str = ""          # linux/amd64
     is_podman: bool = False
     user_agent: str = ""        # how it begins, when the engine asks registries for anything
+    names: tuple[str, ...] = field(default=(), compare=False)  # of this registry, if it runs in a container: HOST:PORT
+    details: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all that /info shows
+    read_at: float = field(default=0.0, compare=False)  # seconds since the epoch by this machine's clock
 
     def __str__(self) -> str:
         name = "Podman" if self.is_podman else "Docker"
@@ -1133,39 +1891,6 @@ class ListedImage:
     origins: tuple[str, ...]
 
 
-class PullProgress:
-    """The progress of a pull, computed from Docker's JSON messages."""
-
-    def __init__(self, now: float):
-        self._started = now
-        self._done: dict[str, int] = {}
-        self._total: dict[str, int] = {}
-        self.status = "waiting for Docker"
-
-    def update(self, message: Mapping[str, Any]) -> None:
-        """Process one message of `POST /images/create`."""
-        layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
-        if not isinstance(status, str):
-            return
-        self.status = printable(status.lower())
-        if not isinstance(layer, str) or not isinstance(detail, dict):
-            return
-        current, total = detail.get("current"), detail.get("total")
-        if status == "Downloading" and isinstance(current, int) and isinstance(total, int) and total > 0:
-            self._done[layer], self._total[layer] = current, total
-        elif status in ("Download complete", "Pull complete", "Extracting") and layer in self._total:
-            self._done[layer] = self._total[layer]
-
-    def line(self, now: float) -> str:
-        """Format as "45%, 12.3 MB of 27.1 MB, 4.1 MB/s, downloading". now is in seconds, as in the constructor."""
-        total, done = sum(self._total.values()), sum(self._done.values())
-        if not total:
-            return self.status
-        rate = done / max(now - self._started, 0.001)
-        return (f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}, "
-                f"{human_bytes(rate)}/s, {self.status}")
-
-
 # Phrases in Docker's messages about failed pulls, on both image stores. The first row with a phrase that
 # occurs in the message wins. Taken from Docker 26.1 and 28.5 and from the sources of moby and containerd.
 PULL_FAILURES = (
@@ -1217,12 +1942,16 @@ class Engine:
     RegistryError: UNAVAILABLE if Docker cannot be reached, ENGINE_FAILED if its answer is an error or malformed.
     """
 
-    def __init__(self, host: EngineHost):
-        self.host = host
+    def __init__(self, host: EngineHost, port: int = 0):
+        """port is the one that this registry listens on."""
+        self.host, self._port = host, port
+        self.own_names: tuple[str, ...] = ()  # of this registry, as far as Docker has told them: replaced whole
         # Docker repeats the User-Agent of its caller to registries, and so perhaps to us. Nobody can guess this one.
         self.token = secrets.token_hex(16)
         self.user_agent = f"k3d-registry-dockerd/{__version__} {self.token}"
         self._described: tuple[float, EngineInfo] | None = None  # replaced atomically: needs no lock
+        self._reads = NextReads()
+        self.name = "Podman" if "podman" in host.path else "Docker"  # until it has described itself
 
     @contextlib.contextmanager
     def connection_errors(self) -> Iterator[None]:
@@ -1236,18 +1965,20 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker's answer is malformed: {e!r}") from e
 
     @contextlib.contextmanager
-    def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, *, body: bytes | None = None,
-                 timeout: float = ENGINE_TIMEOUT) -> Iterator[http.client.HTTPResponse]:
+    def _request(self, method: str, path: str, headers: Mapping[str, str] | None, timeout: float,
+                 response_class: type[http.client.HTTPResponse] = http.client.HTTPResponse
+                 ) -> Iterator[http.client.HTTPResponse]:
         """Send a request. The response must be read within the `with`. timeout is in seconds, per read."""
         connection = EngineConnection(self.host, timeout)
+        connection.response_class = response_class
         with self.connection_errors(), contextlib.closing(connection):
-            connection.request(method, path, body, {"User-Agent": self.user_agent, **(headers or {})})
+            connection.request(method, path, None, {"User-Agent": self.user_agent, **(headers or {})})
             with connection.getresponse() as response:
-                self._check_refusal(method, path, response.status, response.headers.get("Content-Type", ""))
+                self.check_refusal(method, path, response.status, response.headers.get("Content-Type", ""))
                 yield response
 
     @staticmethod
-    def _check_refusal(method: str, path: str, status: int, content_type: str) -> None:
+    def check_refusal(method: str, path: str, status: int, content_type: str) -> None:
         """Raise ENGINE_FAILED if something in front of Docker, and not Docker, refuses a call.
 
         Docker's own errors are JSON, and none is 403. The advice is for docker-socket-proxy and its like.
@@ -1260,9 +1991,13 @@ class Engine:
             f"{method} {call} was answered with status {status}, not by Docker but by a proxy in front of its socket: "
             f"allow that call (docker-socket-proxy: {section}=1{' POST=1' if method == 'POST' else ''})"))
 
+    def _get_shared(self, path: str) -> tuple[int, Any]:
+        """Return what _get() does, for all who ask at the same time: Docker takes 5 to 20 ms for each answer."""
+        return self._reads.read(path, lambda: self._get(path))
+
     def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
         """Return the status and the parsed JSON of a GET."""
-        with self._request("GET", path, headers) as response:
+        with self._request("GET", path, headers, ENGINE_TIMEOUT, PunctualResponse) as response:
             data = response.read(JSON_LIMIT)
             if response.length:  # read(limit) does not detect a body that is too short
                 raise http.client.IncompleteRead(data, response.length)
@@ -1288,7 +2023,7 @@ class Engine:
 
     def _get_object(self, path: str, *required: str) -> dict[str, Any] | None:
         """Return the JSON object at a path, or None if the status is 404."""
-        status, document = self._get(path)
+        status, document = self._get_shared(path)
         if status == 404:
             return None
         if status != 200:
@@ -1307,12 +2042,13 @@ class Engine:
         described = self._described
         if described is None or time.monotonic() - described[0] > ENGINE_FRESH:
             described = (time.monotonic(), self._describe())
-            self._described = described
+            self._described, self.own_names = described, described[1].names
+            self.name = "Podman" if described[1].is_podman else "Docker"
         return described[1]
 
     def _describe(self) -> EngineInfo:
         version = self._get_object("/version", "Version", "ApiVersion") or {}
-        info = self._get_object("/info", "ID") or {}
+        info, read_at = self._get_object("/info", "ID") or {}, time.time()
         with self._malformed_answers("/version and /info"):
             api = tuple(int(part) for part in version["ApiVersion"].split("."))
             major, minor = min(api, API_VERSION)
@@ -1327,7 +2063,23 @@ class Engine:
                               tuple(str(network) for network in registries.get("InsecureRegistryCIDRs") or ()),
                               platform_of({"os": version.get("Os"), "architecture": version.get("Arch")}),
                               "Podman Engine" in components,
-                              "docker/{} go/{} git-commit/{} kernel/{} os/{} arch/{}".format(*map(version.get, names)))
+                              "docker/{} go/{} git-commit/{} kernel/{} os/{} arch/{}".format(*map(version.get, names)),
+                              self._own_names(), info, read_at)
+
+    def _own_names(self) -> tuple[str, ...]:
+        """Return the names of this registry that Docker knows, if it runs in a container of this Docker."""
+        try:
+            for identity in own_container():
+                path = f"/containers/{urllib.parse.quote(identity, safe='')}/json"
+                container = self._get_object(path, "Id") or {}
+                with self._malformed_answers(path):
+                    if identity in (container.get("Id"), (container.get("Config") or {}).get("Hostname")):
+                        return container_names(container, self._port)
+        except RegistryError as e:  # perhaps refused by a proxy: it is only for some names
+            if e.code == "UNAVAILABLE":
+                raise
+            log.debug("the container of this registry is not known: %s", e.detail)
+        return ()
 
     def is_insecure(self, registry: str) -> bool:
         """Return True if Docker accepts plain HTTP and any certificate from a registry.
@@ -1371,30 +2123,30 @@ class Engine:
         """
         full = ["/".join(docker_name(name)) for name in repositories]
         names = [name.removeprefix(prefix) for name in full for prefix in ("", "docker.io/", "docker.io/library/")]
-        path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"reference": names})))
-        with self._malformed_answers(path):
-            return [Digest.parse(image["Id"]) for image in self._list_images(path)]
+        return self.image_ids({"reference": names})
 
-    def image_ids(self) -> list[Digest]:
-        """Return the IDs of all images that have a name."""
-        path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps({"dangling": ["false"]})))
+    def image_ids(self, filters: Mapping[str, list[str]]) -> list[Digest]:
+        """Return the IDs of the images that match Docker's filters."""
+        path = self._path("/images/json?filters=" + urllib.parse.quote(json.dumps(filters)))
         with self._malformed_answers(path):
             return [Digest.parse(image["Id"]) for image in self._list_images(path)]
 
     def _list_images(self, path: str) -> list[Any]:
-        status, document = self._get(path)
-        if status != 200 or not isinstance(document, list):
-            raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
-        return document
+        for _ in range(LIST_ATTEMPTS):
+            status, document = self._get_shared(path)
+            if status == 200 and isinstance(document, list):
+                return document
+            if "not found" not in self._message(status, document):
+                break
+        raise RegistryError("ENGINE_FAILED", f"Docker cannot list images: {self._message(status, document)}")
 
     def listed(self) -> list[ListedImage]:
         """Return all images that Docker lists."""
         path = self._path("/images/json")
-        document = self._list_images(path)
         with self._malformed_answers(path):
             return [ListedImage(Digest.parse(image["Id"]), *(tuple(str(name) for name in image.get(key) or ())
                                                              for key in ("RepoTags", "RepoDigests")))
-                    for image in document]
+                    for image in self._list_images(path)]
 
     def names(self) -> list[tuple[Digest, str, str]]:
         """Return the ID, the name and the tag of every tagged image, as Docker shows them."""
@@ -1429,7 +2181,7 @@ class Engine:
         repository = reference.docker_repository()
         query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
         headers = {"Content-Length": "0", **self._authorization(reference, credentials)}
-        with self._request("POST", self._path(f"/images/create?{query}"), headers, timeout=PULL_TIMEOUT) as response:
+        with self._request("POST", self._path(f"/images/create?{query}"), headers, PULL_TIMEOUT) as response:
             for message in self._good_messages(response, repository):
                 tell(message)
 
@@ -1474,7 +2226,7 @@ class Engine:
     @contextlib.contextmanager
     def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
         """Stream the tar of `docker save`. It must be read within the `with`."""
-        with self._request("GET", self._path(f"/images/{image_id}/get"), timeout=PULL_TIMEOUT) as response:
+        with self._request("GET", self._path(f"/images/{image_id}/get"), None, PULL_TIMEOUT) as response:
             if response.status != 200:
                 reason = response.read(500).decode(errors="replace")
                 raise RegistryError("ENGINE_FAILED", f"Docker cannot export {image_id}: {reason}")
@@ -1498,7 +2250,7 @@ class Engine:
                 status, content_type = self._parse_head(self._read_head(sock))
                 if status == 101:
                     return sock
-                self._check_refusal("POST", path, status, content_type)
+                self.check_refusal("POST", path, status, content_type)
                 sock.close()
                 return self.host.connect(ENGINE_TIMEOUT)
             except BaseException:
@@ -1525,7 +2277,7 @@ class Engine:
 
 
 # =====================================================================================================================
-# 7. Transfers: what a provider gives, and content on its way
+# 8. Transfers: what a provider gives, and content on its way
 # Uses: waiting.
 # =====================================================================================================================
 
@@ -1641,23 +2393,26 @@ class BytesBlob:
         return StreamBody(iter([self._data[start:start + length]]), length, lambda: None)
 
 
-class FolderProvider:
-    """Files named by digest: our store, or the content folder of Docker's containerd.
+class ContentFolder:
+    """The content folder of Docker's containerd: files named by digest.
 
     containerd's local content store puts a file under its final name only when it is complete and
-    verified (github.com/containerd/containerd, plugins/content/local), and so does our store.
+    verified (github.com/containerd/containerd, plugins/content/local).
     """
 
-    def __init__(self, name: str, path_of: Callable[[Digest], Path]):
-        self.name, self._path_of = name, path_of
+    def __init__(self, folder: Path):
+        self.name, self._folder = f"content directory {folder}", folder
 
     def find(self, digest: Digest) -> Blob | None:
-        """See Provider. A file that this process may not read counts as absent."""
-        path = self._path_of(digest)
+        """See Provider. A file that this process may not read counts as absent: Docker's content service has it too."""
+        path = self._folder / digest.algorithm / digest.hex
         try:
-            return FileBlob(path) if os.access(path, os.R_OK) else None
-        except OSError:
+            blob = FileBlob(path)
+        except FileNotFoundError:
             return None
+        except OSError as e:
+            raise RegistryError("ENGINE_FAILED", f"cannot read {path} of Docker: {e.strerror or e}") from e
+        return blob if os.access(path, os.R_OK) else None
 
 
 # ---- content on its way
@@ -1665,11 +2420,12 @@ class FolderProvider:
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn errors of the operating system about our own disk into STORE_FAILED; what continues "cannot"."""
+    """Turn errors of the system about our own disk into STORE_FAILED or STORE_FULL; what continues "cannot"."""
     try:
         yield
     except OSError as e:
-        raise RegistryError("STORE_FAILED", f"cannot {what}: {e.strerror or e}") from e
+        code = "STORE_FULL" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "STORE_FAILED"
+        raise RegistryError(code, f"cannot {what}: {e.strerror or e}") from e
 
 
 def write_all(write: Callable[[memoryview], int | None], data: Data) -> Iterator[memoryview]:
@@ -1728,7 +2484,7 @@ class Transfer:
             self._change.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
-        """All of it has arrived and is verified, or no more will. The first end counts.
+        """End the transfer: all content is verified, or error says why no more comes. Later calls have no effect.
 
         Errors other than RegistryError are UNKNOWN to readers.
         """
@@ -1803,41 +2559,25 @@ class Transfer:
         return self.count if self._ended else min(self.count, self.size - 1)
 
 
-class Transfers:
-    """The transfers that are under way, by a key that holds everything that changes what they bring."""
+class Transfers(UnderWay[Transfer]):
+    """The transfers that are under way."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _transfers
-        self._transfers: dict[Hashable, Transfer] = {}
+    def start(self, key: Hashable, size: int, fill: Callable[[Transfer], None]) -> Transfer:
+        """The transfer under way for a key, or a new one that fill() fills."""
 
-    def get(self, key: Hashable) -> Transfer | None:
-        """The transfer under way for a key, or None."""
-        with self._lock:
-            return self._transfers.get(key)
+        def run(transfer: Transfer) -> Callable[[], None]:
+            error: Exception | None = None
+            try:
+                fill(transfer)
+            except Exception as e:  # a boundary: the readers raise it
+                error = e
+            return functools.partial(transfer.end, error)
 
-    def join(self, key: Hashable, size: int, fill: Callable[[Transfer], None]) -> Transfer:
-        """The transfer under way for a key, or a new one that fill() fills in a thread of its own."""
-        with self._lock:
-            transfer = self._transfers.get(key)
-            if transfer is None:
-                transfer = self._transfers[key] = Transfer(size)
-                with on_failure(lambda: self._transfers.pop(key)):
-                    start_thread(self._run, key, transfer, fill)
-        return transfer
-
-    def _run(self, key: Hashable, transfer: Transfer, fill: Callable[[Transfer], None]) -> None:
-        error: Exception | None = None
-        try:
-            fill(transfer)
-        except Exception as e:  # a boundary: the readers raise it
-            error = e
-        with self._lock:
-            del self._transfers[key]
-        transfer.end(error)  # last, so a reader that sees the end no longer finds it in the table
+        return self.join(key, lambda: Transfer(size), run)
 
 
 def in_turn(*actions: Callable[[], None]) -> Callable[[], None]:
-    """One action out of several. Each is called, even if one before it raises."""
+    """Return a function that calls all actions in order, even if one of them raises."""
 
     def run() -> None:
         with contextlib.ExitStack() as stack:
@@ -1961,8 +2701,358 @@ class SharedReads:
 
 
 # =====================================================================================================================
-# 8. Store: content by digest, on our own disk
+# 9. Disk: our own folder, whose files are whole or not there
 # Uses: transfers.
+# =====================================================================================================================
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered. IsADirectoryError for anything that is not a file, such as a pipe."""
+    file = open(path, "rb", buffering=0,  # noqa: SIM115 - the caller closes it
+                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise IsADirectoryError(errno.EISDIR, "not a regular file")
+    return file
+
+
+def is_folder(path: Path) -> bool:
+    """True if there is a folder of that name. OSError if that cannot be told: Path.is_dir() hides such errors."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        return False
+
+
+class Identity(NamedTuple):
+    """What changes whenever a file does. changed is the time of its last change or use, in nanoseconds."""
+
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> Identity:
+        """The identity of a file, given by its path or its descriptor. OSError."""
+        status = os.stat(file)  # noqa: PTH116 - of a descriptor, too
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def hash_file(path: Path, algorithm: str) -> tuple[Any, Identity | None]:
+    """Return the hashlib object of a file's content, and what was read, or None if it changed meanwhile. OSError."""
+    content = hashlib.new(algorithm)
+    with open_file(path) as file:
+        identity = Identity.of(file.fileno())
+        while data := file.read(MIB):
+            content.update(data)
+        return content, identity if identity == Identity.of(file.fileno()) else None
+
+
+class Disk:
+    """The files of one folder. Each is there whole, or not at all, even if the machine loses power.
+
+    A file is written and synced under a temporary name in the same folder, `.<random>`, then renamed; then its folder
+    is synced.
+
+    Two things are kept apart. A file that is malformed is damaged: it is logged once and treated as absent, so a client
+    pushes it again. If a write needs its name, it is moved to `damaged`. A file that could not be read (no permission,
+    no descriptor left, an error of the disk) is never treated as absent: STORE_FAILED.
+    """
+
+    SMALL = 8 * MIB     # bytes of the largest file that read() takes for one of ours
+
+    def __init__(self, root: Path, durable: bool = True):
+        """durable says whether to wait until files are on the disk."""
+        self.root, self.damaged, self._durable = root, root / "damaged", durable
+        self._moving = threading.Lock()  # held while something is moved out of the way
+        # Paths that the log has named as damaged, and folders whose names are on the disk; one operation each: no lock.
+        self._named: set[Path] = set()
+        self._settled: set[Path] = set()
+        self._change = threading.Condition()  # guards _unfinished and _reserved
+        self._unfinished: set[Path] = set()
+        self._reserved: set[Path] = set()
+
+    # ---- reading
+
+    def read(self, path: Path) -> bytes | None:
+        """The bytes of a small file, or None if there is none."""
+        with disk_errors(f"read {path}"):
+            try:
+                with open_file(path) as file:
+                    data = file.read(self.SMALL + 1)
+            except FileNotFoundError:
+                return None
+            except OSError as e:
+                self.check_damage(path, e)
+                return None
+        if len(data) > self.SMALL:
+            self.name_damaged(path, "it is too large")
+            return None
+        return data
+
+    def status(self, path: Path) -> os.stat_result | None:
+        """What the system knows of a file, or None if there is none."""
+        with disk_errors(f"read {path}"):
+            try:
+                return path.stat()
+            except FileNotFoundError:
+                return None
+            except OSError as e:
+                self.check_damage(path, e)
+                return None
+
+    def entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        """What is in a folder, sorted by name; nothing if there is no such folder."""
+        with disk_errors(f"read {folder}"):
+            try:
+                with os.scandir(folder) as found:
+                    return sorted(found, key=lambda entry: entry.name)
+            except FileNotFoundError:
+                return []
+            except OSError as e:
+                self.check_damage(folder, e)
+                return []
+
+    def names(self, folder: Path) -> list[str]:
+        """The names in a folder, sorted, without those of temporary files."""
+        return [entry.name for entry in self.entries(folder) if entry.name[0] != "."]
+
+    def files(self, folder: Path) -> Iterator[Path]:
+        """All files below a folder, temporary ones too."""
+        for entry in self.entries(folder):
+            if entry.is_dir(follow_symlinks=False):
+                yield from self.files(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+    # ---- writing
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder, and those above it. Their names are on the disk when this returns. OSError."""
+        is_there, is_ours = is_folder(folder), self.root in (folder, *folder.parents)
+        if is_there and (folder in self._settled or not is_ours):
+            return
+        self.make_folder(folder.parent)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            if self.root not in folder.parents:  # not ours to move
+                raise
+            self.move_away(folder, lambda: not is_folder(folder))
+            folder.mkdir(exist_ok=True)
+        self.sync(folder.parent)
+        if len(self._settled) >= VERIFIED_LIMIT:
+            self._settled.clear()
+        self._settled.add(folder)
+
+    def begin(self, folder: Path) -> Path:
+        """Create a folder and return a temporary name in it. The caller must call end(). OSError."""
+        self.make_folder(folder)
+        path = folder / f".{secrets.token_hex(8)}"
+        with self._change:
+            self._unfinished.add(path)
+        return path
+
+    def end(self, path: Path) -> None:
+        """Remove what is left under a temporary name."""
+        with self._change:
+            self._unfinished.discard(path)
+        with contextlib.suppress(OSError):  # tidying up removes it later
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self, folder: Path) -> Iterator[Path]:
+        path = self.begin(folder)
+        try:
+            yield path
+        finally:
+            self.end(path)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a small file."""
+        with disk_errors(f"write {path}"), self._temporary(path.parent) as temporary:
+            temporary.write_bytes(data)
+            self.sync(temporary)
+            self._rename(temporary, path)
+            self.sync(path.parent)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, replacing any file of that name. OSError."""
+        self.make_folder(target.parent)
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            with self._temporary(target.parent) as temporary:
+                os.link(source, temporary)
+                self._rename(temporary, target)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        try:
+            source.rename(target)
+        except IsADirectoryError:
+            self.move_away(target, lambda: is_folder(target))
+            source.rename(target)
+
+    def sync(self, path: Path) -> None:
+        """Wait until a file, or the names in a folder, are on the disk. OSError."""
+        if not self._durable:
+            return
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except PermissionError:  # a folder above ours, which this process may enter, and not read
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not sync folders
+                raise
+        finally:
+            os.close(descriptor)
+
+    def remove(self, path: Path, durable: bool = False) -> bool:
+        """Remove a file. True if there was one. durable: wait until the removal is on the disk."""
+        with disk_errors(f"remove {path}"):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            except OSError as e:
+                self.check_damage(path, e)
+                return False
+            if durable:
+                self.sync(path.parent)
+            return True
+
+    # ---- damage
+
+    def check_damage(self, path: Path, error: OSError) -> None:
+        """Name something as damaged if an error says that it cannot be right, or else raise the error."""
+        if not (isinstance(error, IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP):
+            raise error
+        self.name_damaged(path, error.strerror or str(error))
+
+    def name_damaged(self, path: Path, why: str) -> None:
+        """Say once in the log that something is damaged."""
+        if path not in self._named:
+            if len(self._named) >= MEMORY_LIMIT:
+                self._named.clear()
+            self._named.add(path)
+            log.warning("store: %s is damaged (%s): it counts as absent", path, why)
+
+    def move_away(self, path: Path, is_in_the_way: Callable[[], bool]) -> None:
+        """Move what is in the place of something else to the folder of damaged files. OSError."""
+        folder = self.root if path == self.damaged else self.damaged
+        target = folder / f"{path.name}.{secrets.token_hex(4)}"
+        self.make_folder(folder)
+        with self._moving:
+            if is_in_the_way():
+                path.rename(target)
+                log.warning("store: %s was damaged, and in the way: it is now %s", path, target)
+
+    # ---- one at a time
+
+    @contextlib.contextmanager
+    def reserved(self, path: Path, wait: bool) -> Iterator[None]:
+        """Reserve a path for one thread. If another thread has it, wait, or raise UPLOAD_BUSY."""
+        with self._change:
+            if path in self._reserved and not wait:
+                raise RegistryError("UPLOAD_BUSY", "another request is writing to this upload: ask for its state, and "
+                                                   "continue from there")
+            self._change.wait_for(lambda: path not in self._reserved)
+            self._reserved.add(path)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._reserved.discard(path)
+                self._change.notify_all()
+
+    def is_old(self, path: Path, now: float, age: float) -> bool:
+        """True if a file was last used more than `age` seconds before now, and nobody is writing to it."""
+        with self._change:
+            if path in self._unfinished or path in self._reserved:
+                return False
+        status = self.status(path)
+        return status is not None and status.st_mtime < now - age
+
+    def close(self) -> None:
+        """Remove everything half-written, at the end of the process."""
+        with self._change:
+            unfinished = list(self._unfinished)
+        for path in unfinished:
+            self.end(path)
+
+
+class Space:
+    """How much of the disk the store takes, and may take."""
+
+    def __init__(self, root: Path, limit: int | None = None):
+        """limit is in bytes."""
+        self._root, self.limit = root, limit
+        self._lock = threading.Lock()  # guards what follows: numbers of bytes
+        self.measured = False
+        self.used = 0       # on the disk
+        self._reserved = 0  # about to be written
+        self.freed = 0      # ever
+
+    def available(self) -> int:
+        """The free bytes of the disk. STORE_FAILED."""
+        with disk_errors(f"write to {self._root}"):
+            return shutil.disk_usage(next(path for path in (self._root, *self._root.absolute().parents)
+                                          if is_folder(path))).free
+
+    def _lacking(self, count: int, free: int) -> int:
+        wanted = count + self._reserved
+        return max(wanted + MINIMUM_FREE - free, self.used + wanted - self.limit if self.limit else 0, 0)
+
+    def lacking(self, count: int) -> int:
+        """How many bytes have to be freed before this many more can be written."""
+        return self._lacking(count, self.available())
+
+    def reserve(self, count: int) -> None:
+        """Reserve bytes that are about to be written. STORE_FULL if there are not so many."""
+        free = self.available()
+        with self._lock:
+            if not self._lacking(count, free):
+                self._reserved += count
+                return
+        raise RegistryError("STORE_FULL", (
+            f"no room for {human_bytes(count)}: {self}, and {human_bytes(MINIMUM_FREE)} of the disk have to stay free. "
+            "Delete images that are not needed any more"))
+
+    def written(self, count: int, used: bool = True) -> None:
+        """Turn reserved bytes into used ones, or into free ones if they are not used after all."""
+        with self._lock:
+            self._reserved -= count
+            self.used += count if used else 0
+
+    def free(self, count: int) -> None:
+        """Count bytes as freed."""
+        with self._lock:
+            self.used, self.freed = self.used - count, self.freed + count
+
+    def discard(self, count: int) -> None:
+        """Count bytes as not used: what was written is not kept."""
+        with self._lock:
+            self.used -= count
+
+    def measured_as(self, used: int) -> None:
+        """Set the number of used bytes to a measured value."""
+        with self._lock:
+            self.measured, self.used = True, used
+
+    def __str__(self) -> str:
+        limit = f" of the limit of {human_bytes(self.limit)}" if self.limit else ""
+        return f"{human_bytes(self.used)}{limit} used"
+
+
+# =====================================================================================================================
+# 10. Store: content by digest, and its owners
+# Uses: waiting, transfers, disk.
 # =====================================================================================================================
 
 
@@ -1974,41 +3064,19 @@ class Record:
     content: Mapping[Digest, int]
 
     @classmethod
-    def load(cls, path: Path) -> Record:
-        """Read a record. OSError if it cannot be read, ValueError if it is malformed."""
+    def parse(cls, data: bytes) -> Record:
+        """Parse what dump() returns. Raises ValueError."""
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(data)
             content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
             return cls(Digest.parse(document["target"]), content)
         except MALFORMED_ERRORS as e:
             raise ValueError(f"not a record of an image: {e}") from e
 
     def dump(self) -> bytes:
-        """The record as bytes that load() understands."""
+        """The record as bytes that parse() understands."""
         content = {str(digest): size for digest, size in self.content.items()}
         return json.dumps({"target": str(self.target), "content": content}).encode()
-
-
-def make_link(source: Path, target: Path) -> None:
-    """Give a file a second name, unless a file of its size has that name. FileNotFoundError without the file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            return os.link(source, target)
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):  # removed a moment ago: then there is room now
-                if target.stat().st_size == source.stat().st_size:
-                    return None
-                target.unlink()  # a crash of the machine cut it short
-
-
-def list_folder(folder: Path) -> list[str]:
-    """The names in a folder, none if there is no such folder. STORE_FAILED if it cannot be read."""
-    with disk_errors(f"read {folder}"):
-        try:
-            return [path.name for path in folder.iterdir()]
-        except FileNotFoundError:
-            return []
 
 
 class Links:
@@ -2016,248 +3084,384 @@ class Links:
 
     The bytes are stored once, however many owners they have. The file system counts the owners: content with no
     link but the store's own belongs to nobody. Linking is atomic, so no reader and no killed process ever sees half
-    of it, and no lock is needed.
+    of it.
     """
 
-    def __init__(self, store: Store, folder: Path):
-        self._store, self._folder = store, folder
+    name = "store"
+
+    def __init__(self, store: Store, folder: Path, durable: bool = True):
+        """durable: what belongs here is synced before it is acknowledged."""
+        self._store, self.folder, self._durable = store, folder, durable
 
     def path(self, digest: Digest) -> Path:
         """Where the content is, if it belongs here."""
-        return self._folder / digest.algorithm / digest.hex
+        return self.folder / digest.algorithm / digest.hex
 
     def size(self, digest: Digest) -> int | None:
-        """The size of the content in bytes, or None if it does not belong here."""
-        with disk_errors(f"read {self.path(digest)}"):
+        """The size of the content in bytes, or None if it does not belong here. Its bytes are not looked at."""
+        status = self._store.disk.status(self.path(digest))
+        return status.st_size if status else None
+
+    def touch(self, digest: Digest) -> None:
+        """Mark content as used now: it stays for a while."""
+        self._store.touch(self.path(digest))
+
+    def find(self, digest: Digest, deadline: Deadline | None = None) -> FileBlob | None:
+        """The content, or None if it does not belong here or is damaged. See Store.has_content for the deadline."""
+        path = self.path(digest)
+        if not self._store.is_intact(path, digest, deadline):
+            return None
+        with disk_errors(f"read {path}"):
             try:
-                return self.path(digest).stat().st_size
-            except FileNotFoundError:
+                return FileBlob(path)
+            except FileNotFoundError:  # removed a moment ago
                 return None
 
-    def digests(self) -> Iterator[Digest]:
-        """The digests of everything that belongs here; STORE_FAILED if not all of it can be listed."""
-        for algorithm in list_folder(self._folder):
-            for name in list_folder(self._folder / algorithm):
-                if not name.startswith("."):
-                    yield Digest(algorithm, name)
+    def digests(self, strict: bool = False) -> Iterator[Digest]:
+        """The digests of everything that belongs here; STORE_FAILED if not all of it can be listed.
 
-    def touch(self, digest: Digest) -> bool:
-        """Mark content as used now, if that is possible. True if it belongs here."""
-        with contextlib.suppress(OSError):  # a read-only file system, say
-            os.utime(self.path(digest))
-        return self.size(digest) is not None
-
-    def adopt(self, digest: Digest, size: int | None = None) -> bool:
-        """Make content of the store belong here too, as used now. True if the store has it.
-
-        Content of another size than the given one, in bytes, counts as lost: a machine may have crashed.
+        If strict is set, damage counts as such a failure: something that belongs here may not be listed then.
         """
+        is_damaged = os.path.lexists(self.folder) and not is_folder(self.folder)
+        for algorithm in self._store.disk.names(self.folder):
+            for name in self._store.disk.names(self.folder / algorithm):
+                try:
+                    yield Digest.parse(f"{algorithm}:{name}")
+                except ValueError:
+                    self._store.disk.name_damaged(self.folder / algorithm / name, "its name is not a digest")
+                    is_damaged = True
+        if strict and is_damaged:
+            raise RegistryError("STORE_FAILED", f"{self.folder} is damaged: what belongs there is not known")
+
+    def adopt(self, digest: Digest, size: int | None = None, deadline: Deadline | None = None) -> bool:
+        """Make content of the store belong here too, as used now. True if the store has it, in this size in bytes."""
         source = self._store.blob_path(digest)
         with disk_errors(f"link {source}"):
             try:
-                os.utime(source)
-                if size is not None and source.stat().st_size != size:
+                self._store.touch(source)
+                if not self._store.is_intact(source, digest, deadline) or size not in (None, source.stat().st_size):
                     return False
-                make_link(source, self.path(digest))
+                self._link(source, digest)
             except FileNotFoundError:
                 return False
             return True
 
-    def take(self, file: Path, digest: Digest) -> None:
-        """Make a finished file, whose digest was verified, belong here under its digest. The file stays.
-
-        It is linked here first, so the store's own link never looks like content that nobody needs.
-        """
-        with disk_errors(f"write to {self._folder}"):
+    def take(self, file: Path, digest: Digest) -> bool:
+        """Make a finished file, whose digest was verified, belong here. The file stays. True if it was new."""
+        with disk_errors(f"write to {self.folder}"):
             os.utime(file)
-            if not self.adopt(digest, file.stat().st_size):
-                make_link(file, self.path(digest))
-                make_link(file, self._store.blob_path(digest))
+            self._store.remember(Identity.of(file), digest)
+            if self.adopt(digest):
+                return False
+            self._store.add(file, digest)
+            self._link(file, digest)
+            return True
+
+    def _link(self, source: Path, digest: Digest) -> None:
+        target = self.path(digest)
+        if self._durable:
+            self._store.disk.sync(source)
+        status = self._store.disk.status(target)
+        if status is None or status.st_ino != source.stat().st_ino:
+            self._store.disk.link(source, target)
+        if self._durable:  # also if another request has linked it: it may not have synced yet
+            self._store.disk.sync(target.parent)
 
     def drop(self, digest: Digest) -> bool:
         """Make content no longer belong here, and free it if it belongs to nobody else. True if it did belong here."""
-        with disk_errors(f"remove {digest}"):
-            try:
-                self.path(digest).unlink()
-            except FileNotFoundError:
-                return False
+        if not self._store.disk.remove(self.path(digest), self._durable):
+            return False
+        self._store.release(digest)
+        return True
+
+    def drop_unless_used(self, digest: Digest, now: float, age: float) -> None:
+        """Drop content that was last used more than `age` seconds before now."""
+        path = self.path(digest)
+        with self._store.using:
+            gone = self._store.disk.is_old(path, now, age) and self._store.disk.remove(path)
+        if gone:
             self._store.release(digest)
-            return True
 
 
 class Store:
-    """Our own disk: content by digest, and its owners.
+    """Content by digest, and its owners.
 
         blobs/sha256/<hex>          content, whole and verified
         docker/sha256/<hex>         links to what came from Docker, or was fetched because Docker lacks it
         exports/sha256/<hex>        the record of one exported image, named by the image's ID
         fetched/sha256/<hex>        the record of what Docker lacked of an image, named by its manifest
         repositories/<name>/...     what was pushed: see Repository
-        .../.<random>               any of them while it is being written
+        damaged/...                 what was found to be damaged: see Disk
 
-    The folder is made at the first write: a program that only reads Docker's containerd image store needs none. Every
-    write goes to a temporary name in the same folder, and is renamed or linked when it is whole and verified, so a
-    reader never sees part of a blob. A record holds the size of every blob it needs, and counts only while all of
-    them are there in that size: a crash of the machine may have cut one short.
+    The folder is made at the first write: a program that only reads Docker's containerd image store needs none.
+    Content is read and compared with its digest before this process uses it for the first time, and again if its
+    file has changed. If it is damaged, its owners keep their links: they get the good content as soon as anybody brings
+    it.
     """
 
-    def __init__(self, root: Path):
+    FOLDERS = ("blobs", "docker", "exports", "fetched", "repositories", "damaged")
+
+    def __init__(self, root: Path, durable: bool = True, limit: int | None = None):
+        """durable says whether what is pushed is on the disk before that is acknowledged; limit is in bytes."""
         self.root, self.repositories = root, root / "repositories"
-        self.docker = Links(self, root / "docker")
+        self.disk, self.space = Disk(root, durable), Space(root, limit)
+        self.docker = Links(self, root / "docker", durable=False)
         # The size and the hash of uploads between two requests. Only whoever has reserved the path touches its entry.
         self.hashes: dict[Path, tuple[int, Any]] = {}
-        # Held while a manifest is pushed or deleted: it is several small files, and two such changes must not mix.
-        self.changing = threading.Lock()
+        self.jobs = Jobs()
+        self.using = threading.Lock()  # held while content is marked as used, or removed because it was not
         self._recording = threading.Lock()  # held while a record of fetched content, a small file, is read and written
-        self._lock = threading.Lock()  # guards _unfinished and _reserved
-        self._unfinished: set[Path] = set()
-        self._reserved: set[Path] = set()
+        self._lock = threading.Lock()  # guards _verified
+        self._verified: dict[Identity, Digest] = {}  # what is in a file; what was used last comes last
+
+    def close(self) -> None:
+        """Remove everything half-written, at the end of the process."""
+        self.disk.close()
+
+    # ---- content
 
     def blob_path(self, digest: Digest) -> Path:
         """Where content is, if the store has it."""
         return self.root / "blobs" / digest.algorithm / digest.hex
 
-    def release(self, digest: Digest) -> int:
-        """Free content that belongs to nobody. The number of bytes freed: 0 if it is still needed."""
-        path = self.blob_path(digest)
-        try:
-            status = path.stat()
-            if status.st_nlink > 1:
-                return 0
-            path.unlink()
-        except FileNotFoundError:
-            return 0
-        return status.st_size
-
-    def check_space(self, needed: int) -> None:
-        """STORE_FAILED unless this many bytes can be written."""
-        if not needed:
-            return
-        with disk_errors(f"write to {self.root}"):
-            self.root.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.root).free
-        if free < needed:
-            raise RegistryError("STORE_FAILED", f"{human_bytes(needed)} are needed in {self.root}, and only "
-                                                f"{human_bytes(free)} are free")
-
-    # ---- writing
-
-    def begin(self, folder: Path) -> Path:
-        """A temporary name in a folder, to be renamed when the file is whole; end() has to follow in any case."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f".{secrets.token_hex(8)}"
+    def remember(self, identity: Identity, digest: Digest) -> None:
+        """Remember what was found to be in a file."""
         with self._lock:
-            self._unfinished.add(path)
-        return path
+            if len(self._verified) >= VERIFIED_LIMIT:
+                del self._verified[next(iter(self._verified))]
+            self._verified[identity] = digest
 
-    def end(self, path: Path) -> None:
-        """Remove what is left under a temporary name."""
-        path.unlink(missing_ok=True)
-        with self._lock:
-            self._unfinished.discard(path)
+    def touch(self, path: Path) -> None:
+        """Mark a file as used now, if that is possible: it is not removed for a while."""
+        with self.using, contextlib.suppress(OSError):  # it is not there, or the file system is read-only
+            before = Identity.of(path)
+            os.utime(path)
+            after = Identity.of(path)
+            with self._lock:
+                known = self._verified.pop(before, None)
+            if known and after[:2] == before[:2]:
+                self.remember(after, known)
 
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
-        with disk_errors(f"write {path}"):
-            temporary = self.begin(path.parent)
+    def is_intact(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
+        """True if a file is there and has the content of a digest. If it has other content, it is set aside."""
+        # It may have been replaced while it was read, so ask twice. The second answer is remembered.
+        if self.has_content(path, digest, deadline) or self.has_content(path, digest, deadline):
+            return True
+        if self.disk.status(path) is not None:
+            self._set_aside(path, digest)
+        return False
+
+    def has_content(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
+        """True if a file is there and has the content of a digest. STORE_FAILED if it could not be read.
+
+        A large file that has to be read first may take longer than a deadline: then UNAVAILABLE, and the reading goes
+        on.
+        """
+        with disk_errors(f"read {path}"):
             try:
-                temporary.write_bytes(data)
-                temporary.rename(path)
-            finally:
-                self.end(temporary)
-
-    def remove(self, path: Path) -> bool:
-        """Remove a file. True if there was one."""
-        with disk_errors(f"remove {path}"):
-            try:
-                path.unlink()
+                identity = Identity.of(path)
+                found = self._verified.get(identity)
+                if found is None or found.algorithm != digest.algorithm:
+                    read = functools.partial(self._read, path, digest.algorithm)
+                    found = read() if identity.size <= MANIFEST_LIMIT else self.jobs.start(
+                        (identity, digest.algorithm), read, f"reading {digest}").outcome(deadline or Deadline())
+                return bool(found == digest)
             except FileNotFoundError:
                 return False
-            return True
+            except OSError as e:
+                self.disk.check_damage(path, e)
+                return False
+            except RegistryError as e:
+                raise RegistryError("UNAVAILABLE", f"the store is still reading {digest}: ask again") from e
 
-    @contextlib.contextmanager
-    def reserved(self, path: Path) -> Iterator[None]:
-        """Reserve a path for one request; UPLOAD_BUSY if another one has it."""
-        with self._lock:
-            if path in self._reserved:
-                raise RegistryError("UPLOAD_BUSY", "another request is writing to this upload: ask for its state, and "
-                                                   "continue from there")
-            self._reserved.add(path)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reserved.discard(path)
+    def _read(self, path: Path, algorithm: str) -> Digest:
+        """Read a file, and return the digest of its content. OSError."""
+        content, identity = hash_file(path, algorithm)
+        found = Digest(algorithm, content.hexdigest())
+        if identity:
+            self.remember(identity, found)
+        return found
 
-    def close(self) -> None:
-        """Remove everything half-written, at the end of the process."""
-        with self._lock:
-            unfinished = list(self._unfinished)
-        for path in unfinished:
-            self.end(path)
+    def _set_aside(self, path: Path, digest: Digest) -> None:
+        """Move damaged content from blobs/ to damaged/, so that no other owner gets it."""
+        self.disk.name_damaged(path, f"its content is not that of {digest}")
+        with contextlib.suppress(OSError):  # a read-only file system, or another request has done it
+            if is_folder(path):
+                if path == self.blob_path(digest):  # an owner keeps the place: what belongs to it is known from that
+                    self.disk.move_away(path, lambda: is_folder(path))
+            elif path.samefile(self.blob_path(digest)):
+                self.disk.link(path, self._damaged_path(digest))
+                self.blob_path(digest).unlink()
+        with contextlib.suppress(OSError):
+            if path == self.docker.path(digest):  # it can be had again
+                path.unlink()
+
+    def _damaged_path(self, digest: Digest) -> Path:
+        return self.disk.damaged / digest.algorithm / digest.hex
+
+    def add(self, file: Path, digest: Digest) -> None:
+        """Add a verified file. If the content was damaged, it is replaced for all owners. OSError."""
+        if self.disk.status(self._damaged_path(digest)) is None:
+            self.disk.link(file, self.blob_path(digest))
+            return
+        inode = file.stat().st_ino
+        self.disk.sync(file)
+        for owner in reversed([*self.owners()]):  # the store's own link comes last: after a kill this is repeated
+            path = owner.path(digest)
+            status = self.disk.status(path)
+            if (status and status.st_ino != inode) or path == self.blob_path(digest):
+                self.disk.link(file, path)
+                self.disk.sync(path.parent)
+        self._damaged_path(digest).unlink(missing_ok=True)
+        log.info("store: %s is whole again", digest)
+
+    def owners(self) -> Iterator[Links]:
+        """All that content may belong to: the store itself, what came from Docker, and each repository."""
+        yield Links(self, self.root / "blobs", durable=False)
+        yield self.docker
+        for name in self.repository_names():
+            yield from (Links(self, self.repositories / name / kind) for kind in ("_blobs", "_manifests"))
+
+    def repository_names(self, above: str = "") -> Iterator[str]:
+        """The names of the repositories that anything was ever pushed to."""
+        entries = [entry for entry in self.disk.entries(self.repositories / above) if entry.name[0] != "."]
+        if any(entry.name in ("_manifests", "_blobs", "_uploads") for entry in entries):
+            yield above
+        for entry in entries:
+            name = f"{above}/{entry.name}" if above else entry.name
+            if REPOSITORY.fullmatch(name) and len(name) <= NAME_LENGTH and entry.is_dir():
+                yield from self.repository_names(name)
+
+    def release(self, digest: Digest) -> None:
+        """Free content that belongs to nobody."""
+        path = self.blob_path(digest)
+        with disk_errors(f"remove {path}"), contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if status.st_nlink == 1:
+                path.unlink()
+                self.space.free(status.st_size)
+
+    def contents(self) -> dict[Digest, int]:
+        """All content of the store, and its size in bytes."""
+        blobs = Links(self, self.root / "blobs")
+        return {digest: size for digest in blobs.digests() if (size := blobs.size(digest)) is not None}
 
     # ---- records: what was exported, and what was fetched
 
-    def _record_path(self, image_id: Digest) -> Path:
-        return self.root / "exports" / image_id.algorithm / image_id.hex
+    def _record_path(self, kind: str, digest: Digest) -> Path:
+        return self.root / kind / digest.algorithm / digest.hex
+
+    def _read_record(self, path: Path) -> Record | None:
+        data = self.disk.read(path)
+        try:
+            return Record.parse(data) if data is not None else None
+        except ValueError as e:
+            self.disk.name_damaged(path, str(e))
+            return None
 
     def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
         """Note an exported image: the digest of its manifest, and the content that it needs, which is here."""
-        with disk_errors(f"read {self.root}"):
+        with disk_errors(f"read {self.docker.folder}"):
             sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
-        self.write(self._record_path(image_id), Record(target, sizes).dump())
+        self.disk.write(self._record_path("exports", image_id), Record(target, sizes).dump())
 
     def noted_target(self, image_id: Digest) -> Digest | None:
         """The digest of the manifest that an image had when it was exported, or None if it never was."""
-        try:
-            return Record.load(self._record_path(image_id)).target
-        except (OSError, ValueError):
-            return None
+        record = self._read_record(self._record_path("exports", image_id))
+        return record.target if record else None
 
     def exported(self, image_id: Digest) -> Digest | None:
         """The digest of an exported image's manifest, or None unless everything it needs is here."""
-        path = self._record_path(image_id)
-        try:
-            record = Record.load(path)
-            os.utime(path)  # what is freed depends on the last use
-        except (OSError, ValueError):
+        path = self._record_path("exports", image_id)
+        record = self._read_record(path)
+        if record is None or not self.docker.find(record.target) or any(
+                self.docker.size(digest) != size for digest, size in record.content.items()):
             return None
-        whole = all(self.docker.size(digest) == size for digest, size in record.content.items())
-        return record.target if whole else None
-
-    def _fetched_path(self, manifest: Digest) -> Path:
-        return self.root / "fetched" / manifest.algorithm / manifest.hex
+        self.touch(path)  # what is freed depends on the last use
+        return record.target
 
     def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
         """Note that content, with its size in bytes, stays here for a manifest for as long as that is in use.
 
-        Some of it may be elsewhere now: it stays once it is here.
+        Content that is not here yet is kept once it arrives.
         """
-        path, known = self._fetched_path(manifest), {}
+        path = self._record_path("fetched", manifest)
         with self._recording:
-            with contextlib.suppress(OSError, ValueError):
-                known = dict(Record.load(path).content)
-            if content.items() <= known.items():
-                os.utime(path)
+            record = self._read_record(path)
+            known = record.content if record else {}
+            if record and content.items() <= known.items():
+                self.touch(path)
             else:
-                self.write(path, Record(manifest, {**known, **content}).dump())
+                self.disk.write(path, Record(manifest, {**known, **content}).dump())
 
     def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
         """If anything was fetched for a manifest, mark it as used now, and all of its content as needed."""
-        if self._fetched_path(manifest).exists():
+        if self.disk.status(self._record_path("fetched", manifest)):
             self.record_fetch(manifest, content)
 
-    # ---- tidying up
+    def _records(self, kind: str) -> list[tuple[float, Path, Digest, Record]]:
+        """All records of one kind, the oldest first: last use (seconds since the epoch), path, what it is about."""
+        found = []
+        for about in Links(self, self.root / kind).digests():
+            path = self._record_path(kind, about)
+            with disk_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                used, record = path.stat().st_mtime, self._read_record(path)
+                if record:
+                    found.append((used, path, about, record))
+        return sorted(found, key=lambda entry: entry[0])
 
-    def is_old(self, path: Path, now: float, age: float) -> bool:
-        """True if a file was last used more than `age` seconds before now, and no request is writing to it."""
-        with self._lock:
-            if path in self._unfinished or path in self._reserved:
-                return False
-        try:
-            return path.stat().st_mtime < now - age
-        except FileNotFoundError:
-            return False
+    # ---- room
+
+    def reserve(self, count: int) -> None:
+        """Count bytes that are about to be written, and make room for them if need be. STORE_FULL if there is none."""
+        if self.space.limit and not self.space.measured:
+            self.measure()
+        if self.space.lacking(count):
+            self._evict(count)
+        self.space.reserve(count)
+
+    def check_room(self, count: int) -> None:
+        """Make room for some bytes if need be, before anything is written. STORE_FULL if there is none."""
+        if count:
+            self.reserve(count)
+            self.space.written(count, used=False)
+
+    def measure(self) -> None:
+        """Count what the store has on the disk. What is written meanwhile may be miscounted until the next time."""
+        uploads = (self.repositories / name / "_uploads" for name in self.repository_names())
+        used = 0
+        for path in (path for folder in (self.root / "blobs", *uploads) for path in self.disk.files(folder)):
+            with contextlib.suppress(OSError):
+                used += path.stat().st_size
+        self.space.measured_as(used)
+
+    def _evict(self, count: int) -> None:
+        """Free what can be had again, the least recently used first, until there is room for some bytes.
+
+        What was used within the last SERVED_AGE seconds stays: a node may be in the middle of a pull. Nothing is freed
+        if all of that would not be enough.
+        """
+        now = time.time()
+        records = sorted(self._records("exports") + self._records("fetched"), key=lambda entry: entry[0])
+        owners = collections.Counter(digest for *_, record in records for digest in record.content)
+        unowned = set(self.docker.digests()) - set(owners)
+        old = [entry for entry in records if self.disk.is_old(entry[1], now, SERVED_AGE)]
+        available = unowned.union(*(record.content for *_, record in old))
+        if sum(self.docker.size(digest) or 0 for digest in available) < self.space.lacking(count):
+            return
+        for digest in unowned:
+            self.docker.drop_unless_used(digest, now, SERVED_AGE)
+        for _, path, about, record in old:
+            if not self.space.lacking(count):
+                return
+            self.disk.remove(path)
+            owners.subtract(record.content.keys())
+            for digest in record.content:
+                if not owners[digest]:
+                    self.docker.drop_unless_used(digest, now, SERVED_AGE)
+            log.info("store: removed the copy of %s, to make room", about)
+
+    # ---- tidying up
 
     def tidy_up(self, in_docker: Callable[[Digest], bool], now: float) -> None:
         """Remove what nothing refers to any more. now is in seconds since the epoch.
@@ -2267,64 +3471,107 @@ class Store:
         last EVICTION_AGE seconds stays: a node may be in the middle of a pull, and an export or a push may still be
         arriving.
         """
-        with disk_errors(f"tidy up {self.root}"):
-            needed = self._needed("exports", now, EVICTION_AGE, in_docker)
-            needed |= self._needed("fetched", now, FETCHED_AGE, lambda _: False)
-            for digest in set(self.docker.digests()) - needed:
-                if self.is_old(self.docker.path(digest), now, EVICTION_AGE):
-                    self.docker.drop(digest)
-            for path in self.root.rglob(".*"):
-                if self.is_old(path, now, EVICTION_AGE):
-                    path.unlink(missing_ok=True)
-            for digest in self.contents():
-                if self.is_old(self.blob_path(digest), now, EVICTION_AGE):
-                    self.release(digest)
+        needed = self._needed("exports", now, EVICTION_AGE, in_docker)
+        needed |= self._needed("fetched", now, FETCHED_AGE, lambda _: False)
+        for digest in set(self.docker.digests()) - needed:
+            self.docker.drop_unless_used(digest, now, EVICTION_AGE)
+        for path in (path for name in self.FOLDERS for path in self.disk.files(self.root / name)):
+            if path.name[0] == "." and self.disk.is_old(path, now, EVICTION_AGE):
+                self.disk.remove(path)
+        for digest in self.contents():
+            if self.disk.is_old(self.blob_path(digest), now, EVICTION_AGE):
+                self.release(digest)
 
-    @contextlib.contextmanager
-    def log_freed(self) -> Iterator[None]:
-        """Log how many bytes the body of the `with` has freed."""
-        before = self.contents()
-        yield
-        after = self.contents()
-        freed = sum(size for digest, size in before.items() if digest not in after)
-        if freed:
-            log.info("store: freed %s that nothing refers to any more", human_bytes(freed))
-
-    def contents(self) -> dict[Digest, int]:
-        """All content of the store, and its size in bytes."""
-        found = {}
-        for path in self.root.glob("blobs/*/[0-9a-f]*"):
-            with contextlib.suppress(FileNotFoundError):  # it was deleted a moment ago
-                found[Digest(path.parent.name, path.name)] = path.stat().st_size
-        return found
-
-    def _needed(self, folder: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
+    def _needed(self, kind: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
         """Remove the old records that nobody needs, and return the content of the others."""
         needed: set[Digest] = set()
-        for path in self.root.glob(f"{folder}/*/[0-9a-f]*"):
-            try:
-                record = Record.load(path)
-            except ValueError as e:
-                log.warning("store: %s is %s", path, e)
-                record = None
-            gone = self.is_old(path, now, age) and (
-                record is None or not is_needed(Digest(path.parent.name, path.name)))
-            if gone:
-                path.unlink(missing_ok=True)
-            elif record:
+        for _, path, about, record in self._records(kind):
+            if self.disk.is_old(path, now, age) and not is_needed(about):
+                self.disk.remove(path)
+            else:
                 needed.update(record.content)
         return needed
 
+    @contextlib.contextmanager
+    def log_freed(self) -> Iterator[None]:
+        """Log how many bytes were freed during the `with`."""
+        before = self.space.freed
+        yield
+        if self.space.freed > before:
+            log.info("store: freed %s that nothing refers to any more", human_bytes(self.space.freed - before))
 
-class BlobWriter:
+
+# =====================================================================================================================
+# 11. Writers: content that is being written
+# Uses: waiting, transfers, disk, store.
+# =====================================================================================================================
+
+
+class Writer:
+    """A file of the store that grows. Its bytes are hashed as they arrive, and brought to the disk meanwhile."""
+
+    STEP = 16 * MIB     # bytes after which they are brought to the disk
+
+    def __init__(self, store: Store, path: Path):
+        self._store, self.path = store, path
+        with disk_errors(f"write {path}"):
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            self.size = self._file.tell()
+        self._hash: Any = None
+        self._reserved = 0
+        self._synced, self._syncing = self.size, Job("writing")
+        self._syncing.done.set()
+
+    def expect(self, count: int) -> None:
+        """Reserve room for so many more bytes. STORE_FULL if there is none."""
+        self._store.reserve(count)
+        self._reserved += count
+
+    def write(self, data: Data) -> None:
+        """Append bytes. Readers of the file see them immediately. STORE_FAILED, STORE_FULL."""
+        if len(data) > self._reserved:
+            self.expect(len(data))
+        with disk_errors(f"write {self.path}"):
+            for part in write_all(self._file.write, data):
+                self._hash.update(part)
+                self.size += len(part)
+                self._reserved -= len(part)
+                self._store.space.written(len(part))
+
+    def sync_meanwhile(self) -> None:
+        """Sync what has arrived, in the background; one job at a time."""
+        if self.size - self._synced >= self.STEP and self._syncing.done.is_set():
+            self._check_sync()
+            self._synced = self.size
+            sync = functools.partial(self._store.disk.sync, self.path)
+            with contextlib.suppress(RegistryError):  # no thread can be started: it is done at the end
+                self._syncing = self._store.jobs.start(("sync", self.path), sync, "writing")
+
+    def _check_sync(self) -> None:
+        """Raise the error of the last job, if there was one: the system tells of an error of the disk only once."""
+        with disk_errors(f"write {self.path}"):
+            self._syncing.outcome(Deadline())
+
+    def close(self) -> None:
+        """Close the file. STORE_FAILED, STORE_FULL."""
+        self._store.space.written(self._reserved, used=False)
+        self._reserved = 0
+        with disk_errors(f"write {self.path}"):
+            self._file.close()
+        self._check_sync()
+
+
+class BlobWriter(Writer):
     """Content that is being written to a store. Unless it is kept, nothing of it remains."""
 
     def __init__(self, store: Store, algorithm: str = "sha256"):
-        self._store, self._hash = store, hashlib.new(algorithm)
-        self._folder = store.root / "blobs" / algorithm
-        with disk_errors(f"write to {self._folder}"):
-            self.path = store.begin(self._folder)
-            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
+        folder = store.root / "blobs" / algorithm
+        with disk_errors(f"write to {folder}"):
+            path = store.disk.begin(folder)
+        with on_failure(lambda: store.disk.end(path)):
+            super().__init__(store, path)
+        self._hash = hashlib.new(algorithm)
+        self._is_new = False
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -2332,90 +3579,91 @@ class BlobWriter:
     def __exit__(self, *error: object) -> None:
         self.discard()
 
-    def write(self, data: Data) -> None:
-        """Append bytes. Readers of the file see them immediately. STORE_FAILED if the disk does not take them."""
-        with disk_errors(f"write to {self._folder}"):
-            for part in write_all(self._file.write, data):
-                self._hash.update(part)
-
     def finish(self) -> Digest:
         """Close the file, and return the digest of everything that was written."""
-        with disk_errors(f"write to {self._folder}"):
-            self._file.close()
+        self.close()
         return Digest(self._hash.name, self._hash.hexdigest())
 
     def keep(self, owner: Links) -> Digest:
         """Finish, and make the content belong to an owner under its digest, which is returned."""
-        digest = self.finish()
-        owner.take(self.path, digest)
-        self._store.end(self.path)
+        try:
+            digest = self.finish()
+            self._is_new = owner.take(self.path, digest)
+        finally:
+            self.discard()
         return digest
 
     def discard(self) -> None:
         """Forget the content, unless it was kept."""
-        with contextlib.suppress(OSError):  # a full disk says so again here
-            self._file.close()
-        self._store.end(self.path)
+        with contextlib.suppress(RegistryError):  # a full disk says so again
+            self.close()
+        self._store.disk.end(self.path)
+        self._store.space.discard(0 if self._is_new else self.size)
+        self.size = 0
 
 
-# =====================================================================================================================
-# 9. Hosted: the registry of what was pushed
-# Uses: transfers, store.
-# =====================================================================================================================
-
-
-class Upload:
-    """An upload during one request: a file that grows, and the hash of what is in it.
+class Upload(Writer):
+    """An upload during one request. It has to be closed.
 
     The hash is kept in the store's memory from one request to the next. After a restart it is computed again
     from the file.
     """
 
     def __init__(self, store: Store, path: Path):
-        self._store, self._path = store, path
-        with disk_errors(f"write {path}"):
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-            self.size = self._file.tell()
+        super().__init__(store, path)
         size, self._hash = store.hashes.pop(path, (0, None))
         if self._hash is None or size != self.size:
             self._hash = self._hash_file("sha256")
 
     def _hash_file(self, algorithm: str) -> Any:
-        digest = hashlib.new(algorithm)
-        with disk_errors(f"read {self._path}"), open(self._path, "rb") as file:
-            while data := file.read(MIB):
-                digest.update(data)
-        return digest
+        with disk_errors(f"read {self.path}"):
+            return hash_file(self.path, algorithm)[0]
 
-    def write(self, data: bytes) -> None:
-        """Append bytes; STORE_FAILED if the disk does not take them."""
-        with disk_errors(f"write {self._path}"):
-            for part in write_all(self._file.write, data):
-                self._hash.update(part)
-                self.size += len(part)
+    def write(self, data: Data) -> None:
+        """See Writer. If there is no room, the upload is cancelled, which frees its bytes."""
+        try:
+            super().write(data)
+        except RegistryError as e:
+            if e.code == "STORE_FULL":
+                self.cancel()
+            raise
+        self.sync_meanwhile()
 
     def keep(self, expected: Digest, owner: Links) -> None:
         """End the upload, and make its content belong to an owner. DIGEST_INVALID, and then nothing of it is kept."""
-        algorithm = expected.algorithm
+        algorithm, is_new = expected.algorithm, False
         content = self._hash if algorithm == self._hash.name else self._hash_file(algorithm)
         try:
             if content.hexdigest() != expected.hex:
                 raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest "
                                                       f"{algorithm}:{content.hexdigest()}, not {expected}")
-            owner.take(self._path, expected)
+            self._check_sync()
+            is_new = owner.take(self.path, expected)
         finally:
-            self.cancel()
+            self._end(is_new)
 
     def cancel(self) -> None:
         """End the upload, and forget what has arrived."""
-        self._store.remove(self._path)
-        self._hash = None
+        self._end(False)
+
+    def _end(self, is_kept: bool) -> None:
+        if self._hash is not None:  # the first end counts
+            self._hash = None
+            self._store.space.discard(0 if is_kept else self.size)
+            self._store.disk.remove(self.path)
 
     def close(self) -> None:
-        """Close the file, at the end of each request."""
-        self._file.close()
+        """Close the file, at the end of each request. What could not be synced is not kept."""
+        with on_failure(self.cancel):
+            super().close()
         if self._hash is not None:
-            self._store.hashes[self._path] = (self.size, self._hash)
+            self._store.hashes[self.path] = (self.size, self._hash)
+
+
+# =====================================================================================================================
+# 12. Hosted: the registry of what was pushed
+# Uses: waiting, transfers, store, writers.
+# =====================================================================================================================
 
 
 class Repository:
@@ -2426,160 +3674,234 @@ class Repository:
         <name>/_types/sha256/<hex>                  its media type, if the manifest itself does not say it
         <name>/_tags/<tag>                          the digest of a manifest
         <name>/_referrers/sha256/<hex>/<digest>     an empty file: this manifest has that subject
+        <name>/_deleted/sha256/<hex>                an empty file: there may be tags of this deleted manifest
         <name>/_uploads/<session>                   what has arrived of an upload
 
     Path components of a repository's name never begin with an underscore, so nested names do not clash.
     A tag or a referrer counts only while its manifest exists. So the order of two writes is enough for a push
-    to be there whole or not at all, whenever the process is killed.
+    to be there whole or not at all, whenever the process is killed. And a manifest is deleted without a look at each
+    tag: they go when the repository is tidied up, or before the same manifest is pushed again.
     """
 
     def __init__(self, store: Store, name: str):
-        self._store, self.name = store, name
+        self._store, self._disk, self.name = store, store.disk, name
         self.folder = store.repositories / name
         self.blobs = Links(store, self.folder / "_blobs")
         self.manifests = Links(store, self.folder / "_manifests")
 
+    def _changing(self) -> contextlib.AbstractContextManager[None]:
+        """Hold this while a manifest is pushed or deleted: it is several files, and two such changes must not mix."""
+        return self._disk.reserved(self.folder, wait=True)
+
     # ---- manifests
 
-    def _type_path(self, digest: Digest) -> Path:
-        return self.folder / "_types" / digest.algorithm / digest.hex
-
-    def _referrers_folder(self, subject: Digest) -> Path:
-        return self.folder / "_referrers" / subject.algorithm / subject.hex
+    def _path(self, kind: str, digest: Digest) -> Path:
+        return self.folder / kind / digest.algorithm / digest.hex
 
     def manifest(self, target: str | Digest) -> Manifest | None:
         """The manifest that a tag or a digest names here, or None."""
         digest = target if isinstance(target, Digest) else self.tag(target)
-        if digest is None:
+        if digest is None or not self.manifests.find(digest):
             return None
-        data = self._read(self.manifests.path(digest))
-        if data is None:
-            return None
-        media_type = (self._read(self._type_path(digest)) or b"").decode(errors="replace")
-        if not MEDIA_TYPE.fullmatch(media_type):
-            media_type = manifest_type(data) or OCI_MANIFEST
-        return Manifest(digest, media_type, data)
+        data = self._disk.read(self.manifests.path(digest))
+        return Manifest(digest, self._media_type(digest, data), data) if data is not None else None
 
-    @staticmethod
-    def _read(path: Path) -> bytes | None:
-        """The bytes of a small file, or None if there is none. STORE_FAILED if it cannot be read."""
-        with disk_errors(f"read {path}"):
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return None
+    def _media_type(self, digest: Digest, data: bytes) -> str:
+        """The media type of a manifest: the one that it was pushed with, if it does not say that itself."""
+        path = self._path("_types", digest)
+        noted = self._disk.read(path)
+        if noted is not None:
+            media_type = noted.decode(errors="replace")
+            if MEDIA_TYPE.fullmatch(media_type):
+                return media_type
+            self._disk.name_damaged(path, "not a media type")
+        return manifest_type(data) or OCI_MANIFEST
 
     def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
-        """Keep a manifest, and then its tags. STORE_FAILED."""
+        """Keep a manifest, and then its tags. STORE_FAILED, STORE_FULL."""
         digest = manifest.digest
-        with self._store.changing:
+        self._store.check_room(len(manifest.data))
+        with self._changing():
+            self._forget_tags(digest)
             if manifest.media_type != manifest_type(manifest.data):
-                self._store.write(self._type_path(digest), manifest.media_type.encode())
+                self._disk.write(self._path("_types", digest), manifest.media_type.encode())
             else:
-                self._store.remove(self._type_path(digest))  # of an earlier push of the same bytes
+                self._disk.remove(self._path("_types", digest))  # of an earlier push of the same bytes
             if manifest.subject:
-                self._store.write(self._referrers_folder(manifest.subject) / str(digest), b"")
+                self._disk.write(self._path("_referrers", manifest.subject) / str(digest), b"")
             with BlobWriter(self._store, digest.algorithm) as writer:
                 writer.write(manifest.data)
                 writer.keep(self.manifests)
             for tag in tags:
-                self._store.write(self.folder / "_tags" / tag, str(digest).encode())
+                self._touch_tagged(tag)
+                self._disk.write(self.folder / "_tags" / tag, str(digest).encode())
+
+    def _touch_tagged(self, tag: str) -> None:
+        """Mark the manifest that a tag names until now as used: its time without a tag begins."""
+        digest = self._tagged(tag)
+        if digest:
+            self.manifests.touch(digest)
 
     def delete_manifest(self, digest: Digest) -> bool:
         """Remove a manifest with all its tags. True if it was here."""
-        with self._store.changing:
-            manifest = self.manifest(digest)
-            if manifest is None:
-                return False
-            for tag in self.tags():
-                if self.tag(tag) == digest:
-                    self.delete_tag(tag)
-            gone = self.manifests.drop(digest)
-            self._store.remove(self._type_path(digest))
-            if manifest.subject:
-                self._store.remove(self._referrers_folder(manifest.subject) / str(digest))
-            return gone
+        with self._changing():
+            return self._delete_manifest(digest)
 
-    def referrers(self, subject: Digest) -> Iterator[Manifest]:
-        """The manifests here that have this subject, in the order of their own digests."""
-        for path in sorted(self._referrers_folder(subject).glob("sha*:*")):
-            manifest = self.manifest(Digest.parse(path.name))
+    def _delete_manifest(self, digest: Digest) -> bool:
+        manifest = self.manifest(digest)
+        if self.manifests.size(digest) is None:
+            return False
+        self._disk.write(self._path("_deleted", digest), b"")
+        gone = self.manifests.drop(digest)
+        self._disk.remove(self._path("_types", digest))
+        if manifest and manifest.subject:
+            self._disk.remove(self._path("_referrers", manifest.subject) / str(digest))
+        return gone
+
+    def _forget_tags(self, digest: Digest) -> None:
+        """Remove the tags of a manifest that was deleted, or they would be back when it is pushed again."""
+        deleted = self._path("_deleted", digest)
+        if self._disk.status(deleted):
+            is_deleted = self.manifests.size(digest) is None  # or the process was killed before that
+            for tag in self._disk.names(self.folder / "_tags") if is_deleted else ():
+                if self._tagged(tag) == digest:
+                    self._disk.remove(self.folder / "_tags" / tag)
+            self._disk.remove(deleted)
+
+    def referrers(self, subject: Digest, after: str = "") -> Iterator[Manifest]:
+        """The manifests here that have this subject, in the order of their own digests, behind one of these."""
+        folder = self._path("_referrers", subject)
+        for name in self._disk.names(folder):
+            try:
+                manifest = self.manifest(Digest.parse(name)) if name > after else None
+            except ValueError:
+                self._disk.name_damaged(folder / name, "its name is not a digest")
+                continue
             if manifest:
                 yield manifest
 
-    def has_blob(self, digest: Digest, size: int) -> bool:
-        """True if a blob is here in its size, in bytes. It counts as used now."""
-        return self.blobs.touch(digest) and self.blobs.size(digest) == size
+    def has_blob(self, digest: Digest, size: int, deadline: Deadline | None = None) -> bool:
+        """True if a blob is here in its size, in bytes. It counts as used now. See Store.has_content."""
+        self.blobs.touch(digest)
+        blob = self.blobs.find(digest, deadline)
+        return blob is not None and blob.size == size
 
     # ---- tags
 
+    def _tagged(self, tag: str) -> Digest | None:
+        """The digest that a tag's file has, or None."""
+        path = self.folder / "_tags" / tag
+        data = self._disk.read(path)
+        try:
+            return Digest.parse(data.decode()) if data is not None else None
+        except ValueError:
+            self._disk.name_damaged(path, "it does not hold a digest")
+            return None
+
     def tag(self, tag: str) -> Digest | None:
         """The digest of the manifest that a tag names, or None if there is no such tag or manifest."""
-        try:
-            digest = Digest.parse((self._read(self.folder / "_tags" / tag) or b"").decode())
-        except ValueError:
-            return None
-        return digest if self.manifests.size(digest) is not None else None
+        digest = self._tagged(tag)
+        return digest if digest and self.manifests.find(digest) else None
 
-    def tags(self) -> list[str]:
-        """All tags, sorted."""
-        return sorted(path.name for path in (self.folder / "_tags").glob("[!.]*") if self.tag(path.name))
+    def dangling_tags(self) -> Iterator[tuple[str, Digest]]:
+        """The tags whose manifest is not there, though it was not deleted, with its digest."""
+        for tag in self._disk.names(self.folder / "_tags"):
+            digest = self._tagged(tag)
+            if digest and self.manifests.size(digest) is None and not self._disk.status(self._path("_deleted", digest)):
+                yield tag, digest
+
+    def tags(self, after: str = "") -> Iterator[str]:
+        """The tags behind a name, sorted. Each is read when it is taken, so a page costs as much as its own tags."""
+        return (tag for tag in self._disk.names(self.folder / "_tags")
+                if tag > after and TAG.fullmatch(tag) and self.tag(tag))
 
     def delete_tag(self, tag: str) -> bool:
         """Remove a tag. True if there was one. Its manifest stays."""
-        return self._store.remove(self.folder / "_tags" / tag)
+        with self._changing():
+            self._touch_tagged(tag)
+            return self.tag(tag) is not None and self._disk.remove(self.folder / "_tags" / tag, durable=True)
 
     # ---- uploads
+
+    def _upload_path(self, session: str) -> Path:
+        return self.folder / "_uploads" / session
 
     def begin_upload(self) -> str:
         """Begin an upload, and return its session: a name that nobody can guess."""
         session = secrets.token_hex(16)
-        path = self.folder / "_uploads" / session
+        path = self._upload_path(session)
         with disk_errors(f"write {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._disk.make_folder(path.parent)
             path.touch()
         return session
 
     def upload_size(self, session: str) -> int:
         """The bytes of an upload that have arrived, even while a request writes to it. BLOB_UPLOAD_UNKNOWN."""
-        try:
+        path = self._upload_path(session)
+        with disk_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
             if re.fullmatch(r"[0-9a-f]{32}", session):
-                return (self.folder / "_uploads" / session).stat().st_size
-        except FileNotFoundError:
-            pass
+                status = path.stat()
+                if status.st_nlink == 1:  # or it is a blob already: the process was killed before it removed this name
+                    return status.st_size
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
 
     @contextlib.contextmanager
     def upload(self, session: str) -> Iterator[Upload]:
         """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
-        path = self.folder / "_uploads" / session
-        unknown = RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
-        if not re.fullmatch(r"[0-9a-f]{32}", session):
-            raise unknown
-        with self._store.reserved(path):
-            if not path.exists():
-                raise unknown
-            if path.stat().st_nlink > 1:  # it is a blob already: the process was killed before it removed this name
-                self._store.remove(path)
-                raise unknown
+        path = self._upload_path(session)
+        with self._disk.reserved(path, wait=False):
+            self.upload_size(session)
             with contextlib.closing(Upload(self._store, path)) as upload:
                 yield upload
 
     # ---- tidying up
 
-    def tidy_up(self, now: float) -> None:
-        """Remove abandoned uploads, and blobs that no manifest here refers to any more."""
-        for path in self.folder.glob("_uploads/*"):
-            if self._store.is_old(path, now, UPLOAD_AGE):
-                self._store.remove(path)
+    def tidy_up(self, now: float, untagged_age: float | None) -> None:
+        """Remove abandoned uploads, blobs that no manifest here refers to any more, and, if an age in seconds is given,
+        manifests that have had no tag for so long."""
+        for path in (self.folder / "_uploads" / name for name in self._disk.names(self.folder / "_uploads")):
+            status = self._disk.status(path)
+            if status and self._disk.is_old(path, now, UPLOAD_AGE):
+                if self._disk.remove(path):
+                    self._store.space.free(status.st_size)
                 self._store.hashes.pop(path, None)
-        unused = set(self.blobs.digests())
-        for digest in self.manifests.digests():
-            manifest = self.manifest(digest)  # or an error, and then nothing is removed: its blobs are not known
-            unused.difference_update(manifest.listed("config", "layers", "blobs") if manifest else ())
+        for digest in Links(self._store, self.folder / "_deleted").digests():
+            with self._changing():
+                self._forget_tags(digest)
+        self._tidy_content(now, untagged_age)
+
+    def _tidy_content(self, now: float, untagged_age: float | None) -> None:
+        unused, damaged = set(self.blobs.digests()), False
+        related: dict[Digest, set[Digest]] = {}  # manifest -> those that it lists, and those that have it as subject
+        for digest in self.manifests.digests(strict=True):
+            manifest = self.manifest(digest)
+            damaged = damaged or manifest is None
+            if manifest:
+                unused.difference_update(manifest.listed("config", "layers", "blobs"))
+                related.setdefault(digest, set()).update(manifest.listed("manifests"))
+                if manifest.subject:
+                    related.setdefault(manifest.subject, set()).add(digest)
+        if damaged:
+            return  # its blobs are not known
         for digest in unused:
-            if self._store.is_old(self.blobs.path(digest), now, UPLOAD_AGE):
-                self.blobs.drop(digest)
+            self.blobs.drop_unless_used(digest, now, UPLOAD_AGE)
+        if untagged_age is not None:
+            for digest in set(self.manifests.digests()) - self._tagged_with(related):
+                with self._changing():  # a push of it that was under way marks it as used
+                    if self._disk.is_old(self.manifests.path(digest), now, untagged_age):
+                        log.info("store: removed the manifest %s of %s, which has no tag", digest, self.name)
+                        self._delete_manifest(digest)
+
+    def _tagged_with(self, related: Mapping[Digest, Iterable[Digest]]) -> set[Digest]:
+        """All manifests that have a tag, and those related to them."""
+        rest = [digest for tag in self._disk.names(self.folder / "_tags") if (digest := self._tagged(tag))]
+        found: set[Digest] = set()
+        while rest:
+            digest = rest.pop()
+            if digest not in found:
+                found.add(digest)
+                rest += related.get(digest, ())
+        return found
 
 
 class Hosted:
@@ -2588,8 +3910,9 @@ class Hosted:
     Each method takes a reference whose namespace, if it has one, names this registry.
     """
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, untagged_age: float | None = None):
+        """untagged_age is how long a manifest without a tag is kept after its last use, in seconds; None: forever."""
+        self._store, self._untagged_age = store, untagged_age
 
     def repository(self, name: str) -> Repository:
         """The repository of that name, whether or not anything is in it. The name has to be valid."""
@@ -2597,61 +3920,63 @@ class Hosted:
 
     def names(self) -> list[str]:
         """The names of the repositories that anything was ever pushed to, sorted."""
-        found = []
-        for folder, names, _ in os.walk(self._store.repositories):
-            if any(name in ("_manifests", "_blobs", "_uploads") for name in names):
-                found.append(str(Path(folder).relative_to(self._store.repositories)))
-            names[:] = [name for name in names if not name.startswith("_")]
-        return sorted(found)
+        return sorted(self._store.repository_names())
 
     # ---- reading
 
     def manifest(self, reference: Reference) -> Manifest:
         """The manifest that a reference names; MANIFEST_UNKNOWN."""
-        manifest = self.repository(reference.repository).manifest(reference.target)
+        repository = self.repository(reference.repository)
+        manifest = repository.manifest(reference.target)
         if manifest is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
+        repository.manifests.touch(manifest.digest)
         return manifest
 
-    def blob(self, reference: Reference) -> Blob:
-        """The blob whose digest a reference names; BLOB_UNKNOWN.
+    def blob(self, reference: Reference, deadline: Deadline | None = None) -> Blob:
+        """The blob whose digest a reference names; BLOB_UNKNOWN. See Store.has_content for the deadline.
 
         It counts as used now: a client that was told that it is here may rely on that for UPLOAD_AGE seconds.
         """
         blobs, digest = self.repository(reference.repository).blobs, reference.digest
-        blob = FolderProvider("hosted", blobs.path).find(digest)
-        if blob is None or not blobs.touch(digest):
+        blobs.touch(digest)
+        blob = blobs.find(digest, deadline)
+        if blob is None:
             raise RegistryError("BLOB_UNKNOWN", f"{digest} was not pushed to {reference.repository}")
         return blob
 
-    def tags(self, reference: Reference) -> list[str]:
-        """The tags of a repository, sorted; NAME_UNKNOWN. The reference's target is not used."""
+    def tags(self, reference: Reference, after: str = "") -> Iterator[str]:
+        """The tags of a repository behind a name, sorted; NAME_UNKNOWN. The reference's target is not used."""
         repository = self.repository(reference.repository)
-        if not (repository.folder / "_manifests").exists():
+        if not self._store.disk.names(repository.manifests.folder):
             raise RegistryError("NAME_UNKNOWN", f"nothing was pushed to {reference.repository}")
-        return repository.tags()
+        return repository.tags(after)
 
-    def referrers(self, reference: Reference) -> list[dict[str, Any]]:
-        """The descriptors of the manifests in a repository that have the digest of a reference as their subject."""
-        manifests = self.repository(reference.repository).referrers(reference.digest)
-        return [manifest.referrer() for manifest in manifests]  # one at a time: they may be large
+    def referrers(self, reference: Reference, after: str = "") -> Iterator[dict[str, Any]]:
+        """The descriptors of the manifests in a repository that have the digest of a reference as their subject.
+
+        They are read one at a time, in the order of their digests, from behind one on.
+        """
+        for manifest in self.repository(reference.repository).referrers(reference.digest, after):
+            yield manifest.referrer()
 
     def catalog(self) -> list[str]:
         """The names of the repositories that have tags, sorted."""
-        return [name for name in self.names() if self.repository(name).tags()]
+        return [name for name in self.names() if any(self.repository(name).tags())]
 
     # ---- writing
 
-    def push_blob(self, reference: Reference, pieces: Iterable[bytes]) -> None:
-        """Take the whole content of a blob in one go. DIGEST_INVALID, and then nothing of it is kept."""
-        expected = reference.digest
-        with BlobWriter(self._store, expected.algorithm) as writer:
+    def push_blob(self, reference: Reference, size: int | None, pieces: Iterable[bytes]) -> None:
+        """Take the whole content of a blob in one go. size is in bytes, or None if unknown.
+
+        DIGEST_INVALID, and then nothing of it is kept.
+        """
+        repository = self.repository(reference.repository)
+        with repository.upload(repository.begin_upload()) as upload, on_failure(upload.cancel):
+            upload.expect(size or 0)
             for piece in pieces:
-                writer.write(piece)
-            found = writer.finish()
-            if found != expected:
-                raise RegistryError("DIGEST_INVALID", f"the bytes that arrived have the digest {found}, not {expected}")
-            writer.keep(self.repository(reference.repository).blobs)
+                upload.write(piece)
+            upload.keep(reference.digest, repository.blobs)
 
     def mount(self, reference: Reference, source: str | None) -> bool:
         """Make a blob of another repository belong to this one too. True if that repository has it.
@@ -2678,9 +4003,9 @@ class Hosted:
         """Keep a manifest with its tags. MANIFEST_BLOB_UNKNOWN if its repository lacks a blob: then nothing is kept."""
         repository = self.repository(reference.repository)
         sizes = manifest.sizes("config", "layers", "blobs")
-        missing = [str(digest) for digest, size in sizes.items() if not repository.has_blob(digest, size)]
+        missing = [digest for digest, size in sizes.items() if not repository.has_blob(digest, size)]
         if missing:
-            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"{reference.repository} lacks {', '.join(missing)}: push "
+            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"{reference.repository} lacks {some_of(missing)}: push "
                                                          "blobs before the manifest that refers to them")
         repository.put_manifest(manifest, tags)
 
@@ -2699,38 +4024,43 @@ class Hosted:
         """Remove what was pushed and is not needed any more. now is in seconds since the epoch."""
         for name in self.names():
             try:
-                self.repository(name).tidy_up(now)
-            except RegistryError as e:
-                log.warning("store: %s is not tidied up: %s", name, e.detail)
+                self.repository(name).tidy_up(now, self._untagged_age)
+            except (OSError, RegistryError) as e:
+                log.warning("store: %s is not tidied up: %s", name, e)
 
 
 # =====================================================================================================================
-# 10. Content service: Docker's content by way of its socket
+# 13. Content service: Docker's content by way of its socket
 # Uses: waiting, engine, transfers.
 # =====================================================================================================================
 
 
-# ---- HTTP/2, the part that one gRPC call at a time needs (RFC 9113)
+# ---- HTTP/2, the part that a single gRPC call needs (RFC 9113)
 
 
 FRAME_DATA, FRAME_HEADERS, FRAME_RESET, FRAME_SETTINGS = 0x0, 0x1, 0x3, 0x4
 FRAME_PING, FRAME_GOAWAY, FRAME_WINDOW_UPDATE, FRAME_CONTINUATION = 0x6, 0x7, 0x8, 0x9
-END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
+END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 SETTING_HEADER_TABLE_SIZE, SETTING_ENABLE_PUSH, SETTING_INITIAL_WINDOW, SETTING_MAX_FRAME = 0x1, 0x2, 0x4, 0x5
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-FRAME_LIMIT = 64 * KIB          # bytes of a frame that we accept: larger frames need more memory and are no faster
 WINDOW = 2**31 - 1              # bytes: the maximum; the socket itself slows down a fast sender
 WINDOW_STEP = 16 * MIB          # bytes consumed before the window is enlarged again
+
+# What a server may send. Docker stays far below all of these.
+FRAME_LIMIT = 64 * KIB          # bytes of a frame: larger ones need more memory and are no faster
+HEADER_LIMIT = 64 * KIB         # bytes of a header block
+IDLE_FRAMES = 100               # frames in a row that bring no data
 MESSAGE_LIMIT = 16 * MIB        # bytes of a gRPC message; containerd sends 1 MiB at a time
+FIELDS_LIMIT = 10_000           # fields of a protobuf message; a blob has one for each label
 
 # `grpc-status` in HPACK's Huffman coding (RFC 7541, 5.2). We announce a header table of size 0, so the server
 # cannot replace the name with a reference, and no HPACK decoder is needed to find it.
 GRPC_STATUS = bytes.fromhex("9acac8b21234da8f")
-GRPC_OK, GRPC_NOT_FOUND, GRPC_UNIMPLEMENTED = 0, 5, 12
+GRPC_OK, GRPC_NOT_FOUND = 0, 5
 
 
 class Http2Error(Exception):
-    """The server closed the connection, or violated HTTP/2, gRPC or protobuf."""
+    """The server closed the connection, or violated HTTP/2, gRPC, protobuf or one of the limits above."""
 
 
 class GrpcError(Exception):
@@ -2780,50 +4110,70 @@ class Payload:
         for shift in range(0, 70, 7):
             byte = self.take(1)[0]
             number |= (byte & 0x7F) << shift
-            if byte < 0x80:
+            if byte < 0x80 and number < 2**64:
                 return number
         raise Http2Error(f"{self._what} has a varint of more than 64 bits")
 
 
-class Http2Connection:
-    """A connection to a gRPC server that carries one call at a time. Methods raise Http2Error and OSError.
+@dataclass(frozen=True)
+class Frame:
+    """An HTTP/2 frame."""
 
-    One call at a time keeps flow control simple: a slow reader blocks the server through the socket, and no
-    other call has to wait behind it. The cost is one connection per stream, which is very cheap on a unix
-    socket.
+    kind: int
+    flags: int
+    stream: int
+    payload: bytes
+
+    def encode(self) -> bytes:
+        """Return the frame as it is sent."""
+        head = struct.pack(">BBI", self.kind, self.flags, self.stream)
+        return struct.pack(">I", len(self.payload))[1:] + head + self.payload
+
+    def content(self) -> bytes:
+        """Return the payload of DATA or HEADERS without its padding and its priority (RFC 9113, 6.1 and 6.2)."""
+        content = self.payload
+        if self.flags & PADDED:
+            if not content or content[0] >= len(content):
+                raise Http2Error("a frame is shorter than its padding")
+            content = content[1:len(content) - content[0]]
+        return content[5:] if self.kind == FRAME_HEADERS and self.flags & PRIORITY else content
+
+
+class GrpcCall:
+    """A call of a gRPC method on a connection of its own. It raises Http2Error, GrpcError and OSError.
+
+    One call per connection keeps flow control simple: a slow reader blocks the server through the socket, and no
+    other call has to wait behind it. A connection costs about a millisecond on a unix socket.
     """
+
+    STREAM = 1
 
     def __init__(self, sock: socket.socket):
         self._sock, self._reader = sock, sock.makefile("rb", FRAME_LIMIT)
-        self._stream = -1
-        self._unacknowledged = 0  # bytes consumed since the connection's window was enlarged
-        settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
-                               SETTING_INITIAL_WINDOW, WINDOW, SETTING_MAX_FRAME, FRAME_LIMIT)
-        sock.sendall(HTTP2_PREFACE + self._frame(FRAME_SETTINGS, 0, 0, settings)
-                     + self._frame(FRAME_WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)))
-        kind, flags, _, payload = self._read_frame()
-        if kind != FRAME_SETTINGS:
-            raise Http2Error("the server did not send its settings first")
-        self._serve_connection(kind, flags, payload)
+        self._idle = 0      # frames since the last one that brought data
+        self._consumed = 0  # bytes of data since the windows were enlarged
 
     def close(self) -> None:
         """Close the connection."""
         self._reader.close()
         self._sock.close()
 
-    def call(self, path: str, message: bytes) -> Iterator[Payload]:
-        """Send one message to a gRPC method and yield each message of the answer as soon as it starts to arrive.
+    def answers(self, path: str, message: bytes) -> Iterator[Payload]:
+        """Send one message to a method and yield each message of the answer as soon as it starts to arrive.
 
         The unread rest of a message is skipped before the next one. Raises GrpcError if the call ends with a
-        status other than OK. The connection can only be reused after the iterator is exhausted or GrpcError.
+        status other than OK.
         """
-        self._stream += 2
+        settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
+                               SETTING_INITIAL_WINDOW, WINDOW, SETTING_MAX_FRAME, FRAME_LIMIT)
         headers = b"".join(self._literal(name, value) for name, value in (
             (b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"docker"),
             (b"content-type", b"application/grpc"), (b"te", b"trailers")))
-        self._sock.sendall(self._frame(FRAME_HEADERS, END_HEADERS, self._stream, headers)
-                           + self._frame(FRAME_DATA, END_STREAM, self._stream,
-                                         struct.pack(">BI", 0, len(message)) + message))
+        self._sock.sendall(HTTP2_PREFACE + b"".join(frame.encode() for frame in (
+            Frame(FRAME_SETTINGS, 0, 0, settings),
+            Frame(FRAME_WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)),
+            Frame(FRAME_HEADERS, END_HEADERS, self.STREAM, headers),
+            Frame(FRAME_DATA, END_STREAM, self.STREAM, struct.pack(">BI", 0, len(message)) + message))))
         answer = Payload(self._data(), "the answer to a gRPC call")
         while not answer.at_end():
             compressed, length = struct.unpack(">BI", answer.take(5))
@@ -2839,63 +4189,76 @@ class Http2Connection:
         """Encode a header without indexing and Huffman coding (RFC 7541, 6.2.2)."""
         return bytes((0, len(name))) + name + bytes((len(value),)) + value
 
-    @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
     def _read_exactly(self, count: int) -> bytes:
         data: bytes = self._reader.read(count)
         if len(data) < count:
             raise Http2Error("the connection was closed")
         return data
 
-    def _read_frame(self) -> tuple[int, int, int, bytes]:
-        """Read the next frame. Returns kind, flags, stream and payload."""
+    def _read_frame(self) -> Frame:
         head = self._read_exactly(9)
         length = int.from_bytes(head[:3], "big")
         if length > FRAME_LIMIT:
             raise Http2Error("the frame is too large, or the server does not speak HTTP/2")
+        self._idle += 1
+        if self._idle > IDLE_FRAMES:
+            raise Http2Error(f"the server sent {IDLE_FRAMES} frames without data")
         kind, flags, stream = struct.unpack(">BBI", head[3:])
-        return kind, flags, stream & WINDOW, self._read_exactly(length)
-
-    def _serve_connection(self, kind: int, flags: int, payload: bytes) -> None:
-        """Handle a frame that belongs to the connection rather than to the current stream."""
-        if kind == FRAME_SETTINGS and not flags & ACK:
-            self._sock.sendall(self._frame(FRAME_SETTINGS, ACK, 0, b""))
-        elif kind == FRAME_PING and not flags & ACK:
-            self._sock.sendall(self._frame(FRAME_PING, ACK, 0, payload))
-        elif kind == FRAME_GOAWAY:
-            raise Http2Error("Docker is closing the connection")
+        return Frame(kind, flags, stream & WINDOW, self._read_exactly(length))
 
     def _data(self) -> Iterator[bytes]:
-        """Yield the data of the current stream as it arrives, then check the status in its trailers."""
-        unacknowledged = 0
+        """Yield the data of the call as it arrives, then check the status in its trailers."""
+        frame = self._read_frame()
+        if frame.kind != FRAME_SETTINGS:
+            raise Http2Error("the server did not send its settings first")
         while True:
-            kind, flags, stream, payload = self._read_frame()
-            if stream != self._stream:
-                self._serve_connection(kind, flags, payload)
-            elif kind == FRAME_RESET:
-                raise Http2Error(f"Docker reset the stream, code {int.from_bytes(payload, 'big')}")
-            elif kind == FRAME_DATA:
-                unacknowledged = self._consumed(unacknowledged + len(payload), self._stream)
-                self._unacknowledged = self._consumed(self._unacknowledged + len(payload), 0)
-                if flags & END_STREAM:
-                    raise Http2Error("the stream ended without a status")
-                yield payload[1:len(payload) - payload[0]] if flags & PADDED else payload
-            elif kind == FRAME_HEADERS:
-                headers = payload
-                while not flags & END_HEADERS:
-                    _, more, _, payload = self._read_frame()
-                    headers, flags = headers + payload, flags | more & END_HEADERS
-                if flags & END_STREAM:
+            if frame.stream != self.STREAM:
+                self._serve_connection(frame)
+            elif frame.kind == FRAME_RESET:
+                raise Http2Error(f"Docker reset the stream, code {int.from_bytes(frame.payload[:4], 'big')}")
+            elif frame.kind == FRAME_DATA:
+                yield self._accept(frame)
+            elif frame.kind == FRAME_HEADERS:
+                headers = self._header_block(frame)
+                if frame.flags & END_STREAM:
                     return self._check_status(headers)
+            frame = self._read_frame()
 
-    def _consumed(self, count: int, stream: int) -> int:
-        """Enlarge a window by count bytes if that is worth a frame. Returns the bytes still unacknowledged."""
-        if count < WINDOW_STEP:
-            return count
-        self._sock.sendall(self._frame(FRAME_WINDOW_UPDATE, 0, stream, struct.pack(">I", count)))
-        return 0
+    def _serve_connection(self, frame: Frame) -> None:
+        """Handle a frame that belongs to the connection rather than to the call."""
+        if frame.kind == FRAME_SETTINGS and not frame.flags & ACK:
+            self._sock.sendall(Frame(FRAME_SETTINGS, ACK, 0, b"").encode())
+        elif frame.kind == FRAME_PING and not frame.flags & ACK:
+            self._sock.sendall(Frame(FRAME_PING, ACK, 0, frame.payload).encode())
+        elif frame.kind == FRAME_GOAWAY:
+            raise Http2Error("Docker is closing the connection")
+
+    def _accept(self, frame: Frame) -> bytes:
+        """Return the content of a DATA frame, and let the server send as much again when that is worth a frame."""
+        if frame.flags & END_STREAM:
+            raise Http2Error("the stream ended without a status")
+        content = frame.content()
+        if content:
+            self._idle = 0
+        self._consumed += len(frame.payload)
+        if self._consumed >= WINDOW_STEP:
+            update = struct.pack(">I", self._consumed)
+            self._sock.sendall(b"".join(Frame(FRAME_WINDOW_UPDATE, 0, stream, update).encode()
+                                        for stream in (0, self.STREAM)))
+            self._consumed = 0
+        return content
+
+    def _header_block(self, frame: Frame) -> bytes:
+        """Return the header block that begins with a frame. Only its CONTINUATION frames may follow."""
+        block = frame.content()
+        while not frame.flags & END_HEADERS:
+            frame = self._read_frame()
+            if (frame.kind, frame.stream) != (FRAME_CONTINUATION, self.STREAM):
+                raise Http2Error("another frame interrupts a header block")
+            block += frame.payload
+            if len(block) > HEADER_LIMIT:
+                raise Http2Error(f"a header block has more than {HEADER_LIMIT} bytes")
+        return block
 
     @staticmethod
     def _check_status(trailers: bytes) -> None:
@@ -2933,7 +4296,9 @@ def encode_fields(*fields: tuple[int, int | str]) -> bytes:
 
 def read_fields(message: Payload) -> Iterator[tuple[int, int | Iterator[memoryview]]]:
     """Yield (number, value) per field. The value is an integer, or pieces of bytes to be read before the next field."""
-    while not message.at_end():
+    for _ in range(FIELDS_LIMIT):
+        if message.at_end():
+            return
         key = message.varint()
         if key & 7 == 0:
             yield key >> 3, message.varint()
@@ -2944,14 +4309,19 @@ def read_fields(message: Payload) -> Iterator[tuple[int, int | Iterator[memoryvi
                 pass
         else:
             raise Http2Error(f"a protobuf message has a field of type {key & 7}")
+    raise Http2Error(f"a protobuf message has more than {FIELDS_LIMIT} fields")
 
 
-def decode_fields(message: Payload) -> dict[int, list[Any]]:
-    """Decode a small message into lists of integers and bytes by field number."""
-    found: dict[int, list[Any]] = {}
+def decode_fields(message: Payload) -> tuple[dict[int, int], dict[int, list[bytes]]]:
+    """Decode a small message by field number: the last integer of each field, and all its strings of bytes."""
+    numbers: dict[int, int] = {}
+    strings: dict[int, list[bytes]] = {}
     for number, value in read_fields(message):
-        found.setdefault(number, []).append(value if isinstance(value, int) else b"".join(value))
-    return found
+        if isinstance(value, int):
+            numbers[number] = value
+        else:
+            strings.setdefault(number, []).append(b"".join(value))
+    return numbers, strings
 
 
 # ---- the content service
@@ -2962,21 +4332,20 @@ class ContentService:
 
     The engine serves containerd's Content API (github.com/containerd/containerd,
     api/services/content/v1/content.proto) next to BuildKit's API. It is only useful with the containerd image
-    store; `problem` tests it. Connections come from a pool and return to it after a complete call.
+    store; `problem` tests it.
     """
 
     name = "content service"
     PREFIX = "/containerd.services.content.v1.Content/"
+    LABEL_LIMIT = 4096  # bytes of a label and its value: containerd's own limit
+    ORIGINS_LIMIT = 100
 
     def __init__(self, engine: Engine, folder: Path):
         """folder holds temporary files for content that several readers share."""
         self._engine, self._reads = engine, SharedReads(folder)
-        self._lock = threading.Lock()  # guards _idle
-        self._idle: list[Http2Connection] = []
 
     def problem(self) -> str | None:
         """Return the reason why this engine's service cannot be used, or None if it can."""
-        self.close()
         try:
             self.find(Digest.of(b""))
         except RegistryError as e:
@@ -2986,36 +4355,44 @@ class ContentService:
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
         info = self._info(digest)
-        size = info.get(2, [0])[-1] if info else None
-        return ServiceBlob(self, digest, size) if isinstance(size, int) else None
+        return ServiceBlob(self, digest, info[0]) if info else None
 
     def origins(self, digest: Digest) -> list[str]:
-        """Return the names of the repositories that a blob was pulled from: containerd notes them in its labels.
+        """Return the names of repositories that a blob was pulled from, at most ORIGINS_LIMIT of them.
 
-        See github.com/containerd/containerd, pkg/labels: containerd.io/distribution.source.<host>.
+        containerd notes them in the blob's labels, containerd.io/distribution.source.<host> (pkg/labels).
         """
-        prefix, found = b"containerd.io/distribution.source.", []
-        for entry in (self._info(digest) or {}).get(5, []):
-            fields = decode_fields(Payload(iter([entry]), "a label"))
-            label, value = (b"".join(fields.get(number, [b""])[-1:]) for number in (1, 2))
-            if label.startswith(prefix):
-                host = label.removeprefix(prefix).decode(errors="replace")
-                found += [f"{host}/{name}" for name in value.decode(errors="replace").split(",")]
-        return found
+        info = self._info(digest)
+        return list(itertools.islice(self._repositories(info[1] if info else []), self.ORIGINS_LIMIT))
 
-    def _info(self, digest: Digest) -> dict[int, list[Any]] | None:
-        """Return the fields of the service's description of a blob, or None if it does not have the blob."""
+    def _repositories(self, labels: Iterable[bytes]) -> Iterator[str]:
+        for entry in labels:
+            if len(entry) > self.LABEL_LIMIT:
+                continue
+            with self._errors("reading a label"):
+                _, strings = decode_fields(Payload(iter([entry]), "a label"))
+            label, value = (b"".join(strings.get(number, [])[-1:]).decode(errors="replace") for number in (1, 2))
+            host = label.removeprefix("containerd.io/distribution.source.")
+            if host != label:
+                yield from (f"{host}/{name}" for name in value.split(","))
+
+    def _info(self, digest: Digest) -> tuple[int, list[bytes]] | None:
+        """Return the size of a blob in bytes and its labels, or None if the service does not have it."""
         call = self._call("Info", encode_fields((1, str(digest))))
         try:
-            with contextlib.closing(call), self._errors(f"reading {digest}"):
-                answers = [decode_fields(message) for message in call]  # to the end, so the connection can be reused
-                if not answers:
-                    raise Http2Error("the answer is empty")
-                return decode_fields(Payload(iter(answers[-1].get(1, [b""])), "a protobuf message"))
+            with self._errors(f"reading {digest}"), contextlib.closing(call):
+                answers = [decode_fields(message)[1] for message in itertools.islice(call, 2)]
+                if len(answers) != 1:
+                    raise Http2Error("the answer is not one message")
+                numbers, strings = decode_fields(Payload(iter(answers[0].get(1, [])), "a description"))
         except GrpcError as e:
             if e.status == GRPC_NOT_FOUND:
                 return None
             raise RegistryError("ENGINE_FAILED", f"Docker's content service cannot find {digest}: {e}") from e
+        size = numbers.get(2, 0)  # protobuf leaves out a zero
+        if strings.get(1) != [str(digest).encode()] or size >= SIZE_LIMIT:
+            raise RegistryError("ENGINE_FAILED", f"Docker's content service did not describe {digest}")
+        return size, strings.get(5, [])
 
     def share(self, digest: Digest, size: int, deadline: Deadline) -> Body:
         """Return all of a blob of size bytes. Simultaneous readers share one call."""
@@ -3033,11 +4410,16 @@ class ContentService:
         call = self._call("Read", encode_fields((1, str(digest)), (2, start), (3, length)))
         left = length
         try:
-            with contextlib.closing(call), self._errors(f"reading {digest}"):
-                for piece in (piece for message in call for piece in self._data(message)):
-                    piece = piece[:left]
-                    left -= len(piece)
-                    yield piece
+            with self._errors(f"reading {digest}"), contextlib.closing(call):
+                for message in call:
+                    before = left
+                    for piece in self._data(message):
+                        left -= len(piece)
+                        if left < 0:
+                            raise Http2Error("it sent more than was asked for")
+                        yield piece
+                    if left == before:
+                        raise Http2Error("it sent a message without content")
         except GrpcError as e:
             raise RegistryError("BLOB_UNKNOWN", f"Docker's content service cannot read {digest}: {e}") from e
         if left:
@@ -3051,55 +4433,9 @@ class ContentService:
                 yield from value
 
     def _call(self, method: str, message: bytes) -> Generator[Payload, None, None]:
-        """Make a call, on an idle connection if there is one. Closing the generator aborts the call."""
-        connection, fresh = self._take()
-        try:
-            with self._errors(f"calling {method}"):
-                try:
-                    answer = connection.call(self.PREFIX + method, message)
-                    first = next(answer, None)
-                except (OSError, Http2Error):
-                    if fresh:
-                        raise
-                    # An idle connection breaks when Docker restarts: try a new one.
-                    connection.close()
-                    connection = self._connect()
-                    answer = connection.call(self.PREFIX + method, message)
-                    first = next(answer, None)
-                if first is not None:
-                    yield first
-                    yield from answer
-        except GrpcError:
-            self._give_back(connection)
-            raise
-        except BaseException:
-            connection.close()
-            raise
-        self._give_back(connection)
-
-    def _take(self) -> tuple[Http2Connection, bool]:
-        """Return a connection, and True if it is new."""
-        with self._lock:
-            if self._idle:
-                return self._idle.pop(), False
-        return self._connect(), True
-
-    def _connect(self) -> Http2Connection:
-        sock = self._engine.open_grpc()
-        with self._errors("connecting"):
-            try:
-                return Http2Connection(sock)
-            except BaseException:
-                sock.close()
-                raise
-
-    def _give_back(self, connection: Http2Connection) -> None:
-        with self._lock:
-            keep = len(self._idle) < IDLE_CALLS
-            if keep:
-                self._idle.append(connection)
-        if not keep:
-            connection.close()
+        """Make a call, and yield the messages of the answer. Closing the generator aborts the call."""
+        with contextlib.closing(GrpcCall(self._engine.open_grpc())) as call:
+            yield from call.answers(self.PREFIX + method, message)
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
@@ -3108,13 +4444,6 @@ class ContentService:
                 yield
         except Http2Error as e:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service failed while {doing}: {e}") from e
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
 
 
 class ServiceBlob:
@@ -3131,7 +4460,7 @@ class ServiceBlob:
 
 
 # =====================================================================================================================
-# 11. Layers: Docker's classic image store, read from its own folder
+# 14. Layers: Docker's classic image store, read from its own folder
 # Uses: waiting, engine, transfers.
 # =====================================================================================================================
 
@@ -3147,79 +4476,54 @@ class LayerFiles:
     # O_NONBLOCK: do not block if the file is a pipe.
     FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-    def __init__(self, folder: Path, newest: float):
+    def __init__(self, root: Path, newest: float):
         """newest is a time in seconds since the epoch. A file that was changed later is refused."""
-        self._newest = newest
-        self._root = os.open(folder, self.STEP)
-        self._parent, self._parent_name = self._root, b""
+        self._root, self._newest = root, newest
+        self._name: bytes | None = None  # of the folder that is open
+        self._folder: int | None = None
 
     def close(self) -> None:
-        """Close the folders."""
-        self._leave()
-        os.close(self._root)
+        """Close the folder."""
+        self._move(None)
 
-    def _leave(self) -> None:
-        if self._parent != self._root:
-            os.close(self._parent)
-        self._parent, self._parent_name = self._root, b""
+    def _move(self, folder: int | None) -> None:
+        if self._folder is not None:
+            os.close(self._folder)
+        self._folder = folder
 
-    def _enter(self, parent: bytes) -> None:
-        self._leave()
-        folder = os.dup(self._root)
-        try:
-            for step in parent.split(b"/"):
-                if step in (b"", b"."):
-                    continue
-                if step == b"..":
-                    raise ValueError(f"{parent!r} has a .. component")
-                following = os.open(step, self.STEP, dir_fd=folder)
-                os.close(folder)
-                folder = following
-        except BaseException:
-            os.close(folder)
-            raise
-        self._parent, self._parent_name = folder, parent
+    def _enter(self, name: bytes) -> None:
+        self._name = None
+        self._move(os.open(self._root, self.STEP))
+        for step in name.split(b"/"):
+            if step == b"..":
+                raise ValueError(f"{name!r} has a .. component")
+            if step not in (b"", b"."):
+                self._move(os.open(step, self.STEP, dir_fd=self._folder))
+        self._name = name
 
     def _locate(self, name: bytes) -> bytes:
         """Open the folder of a file. Returns the last component of its name."""
         parent, _, last = name.rpartition(b"/")
         if last in (b"", b".", b".."):
             raise ValueError(f"{name!r} is not the name of a file")
-        if parent != self._parent_name:
+        if parent != self._name:
             self._enter(parent)
         return last
 
     def check(self, name: bytes, size: int) -> None:
         """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes."""
-        self._check(name, size, os.stat(self._locate(name), dir_fd=self._parent, follow_symlinks=False))
+        self._check(name, size, os.stat(self._locate(name), dir_fd=self._folder, follow_symlinks=False))
 
     def _check(self, name: bytes, size: int, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
             raise ValueError(f"{name!r} has changed")
 
-    def _open(self, name: bytes, size: int) -> int:
-        file = os.open(self._locate(name), self.FILE, dir_fd=self._parent)
-        try:
-            self._check(name, size, os.fstat(file))
-            return file
-        except BaseException:
-            os.close(file)
-            raise
-
     def open(self, name: bytes, size: int) -> BinaryIO:
         """Open a file unbuffered. Checks it and raises like check()."""
-        return open(self._open(name, size), "rb", buffering=0)
-
-    def read(self, name: bytes, size: int, first: int, last: int) -> bytes:
-        """Return the bytes from first up to, not including, last. Checks the file and raises like check()."""
-        file = self._open(name, size)
-        try:
-            data = os.pread(file, last - first, first)
-        finally:
-            os.close(file)
-        if len(data) != last - first:
-            raise ValueError(f"{name!r} has become shorter")
-        return data
+        file = open(os.open(self._locate(name), self.FILE, dir_fd=self._folder), "rb", buffering=0)  # noqa: SIM115
+        with on_failure(file.close):
+            self._check(name, size, os.fstat(file.fileno()))
+        return file
 
 
 class Layer:
@@ -3235,12 +4539,14 @@ class Layer:
     # either, and refuses the older format of sparse files altogether.
     SPARSE = b"GNU.sparse."
     EXTENDED = 1024         # minimum bytes of a header with extended records: two blocks
+    LINE_LIMIT = 16 * MIB   # bytes of a line of the metadata: pieces of the tar have at most a megabyte
     SLACK = 60              # seconds for which Docker may change files of a layer after writing its metadata
 
-    def __init__(self, metadata: Path, files: Path, fail: Callable[[str], RegistryError]):
-        """metadata and files are folders. fail records a problem and returns it as an error."""
-        self._split, self._files, self._fail = metadata / "tar-split.json.gz", files, fail
-        with self._errors():
+    def __init__(self, diff_id: str, metadata: Path, files: Path):
+        """metadata and files are folders. A layer with a failure cannot be used; the log has said why."""
+        self._diff_id, self._split, self._files = diff_id, metadata / "tar-split.json.gz", files
+        self.size, self.failure = 0, ""
+        with contextlib.suppress(RegistryError), self._errors():
             self._newest = self._split.stat().st_ctime + self.SLACK
             self.size = self._measure()
 
@@ -3249,32 +4555,40 @@ class Layer:
         try:
             yield
         except (EOFError, zlib.error, *MALFORMED_ERRORS, OSError) as e:
-            raise self._fail(f"{e or type(e).__name__}") from e
+            self.failure = (f"the layer {self._diff_id} cannot be read from {self._split.parent}: "
+                            f"{printable(str(e) or type(e).__name__)}")
+            log.warning("%s; its images will be exported", self.failure)
+            raise RegistryError("ENGINE_FAILED", self.failure) from e
 
-    def _segments(self) -> Iterator[tuple[bytes | None, int, str]]:
-        """Yield (name, size, "") for each file in the tar, and (None, size, base64) for each piece between them."""
+    def _segments(self) -> Iterator[tuple[bytes | None, int, bytes]]:
+        """Yield (name, size, b"") for each file in the tar, and (None, size, piece) for each piece between them."""
         for entry in self._entries():
             if entry["type"] == 2:
-                text = entry["payload"]
-                yield None, len(text) // 4 * 3 - text[-2:].count("="), text
+                piece = binascii.a2b_base64(entry["payload"])
+                yield None, len(piece), piece
             elif entry.get("size"):
                 raw = entry.get("name_raw")
-                yield binascii.a2b_base64(raw) if raw else entry["name"].encode(), entry["size"], ""
+                yield binascii.a2b_base64(raw) if raw else entry["name"].encode(), entry["size"], b""
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         """Yield the parsed lines of the metadata. Parsing many at once is three times as fast."""
-        with gzip.open(self._split) as unzipped, io.BufferedReader(unzipped, PIECE) as file:
-            while lines := file.readlines(PIECE):
-                yield from json.loads(b"[%s]" % b",".join(lines))
+        rest = b""
+        with gzip.open(self._split) as file:
+            while data := file.read(PIECE):
+                lines, _, rest = (rest + data).rpartition(b"\n")
+                yield from json.loads(b"[%s]" % lines.replace(b"\n", b","))
+                if len(rest) > self.LINE_LIMIT:
+                    raise ValueError("the metadata has a line that is too long")
+        yield from json.loads(b"[%s]" % rest)
 
     def _measure(self) -> int:
         """Return the size of the tar in bytes. Raises ValueError or OSError if a file has changed."""
         size = 0
         with contextlib.closing(LayerFiles(self._files, self._newest)) as files:
-            for name, length, text in self._segments():
+            for name, length, piece in self._segments():
                 if name is not None:
                     files.check(name, length)
-                elif length >= self.EXTENDED and self.SPARSE in binascii.a2b_base64(text):
+                elif length >= self.EXTENDED and self.SPARSE in piece:
                     raise ValueError("sparse files are not supported")
                 size += length
         return size
@@ -3288,21 +4602,21 @@ class Layer:
         """Yield the tar from position start up to end. Small parts are joined."""
         position, pending = 0, bytearray()
         with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
-            for name, size, text in self._segments():
+            for name, size, piece in self._segments():
                 first, last = max(start - position, 0), min(end - position, size)
-                if first < last:
-                    if name is None:
-                        pending += binascii.a2b_base64(text)[first:last]
-                    elif last - first < self.SENDFILE:
-                        pending += files.read(name, size, first, last)
-                    else:
-                        with files.open(name, size) as file:
+                if name is None:
+                    pending += piece[first:last]
+                elif first < last:
+                    with files.open(name, size) as file:
+                        if last - first < self.SENDFILE:
+                            pending += os.pread(file.fileno(), last - first, first)
+                        else:
                             yield bytes(pending)
                             pending.clear()
                             yield FileBody(file, first, last - first)
-                    if len(pending) >= PIECE:
-                        yield bytes(pending)
-                        pending.clear()
+                if len(pending) >= PIECE:
+                    yield bytes(pending)
+                    pending.clear()
                 position += size
                 if position >= end:
                     break
@@ -3324,94 +4638,88 @@ class LayerDirectory:
         self._lock = threading.Lock()  # guards all attributes below
         self._index: tuple[float, dict[str, Path]] = (0, {})
         self._measured: dict[tuple[Path, float], Layer] = {}
-        self._failed: dict[tuple[Path, float], str] = {}
         self._manifests: dict[Digest, bytes] = {}
 
     def manifest(self, image: EngineImage) -> Digest:
-        """Make the manifest of an image and return its digest. Raises ENGINE_FAILED if a part is not available here."""
+        """Make the manifest of an image and return its digest. Raises ENGINE_FAILED if a part is not available here.
+
+        Raises STORE_FAILED like find().
+        """
         config = self._config(image.id)
-        layers = [(Digest.parse(diff_id), self._layer(diff_id)) for diff_id in image.layers]
-        missing = [str(digest) for digest, layer in layers if layer is None]
-        if missing or config is None:
+        layers = [(Digest.parse(diff_id), layer.size) for diff_id in image.layers if (layer := self._layer(diff_id))]
+        if config is None or len(layers) < len(image.layers):
             raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
-        data = make_manifest((image.id, config.size), *((digest, layer.size) for digest, layer in layers if layer))
+        data = make_manifest((image.id, config.size), *layers)
         digest = Digest.of(data)
         with self._lock:
             self._manifests[digest] = data
         return digest
 
     def find(self, digest: Digest) -> Blob | None:
-        """See Provider."""
+        """See Provider. Raises STORE_FAILED if Docker's folder cannot be read."""
         with self._lock:
             manifest = self._manifests.get(digest)
         if manifest:
             return BytesBlob(manifest)
-        try:
-            return self._config(digest) or self._layer(str(digest))
-        except RegistryError:  # already logged by _fail
-            return None
+        return self._config(digest) or self._layer(str(digest))
 
     def _config(self, digest: Digest) -> FileBlob | None:
-        try:
-            return FileBlob(self._configs / digest.algorithm / digest.hex)
-        except OSError:
-            return None
+        path = self._configs / digest.algorithm / digest.hex
+        with disk_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
+            return FileBlob(path)
+        return None
 
     def _layer(self, diff_id: str) -> Layer | None:
-        """Return the layer with a digest, measured only once, or None. Raises ENGINE_FAILED if it is not readable."""
+        """Return the layer with a digest, or None if there is none that can be used."""
         folder = self._folders().get(diff_id)
         if folder is None:
             return None
-        try:
-            key = (folder, (folder / "tar-split.json.gz").stat().st_mtime)
-            cache = (folder / "cache-id").read_text().strip()
-        except OSError:
-            return None  # Docker has removed it
+        with disk_errors(f"read {folder}"), contextlib.suppress(FileNotFoundError):  # Docker has just removed it
+            made = (folder / "tar-split.json.gz").stat().st_mtime
+            cache = (folder / "cache-id").read_text(errors="replace").strip()
+            return self._measure((folder, made), diff_id, cache)
+        return None
+
+    def _measure(self, key: tuple[Path, float], diff_id: str, cache: str) -> Layer | None:
+        """Return the layer in a folder, measured only once, or None if it cannot be used."""
         if not re.fullmatch(r"[\w-]+", cache):
             return None
         with self._lock:
-            failure, layer = self._failed.get(key), self._measured.get(key)
-        if failure:
-            raise RegistryError("ENGINE_FAILED", failure)
+            layer = self._measured.get(key)
         if layer is None:
-            layer = Layer(folder, self._overlay / cache / "diff", functools.partial(self._fail, key, diff_id))
+            layer = Layer(diff_id, key[0], self._overlay / cache / "diff")
             with self._lock:
                 self._measured[key] = layer
-        return layer
-
-    def _fail(self, key: tuple[Path, float], diff_id: str, problem: str) -> RegistryError:
-        failure = f"the layer {diff_id} cannot be read from {key[0]}: {printable(problem)}"
-        log.warning("%s; its images will be exported", failure)
-        with self._lock:
-            self._failed[key] = failure
-        return RegistryError("ENGINE_FAILED", failure)
+        return None if layer.failure else layer
 
     def _folders(self) -> dict[str, Path]:
         """Return the folders of layers by digest. Reads them again after Docker has added or removed a layer."""
         with self._lock:
             made, folders = self._index
-        try:
+        with disk_errors(f"read {self._layers}"), contextlib.suppress(FileNotFoundError):
             changed = self._layers.stat().st_mtime
             if changed != made:
-                folders = {path.read_text().strip(): path.parent for path in self._layers.glob("*/diff")}
+                folders = {}
+                for path in self._layers.glob("*/diff"):
+                    with contextlib.suppress(FileNotFoundError):  # Docker has just removed it
+                        folders[path.read_text(errors="replace").strip()] = path.parent
                 with self._lock:
                     self._index = (changed, folders)
-        except OSError:
-            return {}
-        return folders
+            return folders
+        return {}
 
 
 # =====================================================================================================================
-# 12. Export: images copied out of Docker
-# Uses: waiting, engine, store.
+# 15. Export: images copied out of Docker
+# Uses: waiting, activity, engine, store, writers.
 # =====================================================================================================================
 
 
 class ExportStream:
     """The tar of an export as a forward-only file. It counts the bytes and keeps the last ones.
 
-    tarfile uses it as an ordinary file, because tarfile's stream mode copies all content three times. Content is
-    read here, bypassing tarfile, which then only has to be told where the next header is.
+    tarfile uses it as an ordinary file: its stream mode would read a header of any size into memory, and copies
+    all content three times. Content is read here, bypassing tarfile, which is then told where the next header is.
     """
 
     TAIL = 64 * KIB
@@ -3477,6 +4785,7 @@ class Unpacking:
     """
 
     OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
+    PROBLEMS_SHOWN = 5  # in an error; an index may have thousands of manifests
 
     def __init__(self, store: Store, image_id: Digest):
         self._store, self._image_id = store, image_id
@@ -3485,9 +4794,12 @@ class Unpacking:
         self._names: dict[str, Digest] = {}     # members of a docker-archive
         self._links: dict[str, str] = {}
         self._documents: dict[str, bytes] = {}  # index.json, manifest.json
+        self._whole: dict[Digest, bool] = {}    # manifests that closure() has looked at
+        self._needed: set[Digest] = set()       # content of those that are whole
+        self._problems: list[str] = []          # of the others
 
     def unpack(self, stream: ExportStream) -> None:
-        """Read a whole export. tarfile.TarError if it is cut off in the middle of a file."""
+        """Read a whole export. Raises tarfile.TarError if it is cut off in the middle of a file."""
         with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
             for member in archive:
                 self._take(stream, member)
@@ -3530,7 +4842,7 @@ class Unpacking:
     # ---- which manifest is the image's
 
     def target(self) -> Digest:
-        """The digest of the image's manifest or index; LookupError if the export has none."""
+        """Return the digest of the image's manifest or index. Raises LookupError if the export has none."""
         if "index.json" in self._documents:
             return self._find_target(json.loads(self._documents["index.json"]))
         if "manifest.json" in self._documents:
@@ -3550,7 +4862,7 @@ class Unpacking:
         return isinstance(config, dict) and config.get("digest") == str(self._image_id)
 
     def _make_manifest(self, entry: Mapping[str, Any]) -> Digest:
-        """A manifest for a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
+        """Make the manifest of a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
         config, *layers = (self._names[self._links.get(name, name)] for name in (entry["Config"], *entry["Layers"]))
         if config != self._image_id:
             raise LookupError(f"the export holds the config {config}, not that of the image")
@@ -3569,7 +4881,7 @@ class Unpacking:
         return self._new[digest].path if digest in self._new else self._store.docker.path(digest)
 
     def _document(self, digest: Digest) -> dict[str, Any]:
-        """A manifest, index or config that has arrived, parsed."""
+        """Return a manifest, index or config that has arrived, parsed."""
         with open(self._path(digest), "rb") as file:
             document = json.loads(file.read(MANIFEST_LIMIT))
         if not isinstance(document, dict):
@@ -3579,32 +4891,35 @@ class Unpacking:
     # ---- whether all of it has arrived
 
     def closure(self, target: Digest) -> set[Digest]:
-        """All content that is needed to serve target, itself included. LookupError names what is missing.
+        """Return all content that is needed to serve target, itself included. LookupError names what is missing.
 
         Of an index, the platforms that Docker does not have may be missing, but not all of them.
         """
-        if not self._has(target):
-            raise LookupError(f"the export lacks the manifest {target}")
-        document = self._document(target)
-        needed = [Digest.parse(d["digest"]) for d in descriptors(document, "config", "layers") if not d.get("urls")]
-        missing = [str(digest) for digest in needed if not self._has(digest)]
-        if missing:
-            raise LookupError(f"the export lacks {len(missing)} of {len(needed)} blobs: {', '.join(missing)}")
-        children, errors = self._children(document)
-        if errors and not children:
-            raise LookupError("; ".join(errors))
-        return {target, *needed, *children}
+        if not self._is_whole(target):
+            raise LookupError("; ".join(self._problems[:self.PROBLEMS_SHOWN]))
+        return self._needed
 
-    def _children(self, document: Mapping[str, Any]) -> tuple[set[Digest], list[str]]:
-        """What the complete platforms of an index need, and what is wrong with the others."""
-        complete: set[Digest] = set()
-        errors = []
-        for descriptor in descriptors(document, "manifests"):
-            try:
-                complete |= self.closure(Digest.parse(descriptor["digest"]))
-            except LookupError as e:
-                errors.append(str(e))
-        return complete, errors
+    def _is_whole(self, digest: Digest) -> bool:
+        """Return True if a manifest and what it needs have arrived. Each is read once, however often it is listed."""
+        if digest not in self._whole:
+            self._whole[digest] = self._has(digest) and self._collect(digest, self._document(digest))
+            if not self._has(digest):
+                self._problems.append(f"the export lacks the manifest {digest}")
+        return self._whole[digest]
+
+    def _collect(self, digest: Digest, document: Mapping[str, Any]) -> bool:
+        """Add a manifest and what it needs to the content that is kept, if that has arrived. Returns True if so."""
+        needed = [Digest.parse(d["digest"]) for d in descriptors(document, "config", "layers") if not d.get("urls")]
+        missing = [str(blob) for blob in needed if not self._has(blob)]
+        if missing:
+            shown = ", ".join(missing[:self.PROBLEMS_SHOWN])
+            self._problems.append(f"the export lacks {len(missing)} of {len(needed)} blobs: {shown}")
+            return False
+        platforms = [self._is_whole(Digest.parse(d["digest"])) for d in descriptors(document, "manifests")]
+        if platforms and not any(platforms):
+            return False
+        self._needed.update((digest, *needed))
+        return True
 
     def keep(self, content: Iterable[Digest]) -> None:
         """Give these their final names in the store."""
@@ -3624,13 +4939,13 @@ class Exports:
     Each image is exported once, however many requests want it.
     """
 
-    def __init__(self, engine: Engine, store: Store, done: Callable[[], None]):
+    def __init__(self, engine: Engine, store: Store, activity: Activity, done: Callable[[], None]):
         """done is called after each export."""
-        self._engine, self._store, self._done = engine, store, done
-        self._jobs = Jobs()
+        self._engine, self._store, self._activity, self._done = engine, store, activity, done
+        self._jobs = Jobs(PULLS_LIMIT)
 
     def manifest(self, image: EngineImage, deadline: Deadline) -> Digest:
-        """The digest of an image's manifest, which is in the store with everything it needs, exported if need be."""
+        """Return the digest of an image's manifest. It is in the store with all it needs, exported if need be."""
         target = self._store.exported(image.id)
         if target is None:
             job = self._jobs.start(("export", image.id), lambda: self._run(image), f"exporting {image.id}")
@@ -3643,9 +4958,9 @@ class Exports:
             return done
         if image.is_bare:
             return self._make_bare(image)
-        with ProgressLog(f"export {image.id}, about {human_bytes(image.size)}") as lines:
-            target = self._export(image.id, lines.tell_rate)
-            lines.done(f"manifest {target}")
+        with self._activity.task("export", str(image.id), f", about {human_bytes(image.size)}") as task:
+            target = self._export(image.id, task.report_bytes)
+            task.done(f"manifest {target}")
         self._done()
         return target
 
@@ -3687,9 +5002,67 @@ class Exports:
 
 
 # =====================================================================================================================
-# 13. Origin: an image's own registry
+# 16. Origin: an image's own registry
 # Uses: configuration, engine.
 # =====================================================================================================================
+
+
+# Addresses at which clouds tell their virtual machines secrets, besides the link-local 169.254.169.254: Alibaba,
+# Azure, Oracle, and AWS with IPv6.
+METADATA_SERVICES = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
+
+
+def is_internal(address: str) -> bool:
+    """Return True if an IP address is of this machine or its link, or of a cloud's metadata service."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip.is_multicast or str(ip) in METADATA_SERVICES
+
+
+class OriginConnections(urllib.request.HTTPSHandler):
+    """Opens the connections of an Origin.
+
+    A registry may send us anywhere, with a redirect or for a token. It must not reach services of this machine in that
+    way, so internal addresses are refused, except the one at which the registry itself has answered. What is checked is
+    the address that is connected to: a name may have another one at the next moment. A proxy has rules of its own.
+    """
+
+    def __init__(self, context: ssl.SSLContext):
+        super().__init__(context=context)
+        self._https = functools.partial(http.client.HTTPSConnection, context=context)
+        self._home = ""  # the registry's address
+
+    http_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """See urllib.request."""
+        return self.do_open(functools.partial(self._make, http.client.HTTPConnection, req), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """See urllib.request."""
+        return self.do_open(functools.partial(self._make, self._https, req), req)
+
+    def _make(self, kind: Callable[..., Any], req: urllib.request.Request, host: str, **options: Any) -> Any:
+        connection = kind(host, **options)
+        if host == urllib.parse.urlsplit(req.full_url).netloc:  # no proxy
+            connection._create_connection = self._connect_elsewhere if req.unverifiable else self._connect_home
+        return connection
+
+    def _connect_home(self, address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
+        sock = socket.create_connection(address, timeout)
+        self._home = sock.getpeername()[0]
+        return sock
+
+    def _connect_elsewhere(self, address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
+        error = OSError(f"it refers to {printable(address[0])}, an internal address")
+        for entry in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            ip = str(entry[4][0])
+            if ip == self._home or not is_internal(ip):
+                try:
+                    return socket.create_connection((ip, address[1]), timeout)
+                except OSError as e:
+                    error = e
+        raise error
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -3738,9 +5111,9 @@ class Origin:
         """Build urllib.request's opener without the file and FTP handlers, which a redirect could reach."""
         local = self._host.rpartition(":")[0] in LOOPBACK or self._host in LOOPBACK  # needs no proxy
         opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
-                        urllib.request.HTTPSHandler(context=context), Redirects(), urllib.request.UnknownHandler(),
-                        urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
+        for handler in (urllib.request.ProxyHandler({} if local else None), OriginConnections(context), Redirects(),
+                        urllib.request.UnknownHandler(), urllib.request.HTTPErrorProcessor(),
+                        urllib.request.HTTPDefaultErrorHandler()):
             opener.add_handler(handler)
         return opener
 
@@ -3830,22 +5203,26 @@ class Origin:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} did not return a token: {type(e).__name__}") from None
 
     def _token_request(self, realm: str, query: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
-        """Return the request for a token and its body, which only OAuth 2.0 has (for an identity token)."""
-        if urllib.parse.urlsplit(realm).scheme not in {"https", *self._schemes}:
+        """Return the request for a token and its body, which only OAuth 2.0 has (for an identity token).
+
+        Credentials are sent with TLS only, or to the registry's own host if Docker would send them there without.
+        """
+        parts, own = urllib.parse.urlsplit(realm), urllib.parse.urlsplit(f"{self._schemes[0]}://{self._host}")
+        if parts.scheme != "https" and (parts.scheme, parts.hostname) != (own.scheme, own.hostname):
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} demands a token from {printable(realm)}, without TLS")
         if self._credentials and self._credentials.username == IDENTITY_TOKEN:
             form = {"grant_type": "refresh_token", "client_id": "k3d-registry-dockerd",
                     "refresh_token": self._credentials.password, **query}
-            return urllib.request.Request(realm), urllib.parse.urlencode(form).encode()
-        separator = "&" if urllib.parse.urlsplit(realm).query else "?"
-        request = urllib.request.Request(realm + separator + urllib.parse.urlencode(query))
+            return urllib.request.Request(realm, unverifiable=True), urllib.parse.urlencode(form).encode()
+        separator = "&" if parts.query else "?"
+        request = urllib.request.Request(realm + separator + urllib.parse.urlencode(query), unverifiable=True)
         if self._credentials:
             request.add_unredirected_header("Authorization", self._credentials.for_http())
         return request, None
 
 
 # =====================================================================================================================
-# 14. Images: the image stores of Docker
+# 17. Images: the image stores of Docker
 # Uses: waiting, engine, transfers, store, content service, layers, export.
 # =====================================================================================================================
 
@@ -3865,7 +5242,7 @@ class Content:
     """The question content(digest) -> bytes, asked of our own store and of the providers that the engine has now."""
 
     def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
-        self._store, self._providers = FolderProvider("store", store.docker.path), providers
+        self._store, self._providers = store.docker, providers
         self._lock = threading.Lock()  # guards what follows
         self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that holds, and its size
         self._manifests: dict[Digest, Manifest] = {}
@@ -3875,9 +5252,9 @@ class Content:
 
         The store answers even without Docker.
         """
-        blob = self._store.find(digest)
-        if blob and size in (None, blob.size):
-            return blob
+        kept = self._store.find(digest)
+        if kept and size in (None, kept.size):
+            return kept
         for provider in self._providers():
             blob = provider.find(digest)
             if blob and size in (None, blob.size):
@@ -3947,11 +5324,13 @@ class ImageStore:
     As it stands, this one is the containerd store, where an image's ID is the digest of its manifest or index.
 
     providers are where content is read from, after our own store; sources names for people where it comes from, and
-    problem what could be better, or None. flows says that content can be read while a pull brings it. made_type is
-    the media type of every manifest, for a store whose manifests are made here.
+    problem what could be better, or None. flows says that content can be read while a pull brings it, can_restore that
+    restore() may bring something. made_type is the media type of every manifest, for a store whose manifests are made
+    here.
     """
 
     flows = False
+    can_restore = False
     made_type: str | None = None
 
     def __init__(self, info: EngineInfo, content: Content, providers: Iterable[Provider | None], problem: str | None):
@@ -3959,6 +5338,10 @@ class ImageStore:
         self.info, self.problem, self._content = info, problem, content
         self.providers = tuple(provider for provider in providers if provider)
         self.sources = tuple(provider.name for provider in self.providers)
+
+    def is_like(self, other: ImageStore) -> bool:
+        """True if another one describes the same store, read in the same ways."""
+        return (self.info, self.sources, self.problem) == (other.info, other.sources, other.problem)
 
     def target(self, image: EngineImage, deadline: Deadline) -> Digest:
         """The digest of an image's manifest, made or exported if need be."""
@@ -4000,6 +5383,8 @@ class ContainerdImages(ImageStore):
 class ExportedImages(ImageStore):
     """Docker's containerd image store when its content cannot be read: each image is exported once."""
 
+    can_restore = True
+
     def __init__(self, info: EngineInfo, content: Content, exports: Exports, problem: str | None):
         super().__init__(info, content, (), problem)
         self._exports, self.sources = exports, ("export",)
@@ -4023,6 +5408,7 @@ class ClassicImages(ImageStore):
     otherwise from an export.
     """
 
+    can_restore = True
     made_type = OCI_MANIFEST
 
     def __init__(self, info: EngineInfo, content: Content, store: Store, exports: Exports,
@@ -4065,11 +5451,13 @@ class ImageStores:
         self._engine, self._store, self._exports, self._root = engine, store, exports, root
         self._service = ContentService(engine, store.root)
         self.content = Content(store, lambda: self.current().providers)
-        self._chosen: ImageStore | None = None  # replaced whole: needs no lock
+        self._lock = threading.Lock()  # held while _chosen is compared and replaced
+        self._chosen: ImageStore | None = None
 
-    def close(self) -> None:
-        """Close what is kept open."""
-        self._service.close()
+    @property
+    def made_type(self) -> str | None:
+        """That of the image store that was current when it was asked for last: see ImageStore."""
+        return self._chosen.made_type if self._chosen else None
 
     def current(self) -> ImageStore:
         """The image store of the engine as it is now, logged whenever that changes."""
@@ -4077,11 +5465,15 @@ class ImageStores:
         if known and (info is known.info or (info == known.info and not known.problem)):
             return known
         chosen = self._choose(info)
-        if not known or (info, chosen.sources, chosen.problem) != (known.info, known.sources, known.problem):
+        with self._lock:
+            other = self._chosen
+            if other and other is not known and chosen.is_like(other):
+                return other  # of a request at the same time, which may have made manifests with it already
+            self._chosen = chosen
+        if not known or not chosen.is_like(known):
             log.info("%s; content from: %s", info, ", ".join(("store", *chosen.sources)))
             if chosen.problem:
                 log.warning("%s", chosen.problem)
-        self._chosen = chosen
         return chosen
 
     def _choose(self, info: EngineInfo) -> ImageStore:
@@ -4091,8 +5483,7 @@ class ImageStores:
             problem = self._folder_problem(layers, root, info)
             return ClassicImages(info, self.content, self._store, self._exports, None if problem else layers, problem)
         folder = content_folder(root)
-        files = FolderProvider(f"content directory {folder}", lambda digest: folder / digest.algorithm / digest.hex
-                               ) if folder else None
+        files = ContentFolder(folder) if folder else None
         problem = self._folder_problem(files, root, info)
         unserved = self._service.problem()
         if unserved is None:
@@ -4115,19 +5506,43 @@ class ImageStores:
             identity = ""  # engines before 23 have no such file; the folder of the system's containerd has none either
         if identity and identity != info.identity:
             return f"{root} is the data folder of another Docker: it is not used"
-        images = self._engine.image_ids()
+        images = self._engine.image_ids({"dangling": ["false"]})
         found = sum(files.find(image) is not None for image in images)
         enough = (found > 0 or not images) if identity else (found == len(images) > 0)
         return None if enough else f"{root} does not hold the images of this Docker: it is not used"
 
 
 # =====================================================================================================================
-# 15. Pulls: what comes from registries, by way of Docker or without it
-# Uses: configuration, waiting, engine, transfers, store, origin, images.
+# 18. Pulls: what comes from registries, by way of Docker or without it
+# Uses: configuration, waiting, activity, engine, transfers, store, writers, origin, images.
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
+class PullProgress:
+    """The progress of a pull, computed from Docker's JSON messages."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, tuple[int, int]] = {}  # layer -> bytes that are here, and bytes in all
+        self.status = "waiting for Docker"
+
+    def update(self, message: Mapping[str, Any]) -> None:
+        """Process one message of `POST /images/create`."""
+        layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
+        if not isinstance(status, str):
+            return
+        self.status = status.lower()
+        if not isinstance(layer, str) or len(layer) > NAME_LENGTH or not isinstance(detail, dict):
+            return
+        sizes = [detail.get(name, -1) for name in ("current", "total")]
+        known = all(isinstance(size, int) and 0 <= size < SIZE_LIMIT for size in sizes)
+        if status == "Downloading" and known and sizes[1] and (
+                layer in self.layers or len(self.layers) < BLOBS_LIMIT):
+            self.layers[layer] = (min(sizes), sizes[1])
+        elif status in ("Download complete", "Pull complete", "Extracting") and layer in self.layers:
+            self.layers[layer] = (self.layers[layer][1],) * 2
+
+
+@dataclass
 class PullPolicy:
     """Which registries images may come from, when, and with whose credentials.
 
@@ -4141,6 +5556,10 @@ class PullPolicy:
     allowed: tuple[str, ...] = ()
     policy: str = "missing"
     config: DockerConfig | None = None
+
+    def change(self, new: PullPolicy) -> None:
+        """Do as a new policy says from the next request on, except for credentials."""
+        self.allowed, self.policy = new.allowed, new.policy
 
     def check(self, reference: Reference) -> None:
         """MANIFEST_UNKNOWN or DENIED unless the registry of a reference may be asked."""
@@ -4195,9 +5614,9 @@ class Fetches:
     was promised to one client's credentials is not shown to other clients until it is in the store.
     """
 
-    def __init__(self, engine: Engine, store: Store, policy: PullPolicy):
-        self._engine, self._store, self._policy = engine, store, policy
-        self._transfers = Transfers()
+    def __init__(self, engine: Engine, store: Store, policy: PullPolicy, activity: Activity):
+        self._engine, self._store, self._policy, self._activity = engine, store, policy, activity
+        self._manifests, self._transfers = Jobs(PULLS_LIMIT), Transfers(BLOBS_LIMIT)
         self._lock = threading.Lock()  # guards _promised
         self._promised: dict[Hashable, Promised] = {}  # blobs that are not in the store yet
 
@@ -4217,8 +5636,15 @@ class Fetches:
         insecure = self._engine.is_insecure(reference.namespace)
         return Origin(reference, credentials, None if insecure else self._trusted)
 
-    def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
-        """Fetch a manifest, verify and keep it. Raises what PullPolicy.check() and pull_error() do."""
+    def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None,
+                 deadline: Deadline) -> Manifest:
+        """Fetch a manifest, verify and keep it. Raises what PullPolicy.check(), pull_error() and Job.outcome() do."""
+        job = self._manifests.start(self._key(reference, digest, credentials), lambda: self._fetch_manifest(
+            reference, digest, credentials), f"fetching {digest} of {reference.docker_repository()}")
+        manifest: Manifest = job.outcome(deadline)
+        return manifest
+
+    def _fetch_manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
         used = self._policy.credentials(reference, credentials)
         try:
             with self._origin(reference, used).open("manifests", digest) as response:
@@ -4298,7 +5724,7 @@ class Fetches:
             promised = self._promised.get(key)
         if promised is None:
             return None
-        return self._transfers.join(key, promised.size, functools.partial(
+        return self._transfers.start(key, promised.size, functools.partial(
             self._fill, key, digest, promised, client.credentials))
 
     def _fill(self, key: Hashable, digest: Digest, promised: Promised, asked_with: Credentials | None,
@@ -4306,9 +5732,10 @@ class Fetches:
         """Fetch a blob into the store, once; errors are those of pull_error()."""
         keep_promise = False
         try:
-            with ProgressLog(f"fetch {digest} of {promised.source}, {human_bytes(promised.size)}") as lines:
-                self._fetch(digest, promised, transfer, lines)
-                lines.done("verified")
+            with self._activity.task("fetch", str(digest), f" of {promised.source}, {human_bytes(promised.size)}",
+                                     promised.source.docker_repository()) as task:
+                self._fetch(digest, promised, transfer, task)
+                task.done("verified")
         except PullFailed as e:
             keep_promise = transfer.count > 0  # what broke off may be begun again
             raise pull_error(e, promised.source, asked_with) from None
@@ -4320,14 +5747,14 @@ class Fetches:
                 if not keep_promise and self._promised.get(key) is promised:
                     del self._promised[key]
 
-    def _fetch(self, digest: Digest, promised: Promised, transfer: Transfer, lines: ProgressLog) -> None:
+    def _fetch(self, digest: Digest, promised: Promised, transfer: Transfer, task: Task) -> None:
         with BlobWriter(self._store, digest.algorithm) as writer, \
                 self._origin(promised.source, promised.credentials).open("blobs", digest) as response:
             transfer.begin_at(writer.path)
             while transfer.count <= transfer.size and (data := response.read1(PIECE)):
                 writer.write(data)
                 transfer.advance(len(data))
-                lines.tell_rate(transfer.count)
+                task.report_bytes(transfer.count, transfer.size)
             found = writer.finish()
             if (found, transfer.count) != (digest, transfer.size):
                 raise PullFailed("ORIGIN_UNAVAILABLE",
@@ -4341,55 +5768,80 @@ class Pulls:
     What a pull will bring is known on Docker's containerd store, where content can be read as it arrives.
     """
 
-    def __init__(self, engine: Engine, images: ImageStores, policy: PullPolicy):
-        self._engine, self._images, self._policy = engine, images, policy
+    def __init__(self, engine: Engine, images: ImageStores, policy: PullPolicy, activity: Activity):
+        self._engine, self._images, self._policy, self._activity = engine, images, policy, activity
         self._content = images.content
-        self._jobs = Jobs()
+        self._jobs, self._look_ups = Jobs(PULLS_LIMIT), Jobs()
         self._transfers = Transfers()
         self._lock = threading.Lock()  # guards _expected
         self._expected: dict[Digest, tuple[int, Job]] = {}  # what a pull will bring: its size in bytes, and the pull
 
-    def pull(self, reference: Reference, client: Client, old: EngineImage | None = None,
-             on_slow: Callable[[], None] = lambda: None) -> Manifest | None:
+    def pull(self, reference: Reference, client: Client, old: EngineImage | None = None) -> Manifest | None:
         """Have Docker pull an image; requests for the same image with the same credentials share one pull.
 
         If it takes long, and content can be read while it arrives, the manifest is returned as soon as it is here,
         and the rest is on its way. Otherwise the result is None at the end of the pull. old is what Docker has under
-        that name, to be replaced. on_slow is called if the pull has not failed early. Raises what
-        PullPolicy.check() and pull_error() do.
+        that name, to be replaced. Raises what PullPolicy.check() and pull_error() do.
         """
         self._policy.check(reference)
         used = self._policy.credentials(reference, client.credentials)
-        pull = self._jobs.start(("pull", reference, used), lambda: self._run(reference, used, old),
-                                f"pulling {reference}")
+        pull = self._jobs.start((reference, used), lambda: self._run(reference, used, old), f"pulling {reference}")
+        ended = client.deadline.within(EARLY_ANSWER).wait(pull.done.wait)
+        if not ended and self._images.current().flows:
+            look_up = None if isinstance(reference.target, Digest) else self._look_up(reference, used)
+            manifest = self._await_manifest(
+                pull, lambda: look_up.result if look_up else reference.digest, client.deadline)
+            if manifest:
+                log.info("pull %s: answered with the manifest %s while the rest arrives", reference, manifest.digest)
+                return manifest
         try:
-            if not client.deadline.within(EARLY_ANSWER).wait(pull.done.wait):
-                on_slow()
-                if self._images.current().flows:
-                    return self._early_manifest(pull, reference, used, client.deadline)
             pull.outcome(client.deadline)
         except PullFailed as e:
             raise pull_error(e, reference, client.credentials) from None
         return None
 
+    def complete(self, reference: Reference) -> None:
+        """See that Docker has an image: wait for the end of its pull, if it lacks it. Raises what pull() does."""
+        if self._engine.image(str(reference)):
+            return
+        self._policy.check(reference)
+        used = self._policy.credentials(reference, None)
+        pull = self._jobs.start((reference, used), lambda: self._run(reference, used, None), f"pulling {reference}")
+        try:
+            pull.outcome(Deadline())
+        except PullFailed as e:
+            raise pull_error(e, reference, used) from None
+
     def _run(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None) -> None:
         image = self._engine.image(str(reference))
         if image and (old is None or image.id != old.id):
             return  # pulled by a job that ended after the caller had looked
-        with ProgressLog(f"pull {reference}" + (f" as {credentials.username!r}" if credentials else "")) as lines:
-            progress = PullProgress(lines.started)
+        started, result = time.monotonic(), "ok"
+        try:
+            self._pull(reference, credentials)
+        except (PullFailed, RegistryError) as e:
+            result = e.code
+            raise
+        finally:
+            self._activity.count_pull(reference.namespace or "", result, time.monotonic() - started)
 
-            def tell(message: Mapping[str, Any]) -> None:
+    def _pull(self, reference: Reference, credentials: Credentials | None) -> None:
+        detail = f" as {credentials.username!r}" if credentials else ""
+        with self._activity.task("pull", str(reference), detail, reference.docker_repository()) as task:
+            progress = PullProgress()
+            task.report({}, progress.status)
+
+            def report(message: Mapping[str, Any]) -> None:
                 progress.update(message)
-                lines.tell(progress.line)
+                task.report(dict(progress.layers), progress.status)
 
-            self._engine.pull(reference, credentials, tell)
-            lines.done(progress.line(time.monotonic()))
+            self._engine.pull(reference, credentials, report)
+            task.done()
 
     def _look_up(self, reference: Reference, credentials: Credentials | None) -> Job:
         """The question to an image's registry which digest a tag has there now."""
-        return self._jobs.start(("digest", reference, credentials),
-                                lambda: self._engine.origin_digest(reference, credentials), f"looking up {reference}")
+        return self._look_ups.start((reference, credentials), lambda: self._engine.origin_digest(
+            reference, credentials), f"looking up {reference}")
 
     def is_outdated(self, reference: Reference, image: EngineImage, client: Client) -> bool:
         """True if a tag names another image at its registry than in Docker, as far as that can be found out."""
@@ -4405,42 +5857,26 @@ class Pulls:
 
     # ---- what a pull is bringing
 
-    def _early_manifest(self, pull: Job, reference: Reference, credentials: Credentials | None,
-                        deadline: Deadline) -> Manifest | None:
-        """The manifest that a pull has brought already, or None if it has ended; errors are those of the pull."""
-        digest = reference.target
-        if not isinstance(digest, Digest):
-            look_up = self._look_up(reference, credentials)
-            deadline.wait(lambda seconds: look_up.done.wait(min(seconds, ARRIVAL_INTERVAL)) or pull.done.is_set())
-            digest = look_up.outcome(deadline) if look_up.done.is_set() and not look_up.error else ""
-        manifest = self._await_manifest(pull, digest, deadline) if isinstance(digest, Digest) else None
-        if manifest is None:
-            pull.outcome(deadline)
-            return None
-        log.info("pull %s: answered with the manifest %s while the rest arrives", reference, digest)
-        self._expect(pull, manifest)
-        return manifest
+    def _await_manifest(self, pull: Job, digest: Callable[[], Digest | None], deadline: Deadline) -> Manifest | None:
+        """A manifest as soon as a pull has brought it, or None if the pull has ended without it.
 
-    def _await_manifest(self, pull: Job, digest: Digest, deadline: Deadline) -> Manifest | None:
-        """A manifest as soon as a pull has brought it, or None if the pull has ended without it."""
+        digest() returns its digest once that is known. What the manifest refers to is expected from then on.
+        """
 
-        def arrived(seconds: float) -> Manifest | bool | None:
-            ended = pull.done.wait(min(seconds, ARRIVAL_INTERVAL))
-            return self._content.manifest(digest) or ended
+        def arrived(seconds: float) -> Manifest | bool:
+            ended, target = pull.done.wait(min(seconds, ARRIVAL_INTERVAL)), digest()
+            return (self._content.manifest(target) if target else None) or ended
 
         found = deadline.wait(arrived)
-        return found if isinstance(found, Manifest) else None
+        if not isinstance(found, Manifest):
+            return None
+        self._expect(pull, found)
+        return found
 
     def manifest(self, digest: Digest, deadline: Deadline) -> Manifest | None:
-        """A manifest that a pull under way will bring, as soon as it is here; None if no pull will bring it.
-
-        What it refers to is expected from then on.
-        """
+        """A manifest that a pull under way will bring, as soon as it is here; None if no pull brings it."""
         _, pull = self._coming(digest)
-        manifest = self._await_manifest(pull, digest, deadline) if pull else None
-        if pull and manifest:
-            self._expect(pull, manifest)
-        return manifest
+        return self._await_manifest(pull, lambda: digest, deadline) if pull else None
 
     def _expect(self, pull: Job, manifest: Manifest) -> None:
         """Remember what a manifest says of the content that a pull will bring."""
@@ -4465,7 +5901,7 @@ class Pulls:
         size, pull = self._coming(digest)
         if pull is None:
             return None
-        return self._transfers.join(digest, size, functools.partial(self._await_blob, digest, pull))
+        return self._transfers.start(digest, size, functools.partial(self._await_blob, digest, pull))
 
     def _await_blob(self, digest: Digest, pull: Job, transfer: Transfer) -> None:
         """Lead the readers of a transfer to content as soon as Docker has it."""
@@ -4481,9 +5917,68 @@ class Pulls:
                 pull = other
 
 
+class Warming:
+    """Has Docker pull what it lacks of a list of images, a few at a time, and tries again what failed."""
+
+    def __init__(self, pulls: Pulls, wanted: Iterable[Reference] = ()):
+        self._pulls, self._lock = pulls, threading.Lock()  # the lock guards _missing
+        self._missing = dict.fromkeys(wanted, "it was not looked for yet")
+
+    def missing(self) -> dict[Reference, str]:
+        """Return the images that Docker may lack, each with the reason, in the order of the list."""
+        with self._lock:
+            return dict(self._missing)
+
+    def is_done(self) -> bool:
+        """True if Docker had, or has got, each image of the list."""
+        return not self.missing()
+
+    def run(self) -> None:
+        """Work until the list is done. Failures are logged."""
+        count, tries = len(self.missing()), 0
+        while not self.is_done():
+            waiting = collections.deque(self.missing())
+            threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True)
+                       for _ in range(min(WARMING_PULLS, len(waiting)))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            missing = self.missing()
+            if missing:
+                pause = WARMING_PAUSES[min(tries, len(WARMING_PAUSES) - 1)]
+                log.warning("warm: Docker lacks %d of %d images, which are tried again in %d s: %s", len(missing),
+                            count, pause, some_of(f"{reference} ({reason})" for reference, reason in missing.items()))
+                time.sleep(pause)
+            tries += 1
+        if count:
+            log.info("warm: Docker has all images of the list, %d", count)
+
+    def _work(self, waiting: collections.deque[Reference]) -> None:
+        while waiting:
+            with contextlib.suppress(IndexError):  # the other thread took it
+                self._get(waiting.popleft())
+
+    def _get(self, reference: Reference) -> None:
+        self._note(reference, "it is being looked for, or pulled")
+        try:
+            self._pulls.complete(reference)
+        except RegistryError as e:
+            self._note(reference, e.detail)
+        except Exception as e:  # a boundary: it is tried again
+            self._note(reference, repr(e))
+        else:
+            with self._lock:
+                del self._missing[reference]
+
+    def _note(self, reference: Reference, reason: str) -> None:
+        with self._lock:
+            self._missing[reference] = reason
+
+
 # =====================================================================================================================
-# 16. Mirror: the registry of what Docker has, or gets
-# Uses: waiting, engine, transfers, store, export, images, pulls.
+# 19. Mirror: the registry of what Docker has, or gets
+# Uses: waiting, activity, engine, transfers, store, export, images, pulls.
 # =====================================================================================================================
 
 
@@ -4500,27 +5995,54 @@ class ArrivingManifest:
         return StreamBody(pieces, None, pieces.close, waits=True)
 
 
-class Mirror:
-    """The registry of what Docker has, or gets now. It knows nothing of what was pushed.
+class TimelyBlob:
+    """A blob that is opened within the deadline of its reader: that may take a call to Docker."""
 
-    It answers two questions: which content does a name mean right now, and who has these bytes?
-    """
+    def __init__(self, blob: Blob):
+        self._blob, self.size = blob, blob.size
+
+    def open(self, start: int, length: int, deadline: Deadline) -> Body:
+        """See Blob."""
+        return ask(deadline, lambda inner: self._blob.open(start, length, inner), discard=lambda body: body.close())
+
+
+Parameters = ParamSpec("Parameters")
+
+
+def in_time(method: Callable[Concatenate[Mirror, Client, Parameters], T]
+            ) -> Callable[Concatenate[Mirror, Client, Parameters], T]:
+    """Let a method of Mirror answer within the deadline of its client: see ask()."""
+
+    @functools.wraps(method)
+    def asked(mirror: Mirror, client: Client, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> T:
+        return ask(client.deadline, lambda inner: method(
+            mirror, dataclasses.replace(client, deadline=inner), *arguments, **options))
+
+    return asked
+
+
+class Mirror:
+    """The registry of what Docker has, or gets now: which content does a name mean, and who has these bytes?"""
 
     def __init__(self, engine: Engine, store: Store, policy: PullPolicy | None = None,
-                 docker_root: Path | None = None):
+                 docker_root: Path | None = None, activity: Activity | None = None):
         """docker_root is where Docker's data folder is mounted, if that is not the place that Docker names."""
-        self.engine, self._store, self._policy = engine, store, policy or PullPolicy()
-        self._exports = Exports(engine, store, self._tidy_up_soon)
+        self.engine, self._store = engine, store
+        self._policy, self.activity = policy or PullPolicy(), activity or Activity()
+        self._exports = Exports(engine, store, self.activity, self._tidy_up_soon)
         self.images = ImageStores(engine, store, self._exports, docker_root)
         self._content = self.images.content
-        self._pulls = Pulls(engine, self.images, self._policy)
-        self._fetches = Fetches(engine, store, self._policy)
-        self._jobs = Jobs()
+        self.pulls = Pulls(engine, self.images, self._policy, self.activity)
+        self._fetches = Fetches(engine, store, self._policy, self.activity)
+        self._jobs = Jobs(PULLS_LIMIT)  # recoveries
         self._warned: set[Digest] = set()  # images for another platform that the log has named; needs no lock
 
-    def close(self) -> None:
-        """Close what is kept open."""
-        self.images.close()
+    def introduce(self) -> None:
+        """Log which Docker this is, and where content comes from."""
+        try:
+            self.images.current()
+        except RegistryError as e:
+            log.error("%s; this is tried again on each request", e.detail)
 
     def is_docker_on_our_behalf(self, client: Client) -> bool:
         """True if Docker sent a request because this program had asked it for something, for example a pull.
@@ -4542,24 +6064,9 @@ class Mirror:
         if reference.namespace and self._is_docker(client):
             raise RegistryError(code, f"{reference}: Docker has it itself, or pulls it")
 
-    def _ask(self, client: Client, question: Callable[[Client], T], late: Callable[[Job], T] | None = None) -> T:
-        """Ask Docker something in a thread of its own, so no sum of delays outlasts the client's deadline.
-
-        Whatever waits in there waits without a limit, for as long as the client waits here. When the deadline has
-        passed, the answer is late(the job), or else STILL_PULLING.
-        """
-        inner = client.deadline.unlimited()
-        asking = dataclasses.replace(client, deadline=inner)
-        job = self._jobs.start(object(), lambda: question(asking), "at work for this request")
-        with on_failure(inner.cancel):
-            if late and not client.deadline.wait(job.done.wait):
-                return late(job)
-            answer: T = job.outcome(client.deadline)
-        return answer
-
     # ---- which content does a name mean?
 
-    def manifest(self, reference: Reference, client: Client, may_pull: bool = True) -> Manifest | ArrivingManifest:
+    def manifest(self, client: Client, reference: Reference, may_pull: bool = True) -> Manifest | ArrivingManifest:
         """The manifest or index that a reference means right now, all of whose content is here or on its way.
 
         An image that Docker lacks is pulled by Docker, if the reference says from where and may_pull is set; the
@@ -4567,42 +6074,34 @@ class Mirror:
         deadline, the answer is what is known by then. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED,
         TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
         """
-        made_types: list[str | None] = []  # of the manifest to come, once Docker is known to have the image
 
-        def late(job: Job) -> Manifest | ArrivingManifest:
-            made_type = made_types[-1] if made_types else None
-            if made_type is None:
-                raise RegistryError("STILL_PULLING", f"Docker is still getting {reference}: ask again")
+        def find(inner: Deadline) -> Manifest | ArrivingManifest:
+            return self._find_manifest(dataclasses.replace(client, deadline=inner), reference, may_pull)
+
+        def late(job: Job) -> ArrivingManifest | None:
+            made_type = self.images.made_type
+            if made_type is None or isinstance(reference.target, Digest):
+                return None
             log.info("%s: answered while Docker is still getting it", reference)
             return ArrivingManifest(made_type, lambda: job.outcome(client.deadline.unlimited()))
 
-        def find(asking: Client) -> Manifest | ArrivingManifest:
-            return self._find_manifest(reference, asking, may_pull,
-                                       lambda: made_types.append(self.images.current().made_type))
+        return ask(client.deadline, find, late)
 
-        return self._ask(client, find, late)
-
-    def _find_manifest(self, reference: Reference, client: Client, may_pull: bool,
-                       on_image_known: Callable[[], None]) -> Manifest:
-        """The manifest of an image that Docker has, or gets now; takes as long as it takes.
-
-        on_image_known is called when Docker has the image, as far as that can be known, and only the digest of its
-        manifest is not known.
-        """
+    def _find_manifest(self, client: Client, reference: Reference, may_pull: bool) -> Manifest:
+        """The same; takes as long as it takes."""
         self._refuse_own_engine(reference, client, "MANIFEST_UNKNOWN")
         if isinstance(reference.target, Digest):
             manifest = self._manifest_by_digest(reference, reference.target, client, may_pull)
         else:
-            manifest = self._manifest_by_tag(reference, client, may_pull, on_image_known)
+            manifest = self._manifest_by_tag(reference, client, may_pull)
         self._promise(reference, manifest, client)
         return manifest
 
-    def _manifest_by_tag(self, reference: Reference, client: Client, may_pull: bool,
-                         on_image_known: Callable[[], None]) -> Manifest:
+    def _manifest_by_tag(self, reference: Reference, client: Client, may_pull: bool) -> Manifest:
         image = self._local_image(reference, client)
         if image is None or (may_pull and self._is_to_be_replaced(reference, image, client)):
             try:
-                arriving = self._pull(reference, client, may_pull, image, on_image_known)
+                arriving = self._pull(reference, client, may_pull, image)
             except RegistryError as e:
                 if image is None:
                     raise
@@ -4613,7 +6112,6 @@ class Mirror:
                 image = self._local_image(reference, client)
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
-        on_image_known()
         self._check_platform(image)
         digest = self.images.current().target(image, client.deadline)
         return self._content.manifest(digest) or self._lost_manifest(reference, digest, client)
@@ -4627,23 +6125,24 @@ class Mirror:
             self._warned.add(image.id)
             log.warning("the image %s is for %s, and this Docker is %s: on a node like that its containers end with "
                         "\"exec format error\"; get the other with docker pull --platform %s", image.id,
-                        printable(image.platform), printable(ours), printable(ours))
+                        image.platform, ours, ours)
 
-    def _pull(self, reference: Reference, client: Client, may_pull: bool, old: EngineImage | None = None,
-              on_slow: Callable[[], None] = lambda: None) -> Manifest | None:
+    def _pull(self, reference: Reference, client: Client, may_pull: bool, old: EngineImage | None = None
+              ) -> Manifest | None:
         if not may_pull:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}")
-        return self._pulls.pull(reference, client, old, on_slow)
+        return self.pulls.pull(reference, client, old)
 
     def _is_to_be_replaced(self, reference: Reference, image: EngineImage, client: Client) -> bool:
         """True if Docker is to pull an image that it has: one of another registry, whose tag has moved there."""
         return (self._policy.policy == "always" and reference.namespace is not None
-                and self._pulls.is_outdated(reference, image, client))
+                and self.pulls.is_outdated(reference, image, client))
 
     def _names(self, reference: Reference, client: Client) -> list[Reference]:
         """The names under which Docker may have what a reference means, the likeliest first."""
-        found = list(reference.aliases(client.own_name))
-        if reference.namespace in (None, "docker.io") and self.engine.info().is_podman:
+        info = self.engine.info()
+        found = list(reference.aliases(client.own_name, info.names))
+        if reference.namespace in (None, "docker.io") and info.is_podman:
             found.append(dataclasses.replace(reference, repository=reference.repository.removeprefix("library/"),
                                              namespace="localhost"))  # where Podman keeps what it builds
         return found
@@ -4667,7 +6166,7 @@ class Mirror:
     def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
         if reference.namespace is None:
             return self._manifest_here(reference, digest, client)
-        manifest = self._pulls.manifest(digest, client.deadline) or self._content.manifest(digest)
+        manifest = self.pulls.manifest(digest, client.deadline) or self._content.manifest(digest)
         if manifest:
             return manifest
         if self.images.current().made_type:
@@ -4708,7 +6207,7 @@ class Mirror:
         if not may_pull:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have {reference}")
         try:
-            return self._fetches.manifest(reference, digest, client.credentials)
+            return self._fetches.manifest(reference, digest, client.credentials, client.deadline)
         except RegistryError as e:
             manifest = self._included(reference, digest, client, True)
             if manifest:
@@ -4773,10 +6272,10 @@ class Mirror:
         """
         # In this order: what is no longer on its way when it is asked for has arrived by then.
         missing = {digest: size for digest, size in manifest.sizes("config", "layers").items()
-                   if not (self._pulls.is_bringing(digest) or self._fetches.is_fetching(reference, digest, client)
+                   if not (self.pulls.is_bringing(digest) or self._fetches.is_fetching(reference, digest, client)
                            or self._content.has(digest, size))}
         for digest in dict.fromkeys(manifest.platforms()):
-            if self._pulls.is_bringing(digest):
+            if self.pulls.is_bringing(digest):
                 return {}
             child = self._content.manifest(digest)
             if child and not child.platforms():  # an index in an index is seen to when it is asked for
@@ -4827,12 +6326,24 @@ class Mirror:
         self._fetches.begin(reference, missing, client, source)
         self._store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers")})
 
+    @in_time
+    def fetch_lost(self, client: Client, reference: Reference, manifest: Manifest, blobs: Mapping[Digest, int]) -> None:
+        """Begin to fetch blobs of a manifest, if Docker lacks them, and knows a name that leads to them."""
+        lost = {digest: size for digest, size in blobs.items() if not self._content.find(digest, size)}
+        for source in self._other_names(manifest.digest, lost, manifest) if lost else ():
+            try:
+                self._fetch(reference, manifest, lost, client, source)
+                break
+            except RegistryError as e:
+                log.warning("%s: %s", source, e.detail)
+
     def _lost_manifest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         """A manifest that Docker lists and has lost, by any name that leads to it."""
         errors = []
         for source in itertools.chain([reference], self._other_names(digest, {})):
             try:
-                return self._fetches.manifest(source, digest, client.credentials if source is reference else None)
+                return self._fetches.manifest(source, digest, client.credentials if source is reference else None,
+                                              client.deadline)
             except RegistryError as e:
                 errors.append(e)
         raise self._not_recovered(errors, f"Docker lists {reference} as {digest}, but that content is missing from its "
@@ -4861,30 +6372,28 @@ class Mirror:
 
     # ---- who has these bytes?
 
-    def blob(self, reference: Reference, client: Client) -> Blob:
+    @in_time
+    def blob(self, client: Client, reference: Reference) -> Blob:
         """The blob with the digest that a reference names.
 
         Docker does not keep its content apart by repository, so the repository does not matter. BLOB_UNKNOWN if
         nobody has it, and for manifests too: to a node, 200 means that the digest is not one.
         """
-        return self._ask(client, lambda asking: self._find_blob(reference, asking))
-
-    def _find_blob(self, reference: Reference, client: Client) -> Blob:
         self._refuse_own_engine(reference, client, "BLOB_UNKNOWN")
         digest = reference.digest
         blob = self._content.find(digest)
         if blob is None:
             arriving = self._arriving(reference, digest, client)
             if arriving:
-                return arriving
-            if reference.namespace:  # a node; a client that pushes does not want an image exported
+                return TimelyBlob(arriving)
+            if reference.namespace and not client.is_browser:  # a node; others do not want an image exported
                 self._restore(reference, {digest: 0}, client)
             blob = self._content.find(digest)  # it may have arrived since
         if blob is None:
             raise RegistryError("BLOB_UNKNOWN", f"Docker has no content {digest}")
         if self._is_manifest(blob):
             raise RegistryError("BLOB_UNKNOWN", f"{digest} is a manifest: ask for it under /manifests/")
-        return blob
+        return TimelyBlob(blob)
 
     @staticmethod
     def _is_manifest(blob: Blob) -> bool:
@@ -4894,15 +6403,18 @@ class Mirror:
 
     # ---- what is adopted
 
-    def contents(self, reference: Reference, sizes: Mapping[Digest, int], client: Client) -> dict[Digest, Blob]:
+    @in_time
+    def contents(self, client: Client, reference: Reference, sizes: Mapping[Digest, int]) -> dict[Digest, Blob]:
         """What Docker has of the content of an image with these digests and sizes in bytes, exported if need be."""
-        return self._ask(client, lambda asking: self._find_contents(reference, sizes, asking))
-
-    def _find_contents(self, reference: Reference, sizes: Mapping[Digest, int], client: Client) -> dict[Digest, Blob]:
-        found = {digest: blob for digest, size in sizes.items() if (
-            blob := self._content.find(digest, size) or self._arriving(reference, digest, client))}
+        found: dict[Digest, Blob] = {}
+        for count, (digest, size) in enumerate(sizes.items()):
+            if count - len(found) > LAYERS_LIMIT:
+                break  # no image of Docker's lacks so much: it is not asked for the rest
+            blob = self._content.find(digest, size) or self._arriving(reference, digest, client)
+            if blob:
+                found[digest] = blob
         lacking = {digest: size for digest, size in sizes.items() if digest not in found}
-        if lacking:
+        if lacking and self.images.current().can_restore:
             self._restore(reference, lacking, client)
             found.update((digest, blob) for digest, size in lacking.items()
                          if (blob := self._content.find(digest, size)))
@@ -4910,42 +6422,44 @@ class Mirror:
 
     def _arriving(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
         """Content that a pull or a fetch is bringing for this client, or None."""
-        return self._pulls.blob(digest) or self._fetches.blob(reference, digest, client)
+        return self.pulls.blob(digest) or self._fetches.blob(reference, digest, client)
 
-    def has_content(self, digest: Digest, client: Client) -> bool:
+    @in_time
+    def has_content(self, client: Client, digest: Digest) -> bool:
         """True if Docker has the bytes of a digest at hand."""
-        return self._ask(client, lambda _: self._content.find(digest)) is not None
+        return self._content.find(digest) is not None
 
-    def manifest_content(self, digest: Digest, client: Client) -> Manifest | None:
+    @in_time
+    def manifest_content(self, client: Client, digest: Digest) -> Manifest | None:
         """The manifest with a digest, if Docker has its bytes under any name, or None."""
-        return self._ask(client, lambda _: self._content.manifest(digest))
+        return self._content.manifest(digest)
 
-    def image(self, reference: Reference, client: Client) -> EngineImage | None:
+    @in_time
+    def image(self, client: Client, reference: Reference) -> EngineImage | None:
         """The image that Docker finds under a name now, or under another name for the same, or None."""
-        return self._ask(client, lambda _: self._inspected_image(self._names(reference, client)))
+        return self._inspected_image(self._names(reference, client))
 
     # ---- lists
 
-    def tags(self, reference: Reference, client: Client) -> list[str]:
+    @in_time
+    def tags(self, client: Client, reference: Reference) -> list[str]:
         """The tags of the images that Docker has in a repository. The reference's target is not used."""
         names = {docker_name(alias.docker_repository()) for alias in self._names(reference, client)}
-        return [tag for _, name, tag in self._all_names(client) if docker_name(name) in names]
+        return [tag for _, name, tag in self.engine.names() if docker_name(name) in names]
 
+    @in_time
     def catalog(self, client: Client) -> set[str]:
         """The repositories of Docker's images, by the names under which they can be pulled without a namespace."""
         found = set()
-        for _, name, _ in self._all_names(client):
+        for _, name, _ in self.engine.names():
             host, repository = docker_name(name)
             if host == "docker.io":
                 repository = repository.removeprefix("library/")
-            elif not names_us(host, client.own_name):
+            elif not names_us(host, client.own_name, client.names):
                 repository = name
             if REPOSITORY.fullmatch(repository):  # a registry's port cannot be part of a repository's name
                 found.add(repository)
         return found
-
-    def _all_names(self, client: Client) -> list[tuple[Digest, str, str]]:
-        return self._ask(client, lambda _: self.engine.names())
 
     def _tidy_up_soon(self) -> None:
         with contextlib.suppress(RegistryError):  # no thread can be started: there is a next time
@@ -4957,12 +6471,12 @@ class Mirror:
             with self._store.log_freed():
                 self._store.tidy_up(lambda image_id: self.engine.image(str(image_id)) is not None, time.time())
         except Exception as e:  # a boundary: the program goes on
-            log.warning("store: not tidied up: %s", printable(str(e)))
+            log.warning("store: not tidied up: %s", e)
 
 
 # =====================================================================================================================
-# 17. Front: which of the two registries answers
-# Uses: waiting, engine, transfers, store, hosted, mirror.
+# 20. Front: which of the two registries answers
+# Uses: waiting, engine, transfers, store, writers, hosted, pulls, mirror.
 # =====================================================================================================================
 
 
@@ -4970,7 +6484,8 @@ class Mirror:
 class AdoptionPlan:
     """What has to be brought into a repository for a manifest to be whole there: blobs, and manifests of an index.
 
-    Each manifest comes behind those that it lists. seen are the manifests that have been looked at.
+    Each manifest comes behind those that it lists. seen are the manifests that have been looked at, and unknown is how
+    many of them nobody has.
     """
 
     reference: Reference
@@ -4979,10 +6494,11 @@ class AdoptionPlan:
     blobs: dict[Digest, Blob] = field(default_factory=dict)
     manifests: list[Manifest] = field(default_factory=list)
     seen: set[Digest] = field(default_factory=set)
+    unknown: int = 0
 
     def has(self, digest: Digest, size: int) -> bool:
         """True if a blob of this size, in bytes, is in the repository or will be brought there."""
-        return digest in self.blobs or self.repository.has_blob(digest, size)
+        return digest in self.blobs or self.repository.has_blob(digest, size, self.client.deadline)
 
 
 class Adoption:
@@ -5009,8 +6525,8 @@ class Adoption:
         """
         plan = AdoptionPlan(reference, self._hosted.repository(reference.repository), client)
         self._plan(plan, manifest)
-        self._store.check_space(sum(blob.size for digest, blob in plan.blobs.items()
-                                    if not self._store.docker.size(digest)))
+        self._store.check_room(sum(blob.size for digest, blob in plan.blobs.items()
+                                   if not self._store.docker.size(digest)))
         for digest, blob in plan.blobs.items():
             self._bring(plan.repository, digest, blob, client)
         for child in plan.manifests:
@@ -5021,11 +6537,11 @@ class Adoption:
         required = manifest.sizes("config", "layers", "blobs")
         lacking = {digest: size for digest, size in {**manifest.undistributed(), **required}.items()
                    if not plan.has(digest, size)}
-        found = self._mirror.contents(plan.reference, lacking, plan.client) if lacking else {}
-        missing = [str(digest) for digest in lacking if digest in required and digest not in found]
+        found = self._mirror.contents(plan.client, plan.reference, lacking) if lacking else {}
+        missing = [digest for digest in lacking if digest in required and digest not in found]
         if missing:
             raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {plan.repository.name} nor Docker has "
-                                                         f"{', '.join(missing)}: push blobs before the manifest that "
+                                                         f"{some_of(missing)}: push blobs before the manifest that "
                                                          "refers to them")
         plan.blobs.update(found)
         for digest in manifest.listed("manifests"):
@@ -5039,8 +6555,11 @@ class Adoption:
         if depth == self.DEPTH:
             raise RegistryError("MANIFEST_INVALID", f"{plan.reference}: indexes are nested more than {self.DEPTH} deep")
         hosted = plan.repository.manifest(digest)
-        child = hosted or self._mirror.manifest_content(digest, plan.client)
+        child = hosted
+        if hosted is None and plan.unknown <= LAYERS_LIMIT:  # Docker is not asked for thousands, one by one
+            child = self._mirror.manifest_content(plan.client, digest)
         if child is None:
+            plan.unknown += 1
             return
         try:
             child.check()
@@ -5055,7 +6574,7 @@ class Adoption:
 
     def _bring(self, repository: Repository, digest: Digest, blob: Blob, client: Client) -> None:
         """Make a blob belong to a repository. Requests that want the same content at the same time share one copy."""
-        if not repository.blobs.adopt(digest, blob.size):
+        if not repository.blobs.adopt(digest, blob.size, client.deadline):
             job = self._jobs.start(digest, lambda: self._copy(digest, blob), f"copying {digest}")
             job.outcome(client.deadline)
             if not repository.blobs.adopt(digest, blob.size):
@@ -5065,18 +6584,19 @@ class Adoption:
         """Copy content out of Docker into the store."""
         if self._store.docker.adopt(digest, blob.size):
             return  # copied by a job that ended after the caller had looked
-        with ProgressLog(f"copy {digest}, {human_bytes(blob.size)}, for a push") as lines, \
+        task = self._mirror.activity.task("copy", str(digest), f", {human_bytes(blob.size)}, for a push")
+        with task, \
                 BlobWriter(self._store, digest.algorithm) as writer, \
                 contextlib.closing(blob.open(0, blob.size, Deadline())) as body:
             count = 0
             for piece in body:
                 writer.write(piece)
-                lines.tell_rate(count := count + len(piece))
+                task.report_bytes(count := count + len(piece), blob.size)
             found = writer.finish()
             if found != digest:
                 raise RegistryError("ENGINE_FAILED", f"Docker has the bytes of {found} for {digest}")
             writer.keep(self._store.docker)
-            lines.done("verified")
+            task.done("verified")
 
 
 class Front:
@@ -5087,30 +6607,36 @@ class Front:
     take 200 for "you need not push this". So without `ns` it speaks only of what is hosted.
     """
 
-    def __init__(self, hosted: Hosted, mirror: Mirror, store: Store):
-        self.hosted, self.mirror, self._store = hosted, mirror, store
+    def __init__(self, hosted: Hosted, mirror: Mirror, store: Store, warm: Iterable[Reference] = ()):
+        """warm are images that Docker is to have from the start: see Warming."""
+        self.hosted, self.mirror, self.store = hosted, mirror, store
+        self.warming = Warming(mirror.pulls, warm)
         self._adoption = Adoption(store, hosted, mirror)
-        self._jobs = Jobs()
+        self._jobs = Jobs(PULLS_LIMIT)
         self._hidden: set[tuple[Digest, Digest]] = set()  # pairs that the log has named; one operation each: no lock
 
     def close(self) -> None:
-        """Close what is kept open, and remove what is half-written."""
-        self.mirror.close()
-        self._store.close()
+        """Remove what is half-written."""
+        self.store.close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of this registry that Docker has told so far. Does not wait for Docker."""
+        return self.mirror.engine.own_names
 
     @staticmethod
     def _is_ours(reference: Reference, client: Client) -> bool:
         """True if a reference may mean what was pushed here."""
-        return reference.namespace is None or names_us(reference.namespace, client.own_name)
+        return reference.namespace is None or names_us(reference.namespace, client.own_name, client.names)
 
     def _in_docker(self, reference: Reference, client: Client) -> Reference:
         """A reference as Docker's side has to take it."""
-        if reference.namespace is not None and reference.namespace == client.own_name:
+        if reference.namespace is not None and reference.namespace in (client.own_name, *client.names):
             return reference.under(None)
         return reference.of_path() or reference
 
     def _refuse_docker(self, reference: Reference, client: Client, code: str) -> None:
-        """Refuse what Docker asks while it works for this program: it would wait for itself."""
+        """Refuse a request that Docker sends while it pulls for us: each would wait for the other."""
         if self.mirror.is_docker_on_our_behalf(client):
             raise RegistryError(code, f"{reference}: Docker asks for this program, which does not have it")
 
@@ -5123,13 +6649,19 @@ class Front:
         before_pull = head and reference.namespace is None
         if before_pull and not client.is_about_to_pull():
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
-        return self.mirror.manifest(self._in_docker(reference, client), client, may_pull=not before_pull)
+        may_pull = not before_pull and not client.is_browser
+        return self.mirror.manifest(client, self._in_docker(reference, client), may_pull=may_pull)
 
     def _hosted_manifest(self, reference: Reference, client: Client) -> Manifest | None:
         if not self._is_ours(reference, client):
             return None
-        manifest = self.hosted.repository(reference.repository).manifest(reference.target)
-        if manifest and not isinstance(reference.target, Digest):
+        try:
+            manifest = self.hosted.manifest(reference)
+        except RegistryError as e:
+            if e.code != "MANIFEST_UNKNOWN":
+                raise
+            return None
+        if not isinstance(reference.target, Digest):
             with contextlib.suppress(RegistryError):  # the answer does not depend on it
                 self._jobs.start((reference, client.own_name), lambda: self._log_hidden_image(
                     reference, manifest, client.own_name), "comparing")
@@ -5137,9 +6669,9 @@ class Front:
 
     def _log_hidden_image(self, reference: Reference, manifest: Manifest, own_name: str | None) -> None:
         """Log, once for each pair, that a pushed tag hides another image of Docker's."""
-        asking = Client(own_name)
+        asking = Client(own_name, names=self.names)
         try:
-            image = self.mirror.image(self._in_docker(reference, asking), asking)
+            image = self.mirror.image(asking, self._in_docker(reference, asking))
             same = image is None or self._is_same(image, manifest, asking)
         except RegistryError as e:  # not worth a line above debug: what was pushed does not depend on Docker
             log.debug("%s was not compared with Docker's image: %s", reference, e.detail)
@@ -5154,7 +6686,7 @@ class Front:
 
     def _is_same(self, image: EngineImage, manifest: Manifest, client: Client) -> bool:
         """True if a manifest is that of an image, or one that its index lists."""
-        index = self.mirror.manifest_content(image.id, client)
+        index = self.mirror.manifest_content(client, image.id)
         return image.id in (manifest.digest, *manifest.listed("config")) or (
             index is not None and manifest.digest in index.listed("manifests"))
 
@@ -5163,11 +6695,11 @@ class Front:
         self._refuse_docker(reference, client, "BLOB_UNKNOWN")
         if self._is_ours(reference, client):
             try:
-                return self.hosted.blob(reference)
+                return self.hosted.blob(reference, client.deadline)
             except RegistryError as e:
                 if e.code != "BLOB_UNKNOWN" or (head and reference.namespace is None):
                     raise
-        return self.mirror.blob(self._in_docker(reference, client), client)
+        return self.mirror.blob(client, self._in_docker(reference, client))
 
     # ---- writing
 
@@ -5179,6 +6711,10 @@ class Front:
         self._adoption.complete(reference, manifest, client)
         self.hosted.put_manifest(reference, manifest, tags)
 
+    def adopt(self, reference: Reference, manifest: Manifest, client: Client) -> None:
+        """Bring what a manifest that is hosted lacks. MANIFEST_BLOB_UNKNOWN."""
+        self._adoption.complete(reference, manifest, client)
+
     def delete_manifest(self, reference: Reference, client: Client) -> None:
         """Remove a tag, or a manifest with all its tags. MANIFEST_UNKNOWN, UNSUPPORTED."""
         with self._unless_in_docker(reference, lambda: self._has_manifest(reference, client)):
@@ -5187,12 +6723,12 @@ class Front:
     def _has_manifest(self, reference: Reference, client: Client) -> bool:
         target = reference.target
         if isinstance(target, Digest):
-            return self.mirror.manifest_content(target, client) is not None
-        return self.mirror.image(self._in_docker(reference, client), client) is not None
+            return self.mirror.manifest_content(client, target) is not None
+        return self.mirror.image(client, self._in_docker(reference, client)) is not None
 
     def delete_blob(self, reference: Reference, client: Client) -> None:
         """Remove a blob from a repository. BLOB_UNKNOWN, UNSUPPORTED."""
-        with self._unless_in_docker(reference, lambda: self.mirror.has_content(reference.digest, client)):
+        with self._unless_in_docker(reference, lambda: self.mirror.has_content(client, reference.digest)):
             self.hosted.delete_blob(reference)
 
     @staticmethod
@@ -5209,43 +6745,56 @@ class Front:
 
     # ---- lists
 
-    def tags(self, reference: Reference, client: Client) -> list[str]:
-        """The tags under which images of a repository can be pulled, sorted; NAME_UNKNOWN. The target is not used."""
-        known, found = False, set()
+    def tags(self, reference: Reference, client: Client, after: str = "") -> Iterator[str]:
+        """The tags behind a name under which images of a repository can be pulled, sorted; NAME_UNKNOWN.
+
+        The reference's target is not used. The tags of what was pushed are read as they are taken. If Docker runs and
+        cannot be asked, there is no list at all, but Engine's error: a list that lacks something cannot be told from a
+        complete one.
+        """
+        hosted: Iterator[str] | None = None
         if self._is_ours(reference, client):
-            with contextlib.suppress(RegistryError):  # NAME_UNKNOWN
-                found.update(self.hosted.tags(reference))
-                known = True
-        found.update(self._docker_list(known, lambda: self.mirror.tags(self._in_docker(reference, client), client)))
-        if not known and not found:
+            try:
+                hosted = self.hosted.tags(reference, after)
+            except RegistryError as e:
+                if e.code != "NAME_UNKNOWN":
+                    raise
+        docker = set(self._of_docker(lambda: self.mirror.tags(client, self._in_docker(reference, client)),
+                                     hosted is not None))
+        if hosted is None and not docker:
             raise RegistryError("NAME_UNKNOWN", f"nothing was pushed to {reference.docker_repository()}, and Docker "
                                                 "has no image of that name")
-        return sorted(found)
+        merged = heapq.merge(hosted or (), sorted(tag for tag in docker if tag > after))
+        return (tag for tag, _ in itertools.groupby(merged))
 
     def catalog(self, client: Client) -> list[str]:
-        """The repositories that can be pulled from without a namespace, sorted: those pushed here, and Docker's."""
-        found = set(self.hosted.catalog())
-        return sorted(found.union(self._docker_list(bool(found), lambda: self.mirror.catalog(client))))
+        """The repositories that can be pulled from without a namespace, sorted: those pushed here, and Docker's.
+
+        If Docker cannot be asked, there is no list: see tags().
+        """
+        hosted = self.hosted.catalog()
+        return sorted({*hosted, *self._of_docker(lambda: self.mirror.catalog(client), bool(hosted))})
 
     @staticmethod
-    def _docker_list(others: bool, names: Callable[[], Iterable[str]]) -> Iterable[str]:
-        """Names of Docker's. If Docker fails, none if there are others to show, or else its error."""
+    def _of_docker(names: Callable[[], Iterable[str]], others: bool) -> Iterable[str]:
+        """Names of Docker's images. A Docker that does not run has none; if there are no others, that is an error."""
         try:
             return names()
         except RegistryError as e:
-            if not others:
-                raise
-            log.warning("the list lacks Docker's images: %s", e.detail)
-            return []
+            if others and isinstance(e.__cause__, FileNotFoundError | ConnectionRefusedError):
+                return ()
+            raise
 
-    def referrers(self, reference: Reference, client: Client) -> list[dict[str, Any]]:
+    def referrers(self, reference: Reference, client: Client, after: str = "") -> Iterator[dict[str, Any]]:
         """The descriptors of manifests that were pushed to a repository and have a reference's digest as subject."""
-        return self.hosted.referrers(reference) if self._is_ours(reference, client) else []
+        return self.hosted.referrers(reference, after) if self._is_ours(reference, client) else iter(())
 
     # ---- tidying up
 
     def keep_tidy(self) -> None:
-        """Tidy up every TIDY_INTERVAL seconds, for as long as the process lives."""
+        """Tidy up, now and every TIDY_INTERVAL seconds while the process lives."""
+        self.tidy_up()
+        log.info("store: tidied up, %s", self.store.space)
         while True:
             time.sleep(TIDY_INTERVAL)
             self.tidy_up()
@@ -5253,15 +6802,632 @@ class Front:
     def tidy_up(self) -> None:
         """Free the disk of what nothing refers to any more. Failures are logged."""
         try:
-            with self._store.log_freed():
+            self.store.measure()
+            with self.store.log_freed():
                 self.hosted.tidy_up(time.time())
         except Exception as e:  # a boundary: the program goes on
-            log.warning("store: what was pushed is not tidied up: %s", printable(str(e)))
+            log.warning("store: what was pushed is not tidied up: %s", e)
         self.mirror.tidy_up()
 
 
 # =====================================================================================================================
-# 18. Requests: HTTP as values
+# 21. Verification: what is damaged in the store, and how to get it again
+# Uses: waiting, activity, transfers, store, hosted, front.
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Content that a manifest in a repository needs, and that is not there or damaged. size is in bytes."""
+
+    repository: Repository
+    manifest: Manifest
+    digest: Digest
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.repository.name}@{self.manifest.digest} lacks {self.digest}, {human_bytes(self.size)}"
+
+
+class Verification:
+    """Reads the whole store, and tells what is damaged, and what each repository lacks.
+
+    A repair gets what can be had again: from another copy in the store, from Docker, or from a registry that Docker
+    got it from. What remains damaged is moved to the folder of damaged files, so that clients push it again.
+    """
+
+    def __init__(self, store: Store, registry: Front, tell: Callable[[str], None]):
+        """tell is called with each line of the result."""
+        self._store, self._registry, self._tell = store, registry, tell
+        self._client = Client()
+
+    def run(self, repair: bool) -> bool:
+        """Verify the store, and repair it if that is wanted. True if all of it is right in the end."""
+        damaged, lacks, dangling = self._damaged(), *self._lacking()
+        for path, digest in damaged:
+            self._tell(f"damaged: {path} does not have the content of {digest}")
+        for line in (*lacks, *dangling):
+            self._tell(f"incomplete: {line}")
+        if not repair or not (damaged or lacks or dangling):
+            return not (damaged or lacks or dangling)
+        self._repair(damaged)
+        left, lacks, dangling = self._damaged(), *self._lacking()
+        for line in (*lacks, *dangling):
+            self._tell(f"not repaired: {line}: push it again")
+        return not (left or lacks or dangling)
+
+    # ---- what is wrong
+
+    def _damaged(self) -> list[tuple[Path, Digest]]:
+        """The files that do not have the content that their names say. Several names of one file count once."""
+        files: dict[int, tuple[Path, Digest, int]] = {}
+        for links in self._store.owners():
+            for digest in links.digests():
+                status = self._store.disk.status(links.path(digest))
+                if status:
+                    files.setdefault(status.st_ino, (links.path(digest), digest, status.st_size))
+        total = sum(size for _, _, size in files.values())
+        found, count = [], 0
+        with Task("verify", f"{len(files)} files, {human_bytes(total)}") as task:
+            for path, digest, size in files.values():
+                if not self._store.has_content(path, digest) and self._store.disk.status(path):
+                    found.append((path, digest))
+                task.report_bytes(count := count + size, total)
+            task.done(f"{len(found)} are damaged")
+        return found
+
+    def _lacking(self) -> tuple[list[Lack], list[str]]:
+        """What the repositories lack: blobs of manifests, and manifests of tags."""
+        lacks: list[Lack] = []
+        dangling = []
+        for name in self._registry.hosted.names():
+            repository = self._registry.hosted.repository(name)
+            dangling += [f"{name}:{tag} names {digest}, which is not there"
+                         for tag, digest in repository.dangling_tags()]
+            for digest in repository.manifests.digests():
+                manifest = repository.manifest(digest) if self._is_right(repository.manifests, digest) else None
+                if manifest is None:
+                    dangling.append(f"{name} has lost the manifest {digest}")
+                    continue
+                lacks += [Lack(repository, manifest, blob, size)
+                          for blob, size in manifest.sizes("config", "layers", "blobs").items()
+                          if repository.blobs.size(blob) != size or not self._is_right(repository.blobs, blob)]
+        return lacks, dangling
+
+    def _is_right(self, links: Links, digest: Digest) -> bool:
+        return self._store.has_content(links.path(digest), digest)
+
+    # ---- repair
+
+    def _repair(self, damaged: Iterable[tuple[Path, Digest]]) -> None:
+        for path, digest in damaged:
+            self._store.is_intact(path, digest)  # which sets it aside
+            self._from_other_copy(digest)
+        for name in self._registry.hosted.names():
+            repository = self._registry.hosted.repository(name)
+            named = {digest for _, digest in repository.dangling_tags()}
+            for digest in named.union(repository.manifests.digests()):
+                if repository.manifest(digest) is None:
+                    with self._failures_told(f"{name}@{digest}"):
+                        self._bring_manifest(repository, digest)
+        for lack in self._lacking()[0]:
+            if not lack.repository.has_blob(lack.digest, lack.size):
+                with self._failures_told(str(lack)):
+                    self._bring_blob(lack)
+
+    @contextlib.contextmanager
+    def _failures_told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RegistryError as e:
+            self._tell(f"not available: {what}: {e.detail}")
+
+    def _from_other_copy(self, digest: Digest) -> None:
+        """Give all owners the right content, if one of them still has it in a file of its own."""
+        for links in self._store.owners():
+            if self._store.has_content(links.path(digest), digest):
+                with disk_errors(f"repair {digest}"):
+                    self._store.add(links.path(digest), digest)
+                self._tell(f"repaired: {digest}, from {links.folder}")
+                return
+
+    def _bring_manifest(self, repository: Repository, digest: Digest) -> None:
+        manifest = self._registry.mirror.manifest_content(self._client, digest)
+        if manifest:
+            repository.put_manifest(manifest, ())
+            self._tell(f"repaired: {repository.name}@{digest}, from Docker")
+
+    def _bring_blob(self, lack: Lack) -> None:
+        reference = Reference(lack.repository.name, lack.manifest.digest)
+        self._registry.mirror.fetch_lost(self._client, reference, lack.manifest, {lack.digest: lack.size})
+        self._registry.adopt(reference, lack.manifest, self._client)
+        self._tell(f"repaired: {lack.repository.name}@{lack.manifest.digest}")
+
+
+# =====================================================================================================================
+# 22. Status: what people and monitoring ask this program about itself
+# Uses: waiting, activity, transfers, hosted, front.
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """An image that can be pulled, as people see it. size is in bytes: compressed if it was pushed."""
+
+    repository: str
+    tag: str
+    digest: Digest
+    source: str                     # "pushed" or "docker"
+    size: int = 0
+    platforms: tuple[str, ...] = ()
+
+
+class Status:
+    """Gathers the facts about a running registry: for the page, for /status, for /metrics.
+
+    Nothing here waits long for Docker: what it has not said in time is shown as it was before.
+    """
+
+    IMAGES = 200        # images that are shown, of those that were pushed and of Docker's each
+    PATIENCE = 1.0      # seconds that the page may wait for Docker
+
+    def __init__(self, registry: Front, activity: Activity, address: str):
+        """address is where the registry listens."""
+        self._registry, self._activity, self._address = registry, activity, address
+        self._jobs = Jobs()
+        self._images: list[ShownImage] = []             # replaced whole, as the next two
+        self._engine: dict[str, Any] = {"reachable": False, "problem": "not asked yet"}
+        self._details: dict[Digest, tuple[int, tuple[str, ...]]] = {}  # size and platforms; used by one job at a time
+
+    def _refresh(self, *reads: Callable[[], None]) -> None:
+        """Let something be read again, by one job for all who ask, and wait a moment for that."""
+        deadline = Deadline(self.PATIENCE)
+        for read in reads:
+            with contextlib.suppress(RegistryError):
+                self._jobs.start(read, read, "at work for the status").outcome(deadline)
+
+    def check_ready(self, deadline: Deadline) -> None:
+        """Raise UNAVAILABLE, or what Engine raises, unless Docker answers within a deadline and has the warm list."""
+        ask(deadline, lambda _: self._registry.mirror.engine.info())
+        missing = self._registry.warming.missing()
+        if not self._registry.warming.is_done():
+            raise RegistryError("UNAVAILABLE", f"Docker is still to pull {some_of(missing) or 'the images of -warm'}")
+
+    def document(self) -> dict[str, Any]:
+        """All facts, as /status gives them. Sizes are in bytes, times in seconds, or since the epoch as RFC 3339."""
+        self._refresh(self._read_engine, self._read_images)
+        now = time.monotonic()
+        return {
+            "version": __version__, "address": self._address, "started": rfc3339(self._activity.started),
+            "uptime_seconds": round(time.time() - self._activity.started), "engine": self._engine,
+            "store": self._store(), "nodes": [{
+                "address": visit.client, "last_request": rfc3339(visit.time), "user_agent": visit.user_agent}
+                for visit in self._activity.nodes()],
+            "under_way": [self._task(task, now) for task in self._activity.tasks()],
+            "ended": [{"kind": task.kind, "what": task.subject, "ended": rfc3339(moment),
+                       "seconds": round(task.seconds or 0, 3), "bytes": task.progress()[0], "error": task.error}
+                      for moment, task in self._activity.ended_tasks()],
+            "images": [self._image(image) for image in self._images],
+            "requests": [{"repository": name, "last": [self._visit(visit) for visit in visits]}
+                         for name, visits in self._activity.past().items()],
+            "errors": [{"message": visit.note, "count": count, "repository": visit.repository,
+                        **self._visit(visit)} for count, visit in self._activity.errors()]}
+
+    # ---- the parts
+
+    def _read_engine(self) -> None:
+        try:
+            images = self._registry.mirror.images.current()
+        except RegistryError as e:
+            self._engine = {**self._engine, "reachable": False, "problem": e.detail}
+            return
+        info = images.info
+        reads_files = any(name not in ("export", "content service") for name in images.sources)
+        self._engine = {
+            "reachable": True, "problem": images.problem, "name": "Podman" if info.is_podman else "Docker",
+            "version": info.version, "api": ".".join(map(str, info.api)), "image_store": info.store,
+            "content_from": ["store", *images.sources],
+            "advice": None if reads_files or info.is_podman else (
+                f"Pulls are faster if Docker's data folder is mounted: -v {info.root}:{info.root}:ro")}
+
+    def _store(self) -> dict[str, Any]:
+        store = self._registry.store
+        try:
+            free: int | None = store.space.available()
+        except RegistryError:
+            free = None
+        return {"path": str(store.root), "used_bytes": store.space.used, "limit_bytes": store.space.limit,
+                "free_bytes": free}
+
+    def _task(self, task: Task, now: float) -> dict[str, Any]:
+        (done, total), rate = task.progress(), task.rate(now)
+        left = max(total - done, 0) / rate if total and rate else None
+        return {"kind": task.kind, "what": task.subject, "seconds": round(now - task.started, 1),
+                "status": task.status, "done_bytes": done, "total_bytes": total or None,
+                "bytes_per_second": round(rate), "seconds_left": None if left is None else round(left),
+                "parts": [{"name": name, "done_bytes": done, "total_bytes": total or None}
+                          for name, (done, total) in task.parts.items()],
+                "waiting": self._activity.waiting_for(task.repository) if task.repository else []}
+
+    def _image(self, image: ShownImage) -> dict[str, Any]:
+        visit = self._activity.served(str(image.digest))
+        return {"repository": image.repository, "tag": image.tag, "digest": str(image.digest),
+                "size_bytes": image.size, "platforms": list(image.platforms), "source": image.source,
+                "last_served": visit and {"time": rfc3339(visit.time), "to": visit.client}}
+
+    @staticmethod
+    def _visit(visit: Visit) -> dict[str, Any]:
+        return {"time": rfc3339(visit.time), "client": visit.client, "method": visit.method, "target": visit.target,
+                "status": visit.status, "bytes": visit.size, "seconds": round(visit.seconds, 4)}
+
+    # ---- images
+
+    def _read_images(self) -> None:
+        pushed = list(itertools.islice(self._pushed_images(), self.IMAGES))
+        try:
+            docker = list(itertools.islice(self._docker_images(), self.IMAGES))
+        except RegistryError:  # the engine's part of the page says why
+            docker = [image for image in self._images if image.source == "docker"]
+        self._images = [*pushed, *docker]
+
+    def _pushed_images(self) -> Iterator[ShownImage]:
+        hosted = self._registry.hosted
+        for name in hosted.names():
+            repository = hosted.repository(name)
+            for tag in repository.tags():
+                manifest = repository.manifest(tag)
+                if manifest:
+                    size, platforms = self._remembered(manifest.digest, functools.partial(
+                        self._describe, repository, manifest))
+                    yield ShownImage(name, tag, manifest.digest, "pushed", size, platforms)
+
+    def _docker_images(self) -> Iterator[ShownImage]:
+        engine = self._registry.mirror.engine
+        for listed in engine.listed():
+            for name in listed.tags:
+                repository, _, tag = name.rpartition(":")
+                if "@" in repository:  # an image without a tag
+                    continue
+                size, platforms = self._remembered(listed.id, functools.partial(self._inspect, listed.id))
+                yield ShownImage(printable(repository), printable(tag), listed.id, "docker", size, platforms)
+
+    def _remembered(self, digest: Digest, describe: Callable[[], tuple[int, tuple[str, ...]]]
+                    ) -> tuple[int, tuple[str, ...]]:
+        if digest not in self._details:
+            if len(self._details) >= MEMORY_LIMIT:
+                self._details.clear()
+            self._details[digest] = describe()
+        return self._details[digest]
+
+    def _inspect(self, image_id: Digest) -> tuple[int, tuple[str, ...]]:
+        image = self._registry.mirror.engine.image(str(image_id))
+        return (image.size, (printable(image.platform),)) if image else (0, ())
+
+    def _describe(self, repository: Repository, manifest: Manifest) -> tuple[int, tuple[str, ...]]:
+        """The size and the platforms of a manifest that was pushed. An index has those of its images."""
+        children = [repository.manifest(digest) for digest in manifest.platforms()]
+        if not children:
+            return sum(manifest.sizes("config", "layers", "blobs").values()), self._platform(repository, manifest)
+        found = [self._describe(repository, child) for child in children if child and not child.platforms()]
+        return sum(size for size, _ in found), tuple(name for _, names in found for name in names)
+
+    @staticmethod
+    def _platform(repository: Repository, manifest: Manifest) -> tuple[str, ...]:
+        """The platform that the config of an image says, or nothing: other artifacts have none."""
+        for digest in manifest.listed("config"):
+            blob = repository.blobs.find(digest)
+            if blob and blob.size <= MANIFEST_LIMIT:
+                with contextlib.suppress(*MALFORMED_ERRORS):
+                    config = json.loads(read_blob(blob, MANIFEST_LIMIT))
+                    names = (config["os"], config["architecture"], config.get("variant"))
+                    return (printable("/".join(name for name in names if name), 100),)
+        return ()
+
+    # ---- metrics
+
+    def metrics(self) -> str:
+        """The numbers in Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats)."""
+        self._refresh(self._read_engine)
+        activity, engine, store = self._activity, self._engine, self._store()
+        labels = {"version": __version__, "engine": f"{engine.get('name', '')} {engine.get('version', '')}".strip(),
+                  "store": engine.get("image_store", "")}
+        with activity.lock:
+            lines = [
+                *metric("info", "gauge", "This program and its engine.", [(labels, 1)]),
+                *metric("engine_up", "gauge", "1 if the engine answers.", [({}, int(engine["reachable"]))]),
+                *metric("http_requests_total", "counter", "Requests that got an answer.", [
+                    ({"method": method, "code": code}, count) for (method, code), count in activity.requests.items()]),
+                *histogram("http_request_duration_seconds", "Time from a request to the end of its answer.",
+                           activity.request_seconds, activity.sums["request_microseconds"] / 1e6),
+                *metric("response_bytes_total", "counter", "Bytes of the bodies of answers.",
+                        [({}, activity.sums["response_bytes"])]),
+                *metric("pulls_total", "counter", "Pulls by the engine that have ended.", [
+                    ({"registry": registry, "result": result}, count)
+                    for (registry, result), count in activity.pulls.items()]),
+                *histogram("pull_duration_seconds", "Duration of pulls by the engine.", activity.pull_seconds,
+                           activity.sums["pull_microseconds"] / 1e6)]
+        pulls = sum(task.kind == "pull" for task in activity.tasks())
+        sizes = [({"kind": kind}, store[f"{kind}_bytes"]) for kind in ("used", "free", "limit")
+                 if store[f"{kind}_bytes"] is not None]
+        return "\n".join([*lines, *metric("pulls_in_progress", "gauge", "Pulls by the engine now.", [({}, pulls)]),
+                          *metric("store_bytes", "gauge", "The store on the disk.", sizes), ""])
+
+
+def rfc3339(moment: float) -> str:
+    """Format a time in seconds since the epoch: 2026-11-27T06:30:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def metric(name: str, kind: str, purpose: str, values: Iterable[tuple[Mapping[str, object], float]],
+           suffix: str = "", head: bool = True) -> Iterator[str]:
+    """Yield the lines of one metric: each value has labels."""
+    full = f"k3d_registry_dockerd_{name}"
+    if head:
+        yield f"# HELP {full} {purpose}"
+        yield f"# TYPE {full} {kind}"
+    for labels, value in values:
+        quoted = ",".join(f"{key}={json.dumps(str(label), ensure_ascii=False)}" for key, label in labels.items())
+        yield f"{full}{suffix}{{{quoted}}} {value}" if quoted else f"{full}{suffix} {value}"
+
+
+def histogram(name: str, purpose: str, buckets: Mapping[float, int], total: float) -> Iterator[str]:
+    """Yield the lines of a histogram of seconds, whose buckets are those of Activity.DURATIONS."""
+    count, values = 0, []
+    for bound in (*Activity.DURATIONS, math.inf):
+        count += buckets.get(bound, 0)
+        values.append(({"le": "+Inf" if bound == math.inf else bound}, count))
+    yield from metric(name, "histogram", purpose, values, "_bucket")
+    yield from metric(name, "", "", [({}, total)], "_sum", head=False)
+    yield from metric(name, "", "", [({}, count)], "_count", head=False)
+
+
+# =====================================================================================================================
+# 23. Page: the status for people, as HTML and as plain text
+# =====================================================================================================================
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8885; --soft: #5c6370; --bar: #0b66c3; --bad: #b3261e; --good: #1a7f37;
+  --card: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --soft: #a2abb6; --bar: #58a6ff; --bad: #ff8a80; --good: #56d364;
+  --card: #161b22; } body { background: #0d1117; color: #e6edf3; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 70rem; }
+h1 { font-size: 1.3rem; margin: 0 0 .2rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+p { margin: .2rem 0; } .soft { color: var(--soft); } .bad { color: var(--bad); } .good { color: var(--good); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem;
+  margin: .5rem 0; }
+.name { font-weight: 600; overflow-wrap: anywhere; }
+progress { width: 100%; height: .6rem; accent-color: var(--bar); display: block; margin: .3rem 0; }
+.layers { display: grid; grid-template-columns: minmax(6rem, 10rem) 1fr auto; gap: 0 .6rem; align-items: center;
+  font-size: .85rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { overflow-wrap: anywhere; } code, pre { font: .85rem/1.45 ui-monospace, monospace; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto; }
+summary { cursor: pointer; } .number { text-align: right; white-space: nowrap; }
+@media (max-width: 40rem) { .less { display: none; } .layers { grid-template-columns: 7rem 1fr; }
+  .layers .number { display: none; } }
+"""
+
+# The page is fetched again, and what has changed replaces what is shown. What a person has opened stays open.
+SCRIPT = """
+const refresh = async () => {
+  try {
+    const answer = await fetch(location.href, {headers: {Accept: "text/html"}});
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const fresh of page.querySelectorAll("section")) {
+      const shown = document.getElementById(fresh.id);
+      for (const details of shown.querySelectorAll("details[open]"))
+        fresh.querySelector(`details[data-key="${CSS.escape(details.dataset.key)}"]`)?.setAttribute("open", "");
+      if (shown.innerHTML !== fresh.innerHTML) shown.innerHTML = fresh.innerHTML;
+    }
+    document.getElementById("lost").hidden = true;
+  } catch {
+    document.getElementById("lost").hidden = false;
+  }
+  setTimeout(refresh, document.hidden ? 5000 : 1000);
+};
+setTimeout(refresh, 1000);
+"""
+
+MIRRORS_YAML = """\
+mirrors:
+  "*":
+    endpoint:
+      - http://{address}
+"""
+
+
+def page_policy() -> str:
+    """The Content-Security-Policy of the page: its own style and script, and nothing else from anywhere."""
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
+    return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+class Page:
+    """The facts of Status as HTML. All text from outside is escaped."""
+
+    def __init__(self, facts: Mapping[str, Any], host: str):
+        """host is by what name the browser knows this registry."""
+        self._facts, self._host = facts, host
+
+    def render(self) -> str:
+        """The whole page."""
+        facts = self._facts
+        sections = "".join(f'<section id="{name}" aria-label="{title}">{body}</section>' for name, title, body in (
+            ("engine", "Engine and store", self._head()), ("welcome", "Configuration", self._welcome()),
+            ("under-way", "Under way", self._under_way()), ("errors", "Errors", self._errors()),
+            ("images", "Images", self._images()), ("requests", "Requests", self._requests())))
+        return (
+            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>k3d-registry-dockerd</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            '<noscript><meta http-equiv="refresh" content="5"></noscript>'
+            f"<style>{STYLE}</style></head><body><main><h1>k3d-registry-dockerd "
+            f'<span class="soft">{html.escape(facts["version"])}</span></h1>'
+            "<p>An OCI registry that serves the images of the local Docker daemon, and what is pushed to it.</p>"
+            '<p id="lost" class="bad" role="status" hidden>This registry does not answer any more.</p>'
+            f"{sections}</main><script>{SCRIPT}</script></body></html>")
+
+    def _head(self) -> str:
+        engine, store = self._facts["engine"], self._facts["store"]
+        if engine["reachable"]:
+            state = (f'<span class="good">{html.escape(engine["name"])} {html.escape(engine["version"])}</span>, '
+                     f'{html.escape(engine["image_store"])} image store; content from: '
+                     f'{html.escape(", ".join(engine["content_from"]))}')
+        else:
+            state = '<span class="bad">Docker cannot be reached</span>'
+        advice = "".join(f'<p class="{kind}">{html.escape(engine[name])}</p>' for kind, name in (
+            ("bad", "problem"), ("soft", "advice")) if engine.get(name))
+        return (f"<p>{state}</p>{advice}<p class=soft>Store: {html.escape(describe_store(store))}. Up for "
+                f"{human_duration(self._facts['uptime_seconds'])}. The same as <a href=/status>JSON</a>.</p>")
+
+    def _welcome(self) -> str:
+        if self._facts["nodes"]:
+            return ""
+        return ("<h2>No node has asked yet. Is your cluster pointed here?</h2><p>In the <code>registries.yaml</code> "
+                "of k3d or k3s (the name by which the <em>nodes</em> reach this registry may be another one):</p>"
+                f"<pre tabindex=0>{html.escape(MIRRORS_YAML.format(address=self._host))}</pre>")
+
+    def _under_way(self) -> str:
+        tasks = "".join(map(self._task, self._facts["under_way"]))
+        ended = "".join(
+            f'<tr><td class=name>{task["kind"]} {html.escape(task["what"])}<td>'
+            + (f'<span class=bad>failed: {html.escape(task["error"])}</span>' if task["error"] else "done")
+            + f'<td class="number less">{human_bytes(task["bytes"])}<td class=number>{human_seconds(task["seconds"])}'
+            f'<td class="less soft">{task["ended"]}</tr>' for task in self._facts["ended"])
+        ended = ended and (f"<details data-key=ended><summary>The last that have ended ({len(self._facts['ended'])})"
+                           f"</summary><div class=wide><table>{ended}</table></div></details>")
+        return f"<h2>Under way</h2>{tasks or '<p class=soft>Nothing is being pulled, fetched or exported.</p>'}{ended}"
+
+    def _task(self, task: Mapping[str, Any]) -> str:
+        name = f'{task["kind"]} {html.escape(task["what"])}'
+        waiting = f'<p class=soft>Waiting: {html.escape(", ".join(task["waiting"]))}</p>' if task["waiting"] else ""
+        parts = task["parts"] if len(task["parts"]) > 1 else ()
+        layers = "".join(f'<code>{html.escape(part["name"][:12])}</code>{self._bar(part, part["name"])}'
+                         f'<span class=number>{describe_bytes(part)}</span>' for part in parts)
+        return (f'<div class=card><p class=name>{name}</p>{self._bar(task, task["what"])}'
+                f"<p class=soft>{html.escape(describe_progress(task))}</p>{waiting}"
+                f"<div class=layers>{layers}</div></div>")
+
+    @staticmethod
+    def _bar(part: Mapping[str, Any], label: str) -> str:
+        value = f'max={part["total_bytes"]} value={part["done_bytes"]}' if part["total_bytes"] else ""
+        return f'<progress {value} aria-label="{html.escape(label)}"></progress>'
+
+    def _errors(self) -> str:
+        rows = "".join(
+            f'<tr><td class=bad>{error["status"]}<td>{html.escape(error["message"])}'
+            + (f' <span class=soft>({error["count"]} times)</span>' if error["count"] > 1 else "")
+            + f'<td class=less>{html.escape(error["client"])}<td class="less soft">{error["time"]}</tr>'
+            for error in self._facts["errors"])
+        head = "<tr><th>Status<th>What went wrong, and what to do<th class=less>For<th class=less>Last at</tr>"
+        return rows and f"<h2>Errors</h2><div class=wide><table>{head}{rows}</table></div>"
+
+    def _images(self) -> str:
+        images = self._facts["images"]
+        head = ("<tr><th>Image<th>From<th class=number>Size<th class=less>Platforms<th class=less>Digest"
+                "<th>Last served to</tr>")
+        table = f"<div class=wide><table>{head}{''.join(map(self._image, images))}</table></div>"
+        return f"<h2>Images ({len(images)})</h2>{table if images else '<p class=soft>There are none.</p>'}"
+
+    @staticmethod
+    def _image(image: Mapping[str, Any]) -> str:
+        served, name = image["last_served"], f"{image['repository']}:{image['tag']}"
+        last = (f'{html.escape(served["to"])} <span class="soft less">{served["time"]}</span>' if served
+                else "<span class=soft>never</span>")
+        return (f'<tr><td class=name>{html.escape(name)}<td>{image["source"]}'
+                f'<td class=number>{human_bytes(image["size_bytes"])}'
+                f'<td class=less>{html.escape(", ".join(image["platforms"]))}'
+                f'<td class=less><code>{image["digest"][:19]}</code><td>{last}</tr>')
+
+    def _requests(self) -> str:
+        groups = "".join(
+            f'<details data-key="{html.escape(group["repository"])}"><summary><span class=name>'
+            f'{html.escape(group["repository"])}</span> <span class=soft>{group["last"][0]["time"]}</span></summary>'
+            f"<div class=wide><table>{''.join(map(self._visit, group['last']))}</table></div></details>"
+            for group in self._facts["requests"])
+        return f"<h2>Last requests</h2>{groups or '<p class=soft>There were none.</p>'}"
+
+    @staticmethod
+    def _visit(visit: Mapping[str, Any]) -> str:
+        kind = "bad" if visit["status"] >= 400 else "good"
+        return (f'<tr><td>{html.escape(visit["method"])}<td><code>{html.escape(visit["target"][:80])}</code>'
+                f'<td class={kind}>{visit["status"]}<td class="number less">{human_bytes(visit["bytes"])}'
+                f'<td class=number>{human_seconds(visit["seconds"])}<td>{html.escape(visit["client"])}'
+                f'<td class="less soft">{visit["time"]}</tr>')
+
+
+def human_duration(seconds: float) -> str:
+    """Format a duration: 45 s, 12 min, 3.5 h, 2.0 days."""
+    for limit, unit, size in ((100, "s", 1), (6000, "min", 60), (48 * 3600, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.{0 if size < 3600 else 1}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def describe_bytes(part: Mapping[str, Any]) -> str:
+    """The bytes of a task or a part of it: "4.5 MB of 10.0 MB"."""
+    total = f" of {human_bytes(part['total_bytes'])}" if part["total_bytes"] else ""
+    return human_bytes(part["done_bytes"]) + total
+
+
+def describe_progress(task: Mapping[str, Any]) -> str:
+    """The progress of a task, in a line."""
+    left = task["seconds_left"]
+    return ", ".join(filter(None, (
+        describe_bytes(task), f"{human_bytes(task['bytes_per_second'])}/s",
+        None if left is None else f"{human_duration(left)} left", task["status"])))
+
+
+def describe_store(store: Mapping[str, Any]) -> str:
+    """The store's folder and its use, in a line."""
+    limit = f" of {human_bytes(store['limit_bytes'])}" if store["limit_bytes"] else ""
+    free = f", {human_bytes(store['free_bytes'])} of the disk are free" if store["free_bytes"] is not None else ""
+    return f"{store['path']}, {human_bytes(store['used_bytes'])}{limit} used{free}"
+
+
+def status_text(facts: Mapping[str, Any], host: str) -> str:
+    """The facts of Status as plain text, for terminals."""
+    engine = facts["engine"]
+    about = (f"{engine['name']} {engine['version']}, {engine['image_store']} image store; content from: "
+             f"{', '.join(engine['content_from'])}" if engine["reachable"] else "Docker cannot be reached")
+    lines = [f"k3d-registry-dockerd {facts['version']}, up for {human_duration(facts['uptime_seconds'])}", about,
+             *(engine[name] for name in ("problem", "advice") if engine.get(name)),
+             f"store: {describe_store(facts['store'])}", "its API is under /v2/ (OCI Distribution Specification)"]
+    if not facts["nodes"]:
+        lines += ["", "No node has asked yet. Is your cluster pointed here? In registries.yaml:", "",
+                  *MIRRORS_YAML.format(address=host).splitlines()]
+    if facts["under_way"]:
+        lines += ["", "UNDER WAY", *(line for task in facts["under_way"] for line in task_lines(task))]
+    if facts["errors"]:
+        lines += ["", "ERRORS", *(f"{error['time']}  {error['status']}  {error['message']}"
+                                  for error in facts["errors"])]
+    if facts["images"]:
+        lines += ["", "IMAGES", *(
+            f"{image['repository']}:{image['tag']}  {image['source']}  {human_bytes(image['size_bytes'])}  "
+            f"{','.join(image['platforms'])}  {image['digest'][:19]}" for image in facts["images"])]
+    if facts["requests"]:
+        lines += ["", "LAST REQUESTS", *(
+            f"{visit['time']}  {visit['status']}  {visit['method']} {group['repository']} {visit['target'][:30]}  "
+            f"{human_bytes(visit['bytes'])}  {human_seconds(visit['seconds'])}  {visit['client']}"
+            for group in facts["requests"] for visit in group["last"][:1])]
+    return "\n".join([*map(printable, lines), ""])
+
+
+def task_lines(task: Mapping[str, Any], width: int = 30) -> Iterator[str]:
+    """Yield the lines of a task under way, with a bar of so many characters if its size is known."""
+    done, total = task["done_bytes"], task["total_bytes"]
+    filled = min(width * done // total, width) if total else 0
+    bar = f"[{'=' * filled}{' ' * (width - filled)}] " if total else ""
+    yield f"{task['kind']} {task['what']}"
+    yield f"  {bar}{describe_progress(task)}"
+    if task["waiting"]:
+        yield f"  waiting: {', '.join(task['waiting'])}"
+
+
+# =====================================================================================================================
+# 24. Requests: HTTP as values
 # Uses: configuration, waiting, transfers.
 # =====================================================================================================================
 
@@ -5278,7 +7444,63 @@ class Response:
     lines: list[tuple[str, str]] = field(default_factory=list)  # headers that may occur several times
 
 
-FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+HOST_VALUE = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 3986, 3.2
+HEAD_END = re.compile(rb"[^\r\n]\r*\n\r?\n")  # an empty line after others: RFC 9112, 2.2, ignores those before
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first line and the headers of a request. headers may hold a name several times, in any case."""
+
+    method: str
+    target: str
+    is_http_1_0: bool
+    headers: Message
+
+    @classmethod
+    def parse(cls, data: bytes) -> Head:
+        """Parse the bytes up to the empty line (RFC 9112, 3 and 5).
+
+        Raises REQUEST_INVALID for everything that another reader of the same bytes might take for something else,
+        METHOD_UNKNOWN, VERSION_UNKNOWN and HEAD_TOO_LARGE.
+        """
+        text = data.decode("latin-1").lstrip("\r\n")
+        first, *lines = (line.removesuffix("\r") for line in text.split("\n")[:-2])
+        words = first.split(" ")
+        version = re.fullmatch(r"HTTP/([0-9])\.([0-9])", words[-1])
+        if len(words) != 3 or not version or not TOKEN.fullmatch(words[0]):
+            raise RegistryError("REQUEST_INVALID", "the first line is not METHOD TARGET HTTP/1.1")
+        if version[1] != "1":
+            raise RegistryError("VERSION_UNKNOWN", f"{words[2]}: this is an HTTP/1.1 server")
+        if words[0] not in METHODS:
+            raise RegistryError("METHOD_UNKNOWN", f"{words[0]} is none of {', '.join(METHODS)}")
+        if len(lines) > HEADERS_LIMIT:
+            raise RegistryError("HEAD_TOO_LARGE", f"{len(lines)} headers; the limit is {HEADERS_LIMIT}")
+        head = cls(words[0], words[1], version[2] == "0", Message())
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon or not TOKEN.fullmatch(name) or "\r" in value or "\0" in value:
+                raise RegistryError("REQUEST_INVALID", "a header line is malformed")
+            head.headers[name] = value.strip(" \t")
+        head.check()
+        return head
+
+    def check(self) -> None:
+        """Raise REQUEST_INVALID without the one Host of HTTP/1.1, or for a coding that HTTP/1.0 does not have."""
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 and not (self.is_http_1_0 and not hosts):
+            raise RegistryError("REQUEST_INVALID", f"{len(hosts)} Host headers, and not one")
+        if not all(HOST_VALUE.fullmatch(host) for host in hosts):
+            raise RegistryError("REQUEST_INVALID", "the Host header is malformed")
+        if self.is_http_1_0 and "Transfer-Encoding" in self.headers:
+            raise RegistryError("REQUEST_INVALID", "HTTP/1.0 has no Transfer-Encoding")
+
+    @property
+    def keeps_alive(self) -> bool:
+        """True if another request may follow on the connection."""
+        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+        return not self.is_http_1_0 and "close" not in (option.strip(" \t") for option in options)
 
 
 class RequestBody:
@@ -5288,19 +7510,20 @@ class RequestBody:
     the next request is then unknown.
     """
 
-    def __init__(self, headers: Message, stream: io.BufferedIOBase, invite: Callable[[], None]):
+    def __init__(self, headers: Message, stream: io.BufferedReader, invite: Callable[[], None]):
         """invite is called before the first read, because the client may be waiting for 100 Continue."""
         self._stream, self._invite = stream, invite
         self.length = self._parse_length(headers)
         self.at_end = self.length == 0
         self.count = 0  # bytes read so far
+        self._patience: float = BODY_PATIENCE  # seconds of waiting that are left; bytes that arrive bring more
         self._pieces = self._decode()  # shared: each reader continues where the last one stopped
 
     @staticmethod
     def _parse_length(headers: Message) -> int | None:
         lengths, codings = (headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
         if codings:
-            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
+            if lengths or [coding.lower() for coding in codings] != ["chunked"]:
                 raise RegistryError("REQUEST_INVALID", "Transfer-Encoding must be chunked, without Content-Length")
             return None
         if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", length) for length in lengths):
@@ -5316,13 +7539,29 @@ class RequestBody:
             return
         with self._connection_errors():
             self._invite()
-        yield from self._chunks() if self.length is None else self._read(self.length)
+        yield from self._gather(self._chunks()) if self.length is None else self._read(self.length)
         self.at_end = True
+
+    @staticmethod
+    def _gather(pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Join small pieces, as chunks often are: each piece costs a write to the disk."""
+        gathered, problem = bytearray(), None
+        try:
+            for piece in pieces:
+                gathered += piece
+                if len(gathered) >= PIECE:
+                    yield bytes(gathered)
+                    gathered.clear()
+        except RegistryError as e:  # what arrived before the error counts
+            problem = e
+        if gathered:
+            yield bytes(gathered)
+        if problem:
+            raise problem
 
     def _read(self, count: int) -> Iterator[bytes]:
         while count:
-            with self._connection_errors():
-                data = self._stream.read1(min(count, PIECE))
+            data = self._receive(functools.partial(self._stream.read1, min(count, PIECE)))
             if not data:
                 raise RegistryError("REQUEST_INVALID", f"the body of the request ended {count} bytes too early")
             count -= len(data)
@@ -5345,17 +7584,34 @@ class RequestBody:
         raise RegistryError("REQUEST_INVALID", "too many trailers")
 
     def _line(self) -> bytes:
-        with self._connection_errors():
-            line = self._stream.readline(CHUNK_LINE)
+        line = b""
+        while not line.endswith(b"\n") and len(line) < CHUNK_LINE and (data := self._receive(self._stream.peek)):
+            line += self._stream.readline(min(len(data), CHUNK_LINE - len(line)))
         if not line.endswith(b"\r\n"):
             raise RegistryError("REQUEST_INVALID", "a line of the chunked coding is incomplete or too long")
         return line
+
+    def _receive(self, read: Callable[[], bytes]) -> bytes:
+        """Return what a call reads from the connection. REQUEST_TIMEOUT for a client that is slower than BODY_RATE.
+
+        Only the time of waiting for the client counts.
+        """
+        started = time.monotonic()
+        with self._connection_errors():
+            data = read()
+        self._patience += len(data) / BODY_RATE - (time.monotonic() - started)
+        self._patience = min(self._patience, BODY_PATIENCE)
+        if self._patience < 0:
+            raise RegistryError("REQUEST_TIMEOUT", f"the body came at less than {BODY_RATE} bytes per second")
+        return data
 
     @staticmethod
     @contextlib.contextmanager
     def _connection_errors() -> Iterator[None]:
         try:
             yield
+        except TimeoutError:
+            raise RegistryError("REQUEST_TIMEOUT", "nothing more came of the body") from None
         except OSError as e:
             raise RegistryError("REQUEST_INVALID", f"the body of the request could not be read: {e}") from None
 
@@ -5468,7 +7724,7 @@ def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline
     def parts() -> Generator[Part, None, None]:
         for head, (start, length) in zip(heads, ranges, strict=True):
             yield head
-            with contextlib.closing(blob.open(start, length, deadline)) as body:
+            with contextlib.closing(blob.open(start, length, deadline.unlimited())) as body:
                 yield from body.parts()
         yield end
 
@@ -5494,45 +7750,102 @@ def parse_content_range(header: str | None, length: int | None) -> int | None:
     return start
 
 
-def page(request: Request, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the page of a sorted list that `n` and `last` select, and the Link header to the next page.
+def page(request: Request, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the page of sorted names that `n` and `last` select, and the Link header to the next page.
 
-    See OCI Distribution Spec v1.1, "Listing Tags". Raises REQUEST_INVALID.
+    No more names are taken than the page needs. See OCI Distribution Spec v1.1, "Listing Tags". REQUEST_INVALID.
     """
     last, count = request.parameter("last"), request.parameter("n")
-    rest = [name for name in names if last is None or name > last]
+    rest = (name for name in names if last is None or name > last)
     if count is None:
-        return rest, {}
+        return list(rest), {}
     if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
         raise RegistryError("REQUEST_INVALID", f"n={count!r} is not a valid number of entries")
-    part = rest[:int(count)]
-    if not part or len(part) == len(rest):
+    part = list(itertools.islice(rest, int(count)))
+    if not part or next(rest, None) is None:
         return part, {}
-    query = {"n": count, "last": part[-1], **({"ns": request.namespace} if request.namespace else {})}
-    return part, {"Link": f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"'}
+    return part, next_page(request, n=count, last=part[-1])
+
+
+def next_page(request: Request, **parameters: str | None) -> dict[str, str]:
+    """Return the Link header to the page that a request with other query parameters gives (RFC 8288)."""
+    query = {name: value for name, value in {**parameters, "ns": request.namespace}.items() if value is not None}
+    return {"Link": f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"'}
+
+
+def page_of_referrers(request: Request, found: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the first of some descriptors, and the Link header to the others.
+
+    See OCI Distribution Spec v1.1, "Listing Referrers". A page ends at PAGE_LIMIT bytes, and after EARLY_ANSWER
+    seconds: each descriptor costs reading a manifest, also where `artifactType` leaves it out. Annotations that are
+    too large for a page of their own are left out.
+    """
+    wanted, deadline = request.parameter("artifactType"), request.client.deadline.within(EARLY_ANSWER)
+    page: list[dict[str, Any]] = []
+    size, last = 0, None
+    for descriptor in found:
+        digest, cost = descriptor["digest"], len(json.dumps(descriptor)) + 2  # with a comma and a space
+        if cost > PAGE_LIMIT:
+            descriptor = {name: value for name, value in descriptor.items() if name != "annotations"}
+            cost = len(json.dumps(descriptor)) + 2
+        matches = wanted in (None, descriptor.get("artifactType"))
+        if last and ((matches and size + cost > PAGE_LIMIT) or not deadline.left()):
+            return page, next_page(request, artifactType=wanted, last=last)
+        if matches:
+            page.append(descriptor)
+            size += cost
+        last = digest
+    return page, {}
 
 
 # =====================================================================================================================
-# 19. End-points: the distribution specification
-# Uses: transfers, hosted, mirror, front, requests.
+# 25. End-points: the distribution specification
+# Uses: transfers, writers, hosted, mirror, front, status, page, requests.
 # =====================================================================================================================
 
-ABOUT = f"""k3d-registry-dockerd {__version__}
-
-This is an OCI registry that serves the images of the local Docker daemon, and images that are pushed to it.
-Its API is under /v2/ (OCI Distribution Specification).
-"""
+HTML_TYPE, TEXT_TYPE = "text/html; charset=utf-8", "text/plain; charset=utf-8"
+UNCACHED = {"Cache-Control": "no-store"}
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Endpoints:
     """One method for each endpoint of OCI Distribution Spec v1.1, "Endpoints"."""
 
-    def __init__(self, registry: Front):
-        self._registry = registry
+    def __init__(self, registry: Front, status: Status):
+        self._registry, self._status = registry, status
 
-    def about(self, request: Request) -> Response:
-        """GET /: a description for browsers."""
-        return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, ABOUT.encode())
+    # ---- about this program
+
+    def page(self, request: Request) -> Response:
+        """GET /: the status for people, as HTML or as plain text."""
+        facts, host = self._status.document(), request.client.own_name or "localhost:5000"
+        if "text/html" not in request.client.accept:
+            return Response(200, {"Content-Type": TEXT_TYPE, **UNCACHED}, status_text(facts, host).encode())
+        return Response(200, {"Content-Type": HTML_TYPE, "Content-Security-Policy": page_policy(), **UNCACHED},
+                        Page(facts, host).render().encode())
+
+    def status(self, request: Request) -> Response:
+        """GET /status: the same facts as JSON. See Status.document."""
+        return self._json(self._status.document(), UNCACHED)
+
+    def metrics(self, request: Request) -> Response:
+        """GET /metrics: numbers for Prometheus."""
+        return Response(200, {"Content-Type": METRICS_TYPE}, self._status.metrics().encode())
+
+    def live(self, request: Request) -> Response:
+        """GET /livez and /healthz: this program works."""
+        return Response(200, {"Content-Type": TEXT_TYPE}, b"ok\n")
+
+    def ready(self, request: Request) -> Response:
+        """GET /readyz: this program can serve Docker's images. UNAVAILABLE."""
+        self._status.check_ready(request.client.deadline)
+        return Response(200, {"Content-Type": TEXT_TYPE}, b"ok\n")
+
+    def not_docker(self, request: Request) -> Response:
+        """Paths of the Docker Engine API: somebody takes this for the engine."""
+        raise RegistryError("NOT_FOUND", "this is a registry, not Docker: DOCKER_HOST must not point here")
+
+    # ---- the specification
 
     def version_check(self, request: Request) -> Response:
         """end-1, GET /v2/: confirm that this is a registry."""
@@ -5585,7 +7898,8 @@ class Endpoints:
             return self._created(repository, mount)
         if digest is None or (mount is not None and request.body.length == 0):
             return self._upload_status(202, repository, repository.begin_upload(), 0)
-        self._registry.hosted.push_blob(Reference(repository.name, requested_digest(digest)), request.body)
+        self._registry.hosted.push_blob(Reference(repository.name, requested_digest(digest)), request.body.length,
+                                        request.body)
         return self._created(repository, digest)
 
     def _mount(self, repository: Repository, digest: str, source: str | None) -> bool:
@@ -5635,6 +7949,7 @@ class Endpoints:
         if start not in (None, upload.size):
             headers = self._upload_status(416, repository, session, upload.size).headers
             raise RegistryError("RANGE_INVALID", f"the next byte of this upload is {upload.size}, not {start}", headers)
+        upload.expect(request.body.length or 0)
         for piece in request.body:
             upload.write(piece)
 
@@ -5693,7 +8008,7 @@ class Endpoints:
         """end-8, GET /v2/<name>/tags/list: the tags, in pages on request."""
         Reference.check_repository(request.captured[0], request.namespace)
         reference = Reference(request.captured[0], "latest", request.namespace)
-        names, headers = page(request, self._registry.tags(reference, request.client))
+        names, headers = page(request, self._registry.tags(reference, request.client, request.parameter("last") or ""))
         return self._json({"name": request.captured[0], "tags": names}, headers)
 
     def catalog(self, request: Request) -> Response:
@@ -5702,18 +8017,18 @@ class Endpoints:
         return self._json({"repositories": names}, headers)
 
     def referrers(self, request: Request) -> Response:
-        """end-12, GET /v2/<name>/referrers/<digest>: an index of the manifests with this subject."""
+        """end-12, GET /v2/<name>/referrers/<digest>: an index of the manifests with this subject, in pages."""
         repository, subject = request.captured
         reference = Reference.parse_digest(repository, subject, request.namespace)
-        wanted = request.parameter("artifactType")
-        found = self._registry.referrers(reference, request.client)
-        if wanted is not None:
-            found = [descriptor for descriptor in found if descriptor.get("artifactType") == wanted]
-        headers = {"Content-Type": OCI_INDEX, **({"OCI-Filters-Applied": "artifactType"} if wanted is not None else {})}
-        return self._json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found}, headers)
+        found = self._registry.referrers(reference, request.client, request.parameter("last") or "")
+        descriptors, headers = page_of_referrers(request, found)
+        if request.parameter("artifactType") is not None:
+            headers["OCI-Filters-Applied"] = "artifactType"
+        return self._json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": descriptors},
+                          {"Content-Type": OCI_INDEX, **headers})
 
     @staticmethod
-    def _json(document: Mapping[str, Any], headers: dict[str, str]) -> Response:
+    def _json(document: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
         return Response(200, {"Content-Type": "application/json", **headers}, json.dumps(document).encode())
 
 
@@ -5722,7 +8037,13 @@ Endpoint = Callable[[Endpoints, Request], Response]
 # Method, path, endpoint. Repository names may contain slashes, so the last keyword in a path decides.
 ROUTES: tuple[tuple[str, re.Pattern[str], Endpoint], ...] = tuple(
     (method, re.compile(path, re.DOTALL), endpoint) for method, path, endpoint in (
-        ("GET", r"/", Endpoints.about),
+        ("GET", r"/", Endpoints.page),
+        ("GET", r"/status", Endpoints.status),
+        ("GET", r"/metrics", Endpoints.metrics),
+        ("GET", r"/livez|/healthz", Endpoints.live),
+        ("GET", r"/readyz", Endpoints.ready),
+        *((method, r"/(?:v1\.\d+/)?(?:_ping|version|info|events|(?:images|containers|build|auth)(?:/.*)?)",
+           Endpoints.not_docker) for method in ("GET", "POST")),
         ("GET", r"/v2/?", Endpoints.version_check),
         ("GET", r"/v2/_catalog", Endpoints.catalog),
         ("HEAD", r"/v2/(.+)/blobs/([^/]+)", Endpoints.blob_head),
@@ -5759,8 +8080,8 @@ def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
 
 
 # =====================================================================================================================
-# 20. Server: HTTP on a socket
-# Uses: waiting, transfers, front, requests, end-points.
+# 26. Admission: who may do what, and how many at a time
+# Uses: waiting, requests.
 # =====================================================================================================================
 
 
@@ -5771,9 +8092,9 @@ class Policy:
     read_only: bool = False
     deletes: bool = True
 
-    def check(self, method: str, namespace: str | None, own_name: str | None) -> None:
+    def check(self, method: str, namespace: str | None, client: Client) -> None:
         """Raise UNSUPPORTED if a request that changes something is not allowed in this namespace."""
-        if namespace and not names_us(namespace, own_name):
+        if namespace and not names_us(namespace, client.own_name, client.names):
             raise RegistryError("UNSUPPORTED", f"images of {namespace} can be pulled through this registry, but not "
                                                "pushed or deleted")
         if self.read_only:
@@ -5782,29 +8103,218 @@ class Policy:
             raise RegistryError("UNSUPPORTED", "deletion is disabled by REGISTRY_STORAGE_DELETE_ENABLED=false")
 
 
+def origin_of(url: str) -> str | None:
+    """Return the origin of a URL as browsers write it, http://host:port without a default port (RFC 6454), or None."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not host or parts.scheme not in ("http", "https"):
+        return None
+    name = f"[{host}]" if ":" in host else host
+    default = 80 if parts.scheme == "http" else 443
+    return f"{parts.scheme}://{name}" + (f":{port}" if port not in (None, default) else "")
+
+
+@dataclass(frozen=True)
+class Browsers:
+    """Decides which web pages may use this registry, by way of the browser of somebody who can reach it.
+
+    A browser sends requests to its own machine and network for any page. Allowed are addresses that somebody opens by
+    hand, and pages of the allowed origins. The name of a server that is not allowed may have been made to resolve to
+    this machine (DNS rebinding): a browser then takes its page for one of this registry, and only Host tells. Other
+    clients are not affected.
+
+    A page may hide where it comes from, if the browser does not take this registry's address for a trustworthy one (an
+    IP address without TLS). It cannot read the answer then, and no request of a browser has Docker pull.
+    """
+
+    scheme: str = "http"
+    allowed: frozenset[str] = frozenset()  # origins
+
+    HEADERS: ClassVar[Mapping[str, str]] = {  # on every response: nothing that was pushed runs in a browser
+        "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
+    RESERVED: ClassVar[frozenset[str]] = frozenset({  # headers that nobody may add
+        *HEADERS, "Accept-Ranges", "Allow", "Connection", "Content-Encoding", "Content-Length", "Content-Range",
+        "Content-Type", "Date", "Etag", "Link", "Location", "Range", "Server", "Trailer", "Transfer-Encoding",
+        "Upgrade", "Vary", "Www-Authenticate"})
+    EXPOSED: ClassVar[str] = ("Content-Range, Docker-Content-Digest, Docker-Distribution-API-Version, "
+                              "Docker-Upload-UUID, Link, Location, OCI-Filters-Applied, OCI-Namespace, OCI-Subject, "
+                              "OCI-Tag, Range, WWW-Authenticate")
+    ACCEPTED: ClassVar[str] = "Accept, Authorization, Content-Range, Content-Type, Range"
+
+    @staticmethod
+    def is_browser(headers: Message) -> bool:
+        """True if a request with these headers comes from a browser."""
+        signs = ("origin", "referer", "accept-language")
+        return "Mozilla/" in headers.get("User-Agent", "") or any(
+            name in signs or name.startswith("sec-fetch-") for name in map(str.lower, headers.keys()))
+
+    def check(self, headers: Message) -> None:
+        """Raise DENIED if a page sends a request that it may not send, whatever the method."""
+        if not self.is_browser(headers):
+            return
+        pages = {origin_of(url) for url in (*headers.get_all("Origin", []), *headers.get_all("Referer", []))}
+        if pages and pages <= self.allowed:
+            return
+        host = headers.get("Host", "")
+        own = origin_of(f"{self.scheme}://{host}")
+        if own not in self.allowed and not self._is_local(own):
+            raise RegistryError("DENIED", f"browsers may not use this registry as {host!r}: use localhost or an IP "
+                                          "address, or start it with -allow-origin")
+        if not pages <= {own} or headers.get("Sec-Fetch-Site") not in (None, "same-origin", "none"):
+            page = next(iter(pages - {own}), None) or "another site"
+            raise RegistryError("DENIED", f"a page of {page} may not use this registry, unless it is started with "
+                                          "-allow-origin")
+
+    @staticmethod
+    def _is_local(origin: str | None) -> bool:
+        """True if the host of an origin is an IP address, or a name that no public server has."""
+        host = urllib.parse.urlsplit(origin or "").hostname or "."
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return "." not in host or host.endswith(".localhost")
+        return True
+
+    def response_headers(self, headers: Message) -> dict[str, str]:
+        """Return the headers that browsers need, for a response of any status."""
+        origin = origin_of(headers.get("Origin", ""))
+        shared = {"Vary": "Origin"} if self.allowed else {}
+        if origin in self.allowed:
+            shared.update({"Access-Control-Allow-Origin": str(origin), "Access-Control-Expose-Headers": self.EXPOSED})
+        return {**self.HEADERS, **shared}
+
+    def preflight(self, method: str, headers: Message) -> Response | None:
+        """The answer to a browser that asks whether an allowed page may send a request, or None if it does not ask.
+
+        See fetch.spec.whatwg.org, "CORS-preflight request". The permission itself is in response_headers.
+        """
+        if method != "OPTIONS" or "Access-Control-Request-Method" not in headers or not self.allowed:
+            return None
+        return Response(204, {"Access-Control-Allow-Methods": ", ".join(METHODS), "Access-Control-Max-Age": "600",
+                              "Access-Control-Allow-Headers": self.ACCEPTED})
+
+
+class Connections:
+    """The open connections of clients. Those that wait for a request are idle.
+
+    When no more can be opened, new ones wait in the queue of the operating system. The connection that has been idle
+    for longest is closed for them, so connections that do nothing keep nobody out.
+    """
+
+    LINE_INTERVAL = 10  # seconds between two lines in the log
+    PAUSE = 0.1         # seconds until the server tries again, if no connection ends before
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._change = threading.Condition()  # guards the two that follow
+        self._open: set[socket.socket] = set()
+        self._idle: dict[socket.socket, None] = {}  # in the order in which they became idle
+        self._next_line = 0.0  # used by the thread that accepts connections
+
+    def add(self, connection: socket.socket) -> None:
+        """Count a connection until remove() is called."""
+        with self._change:
+            self._open.add(connection)
+            self._idle[connection] = None
+
+    def remove(self, connection: socket.socket) -> None:
+        """The connection has ended."""
+        with self._change:
+            self._open.discard(connection)
+            self._idle.pop(connection, None)
+            self._change.notify_all()
+
+    def set_idle(self, connection: socket.socket) -> None:
+        """The connection waits for a request, unless it has been waiting already."""
+        with self._change:
+            self._idle.setdefault(connection)
+            self._change.notify_all()
+
+    def set_busy(self, connection: socket.socket) -> None:
+        """The connection has a request."""
+        with self._change:
+            self._idle.pop(connection, None)
+
+    def check_limit(self) -> None:
+        """Raise OSError, after some time, if no more connections may be opened."""
+        with self._change:
+            full = len(self._open) >= self._limit
+        if full:
+            self.make_room(f"{self._limit} are open (-max-connections)")
+            raise OSError(errno.EAGAIN, "too many connections")
+
+    def make_room(self, why: str) -> None:
+        """Close the connection that has been idle for longest, and wait a moment for one to end."""
+        now = time.monotonic()
+        if now >= self._next_line:
+            self._next_line = now + self.LINE_INTERVAL
+            log.warning("new connections have to wait: %s", why)
+        with self._change:
+            for connection in [*itertools.islice(self._idle, 1)]:
+                del self._idle[connection]
+                with contextlib.suppress(OSError):  # the client has closed it
+                    # What has arrived is still read. Not SSLSocket.shutdown: what is written then is not encrypted.
+                    socket.socket.shutdown(connection, socket.SHUT_RD)
+            count = len(self._open)
+            self._change.wait_for(lambda: len(self._open) < count, self.PAUSE)
+
+    def finish_requests(self, seconds: float) -> None:
+        """Wait until all connections are idle, at most for some seconds."""
+        with self._change:
+            if not self._change.wait_for(lambda: len(self._open) == len(self._idle), seconds):
+                log.warning("%d requests were aborted", len(self._open) - len(self._idle))
+
+
+# =====================================================================================================================
+# 27. Server: HTTP on a socket
+# Uses: waiting, activity, transfers, front, status, requests, end-points, admission.
+# =====================================================================================================================
+
+
+PROBE_PATHS = ("/livez", "/readyz", "/healthz")  # asked every few seconds, so not logged above debug
+CHECK_AGENT = "k3d-registry-dockerd-check"       # the User-Agent of our own health check, the same
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Handles one client connection. It outlives the requests, so it keeps no state of a request."""
+    """Handles one client connection, one request after the other.
+
+    http.server writes the head of a response; reading requests is not left to it, because it is lenient and has no
+    limit on the whole head.
+    """
 
     server: Server
-    raw_requestline: bytes
+    rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.1"    # even garbage, like a TLS handshake, gets an HTTP answer
+    request_version = "HTTP/1.1"            # even garbage, like a TLS handshake, gets an HTTP answer
     server_version = f"k3d-registry-dockerd/{__version__}"
     sys_version = ""
     disable_nagle_algorithm = True
+    rbufsize = 64 * KIB                     # many chunks of the chunked coding are read at once
     wbufsize = 64 * KIB                     # headers and a small body are sent in one packet
     timeout = IDLE_TIMEOUT
+    _is_http_1_0 = False
 
-    def handle_any(self) -> None:
-        """Handle a request of any method. Does not raise: every exception becomes a response."""
-        with self.server.request_under_way():
-            self._handle(time.monotonic())
+    def handle_one_request(self) -> None:
+        """Wait for a request and answer it. Until its headers are there, the connection is idle."""
+        self.server.connections.set_idle(self.connection)
+        self.command, self.path, self.headers = "-", "", Message()
+        self.close_connection = True  # unless the request is read to its end
+        try:
+            if self.rfile.peek():
+                self._handle(time.monotonic())
+        except OSError as e:
+            log.debug("%s: %s", self.client_address[0], e)
 
     def _handle(self, started: float) -> None:
+        """Answer a request. Does not raise: every exception becomes a response."""
         body = None
+        self._visit = Visit(time.time(), self.client_address[0].removeprefix("::ffff:"), "-")
         try:
-            self._check_headers()
-            body = RequestBody(self.headers, self.rfile, self._invite_body)
+            head = self._read_head()
+            body = RequestBody(head.headers, self.rfile, self._invite_body)
             response = self._respond(body)
             response.note = f"received {human_bytes(body.count)}" if body.count else ""
         except ClientGone:
@@ -5818,24 +8328,49 @@ class Handler(BaseHTTPRequestHandler):
         self._keep_in_step(body)
         self.reply(response, started)
 
-    def _check_headers(self) -> None:
-        """Raise REQUEST_INVALID if a header line is malformed (RFC 9112, 5.1).
+    def _peek(self, deadline: Deadline) -> bytes:
+        """Return what has arrived of a head, or wait for more. It is not consumed. Empty at the end of the stream."""
+        self.connection.settimeout(max(deadline.left(), 0.001))
+        try:
+            return self.rfile.peek()
+        except TimeoutError:
+            raise RegistryError("REQUEST_TIMEOUT", f"the headers did not come within {HEAD_TIMEOUT} s") from None
+        except OSError:
+            raise ClientGone from None
+        finally:
+            self.connection.settimeout(self.timeout)
 
-        The parser skips that line and all that follow, possibly a Content-Length.
-        """
-        names_good = all(FIELD_NAME.fullmatch(name) for name in self.headers)
-        if self.headers.defects or self.headers.get_payload() or not names_good:
-            raise RegistryError("REQUEST_INVALID", "a header line is malformed")
+    def _read_head(self) -> Head:
+        """Read the first line and the headers of a request, within HEAD_LIMIT bytes and HEAD_TIMEOUT seconds."""
+        data, end, deadline = bytearray(), None, Deadline(HEAD_TIMEOUT)
+        while not end:
+            piece, known = self._peek(deadline), len(data)
+            data += piece
+            end = HEAD_END.search(data, max(known - 4, 0))
+            self.rfile.read(end.end() - known if end else len(piece))
+            first_line, *others = data[:KIB].decode("latin-1").lstrip("\r\n").split("\n")
+            self.path = first_line.rstrip("\r")  # for the log
+            if not piece or (first_line and not TOKEN.match(first_line)):  # a TLS handshake has no end of a line
+                raise RegistryError("REQUEST_INVALID", "this is not HTTP/1.1, or ends within its headers")
+            if (end.end() if end else len(data)) > HEAD_LIMIT:
+                code = "HEAD_TOO_LARGE" if others else "TARGET_TOO_LONG"
+                raise RegistryError(code, f"the limit is {HEAD_LIMIT} bytes")
+        self.server.connections.set_busy(self.connection)
+        head = Head.parse(bytes(data[:end.end()]))
+        self.command, self.path, self.headers = head.method, head.target, head.headers
+        self.close_connection, self._is_http_1_0 = not head.keeps_alive, head.is_http_1_0
+        return head
 
     def _keep_in_step(self, body: RequestBody | None) -> None:
         """Read the rest of the body, or close the connection: it would be parsed as the next request."""
-        waiting = self.headers.get("Expect") and body and not body.at_end  # for a 100 Continue that is never sent
-        if body is None or waiting or not body.discard():
-            self.close_connection = True
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any
+        if body is None or (self.headers.get("Expect") and not body.at_end) or not body.discard():
+            self.close_connection = True  # with Expect, the client waits for a 100 Continue that is never sent
 
     def _respond(self, body: RequestBody) -> Response:
+        self.server.browsers.check(self.headers)
+        preflight = self.server.browsers.preflight(self.command, self.headers)
+        if preflight:
+            return preflight
         try:
             url = urllib.parse.urlsplit(self.path)
         except ValueError as e:
@@ -5845,49 +8380,48 @@ class Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host")
         client = Client(host if host and is_host(host) else None,
                         parse_credentials(self.headers.get("Authorization")), Deadline(LAST_ANSWER, self.connection),
-                        self.headers.get("User-Agent", ""), ",".join(self.headers.get_all("Accept", [])))
+                        self.headers.get("User-Agent", ""), ",".join(self.headers.get_all("Accept", [])),
+                        self.server.browsers.is_browser(self.headers), self.server.registry.names)
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         namespace = query.get("ns", [""])[-1] or None
         Reference.check_namespace(namespace)
         if self.command not in ("GET", "HEAD"):
-            self.server.policy.check(self.command, namespace, client.own_name)
+            self.server.policy.check(self.command, namespace, client)
         request = Request(
             self.command, path, captured, query, client,
             None if self.headers.get("If-Range") else self.headers.get("Range"), self.headers.get("Content-Range"),
             self.headers.get("Content-Type"), body)
+        self._begin_visit(request)
         response = endpoint(self.server.endpoints, request)
         if request.namespace:
             response.headers["OCI-Namespace"] = request.namespace
         return response
 
+    def _begin_visit(self, request: Request) -> None:
+        """Let people see that a request is under way."""
+        repository, *target = request.captured or ("",)
+        namespace = request.namespace if request.namespace != request.client.own_name else None
+        self._visit = dataclasses.replace(
+            self._visit, method=request.method, user_agent=printable(request.client.user_agent, 100),
+            repository=printable(f"{namespace}/{repository}" if namespace else repository, 300),
+            target=printable("/".join(target), 200),
+            is_node=request.namespace is not None or request.client.is_about_to_pull())
+        self.server.activity.begin(self._visit)
+
     def _invite_body(self) -> None:
         """Send 100 Continue if the client waits for it (RFC 9110, 10.1.1)."""
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        if self.headers.get("Expect", "").lower() == "100-continue" and not self._is_http_1_0:
             self.send_response_only(100)
             self.end_headers()
             self.wfile.flush()
 
-    def handle_expect_100(self) -> bool:
-        """Called by http.server before the request is handled. 100 Continue is sent later, by _invite_body."""
-        return True
-
-    @staticmethod
-    def _error_response(error: RegistryError) -> Response:
-        return Response(error.status, {"Content-Type": "application/json", **error.headers}, error.body(),
-                        note=f"{error.code}: {error.detail}")
+    def _error_response(self, error: RegistryError) -> Response:
+        return Response(error.status, {"Content-Type": "application/json", **error.headers},
+                        error.body(self.server.named), note=f"{error.code}: {error.detail}")
 
     def version_string(self) -> str:
         """Return the Server header, without the trailing space of the inherited version."""
         return self.server_version
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Called by http.server for a request that it cannot parse. Sends an error like any other, as JSON."""
-        error = RegistryError("REQUEST_INVALID", message or "bad request")
-        self.close_connection = True
-        self.command = getattr(self, "command", None) or "GET"
-        response = self._error_response(error)
-        response.status = code
-        self.reply(response, time.monotonic())
 
     # ---- writing
 
@@ -5922,9 +8456,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write_head(self, response: Response, length: int | None) -> None:
         self.send_response(response.status)
-        for name, value in (*response.headers.items(), *response.lines):
+        browsers = self.server.browsers.response_headers(self.headers)
+        lines = [*{**browsers, **response.headers}.items(), *response.lines]
+        own = {name.lower() for name, _ in lines}
+        for name, value in (*lines, *(line for line in self.server.headers if line[0].lower() not in own)):
             self.send_header(name, value)
-        if length is None and self.command != "HEAD":
+        if length is None and self._is_http_1_0:
+            self.close_connection = True  # this is the end of the body
+        elif length is None and self.command != "HEAD":
             self.send_header("Transfer-Encoding", "chunked")
         elif length is not None and response.status != 204:  # RFC 9110, 8.6
             self.send_header("Content-Length", str(length))
@@ -5940,20 +8479,21 @@ class Handler(BaseHTTPRequestHandler):
             yield len(body)
             return
         self.connection.settimeout(STALL_TIMEOUT)
+        chunked = body.length is None and not self._is_http_1_0
         if body.waits:
             self.wfile.flush()
         for part in body.parts():
             if isinstance(part, FileBody):
                 yield from self._send_file(part)
                 continue
-            data = part if body.length is not None else b"%x\r\n%s\r\n" % (len(part), part)
+            data = part if not chunked else b"%x\r\n%s\r\n" % (len(part), part)
             if len(data) < self.wbufsize // 4:
                 self.wfile.write(data)
             else:  # bypass the buffer, which would copy the data
                 self.wfile.flush()
                 self.connection.sendall(data)
             yield len(part)
-        if body.length is None:
+        if chunked:
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
         self.connection.settimeout(self.timeout)
@@ -5976,19 +8516,22 @@ class Handler(BaseHTTPRequestHandler):
         level = logging.INFO if response.status < 400 else logging.WARNING if response.status < 500 else logging.ERROR
         if self.command == "HEAD" and response.status == 404:
             level = logging.INFO  # normal: clients ask before each push
-        if self.raw_requestline.startswith(b"\x16\x03"):
+        if self.path.partition("?")[0] in PROBE_PATHS or self.headers.get("User-Agent", "").startswith(CHECK_AGENT):
+            level = logging.DEBUG
+        if self.path.startswith("\x16\x03"):
             level, note = logging.DEBUG, "a TLS handshake on a port without TLS"
-        log.log(level, "%s %s %d %s %s %s%s", self.command, printable(getattr(self, "path", "")), response.status,
+        self._visit.status, self._visit.size, self._visit.seconds = response.status, sent, seconds
+        self._visit.note, self._visit.digest = printable(note, 500), ""
+        if "/manifests/" in self.path:
+            self._visit.digest = response.headers.get("Docker-Content-Digest", "")
+        self.server.activity.end(self._visit)
+        log.log(level, "%s %s %d %s %s %s%s", self.command, printable(self.path), response.status,
                 human_bytes(sent), human_seconds(seconds), self.client_address[0], note and f" - {printable(note)}")
 
     def _log_gone(self, started: float) -> None:
         """Log a request whose client did not wait for the answer, with the status that nginx uses for that."""
         self.close_connection = True
         self._log(Response(499, {}), 0, time.monotonic() - started, "the client went away before the answer")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Called by http.server, for example when an idle connection times out. Logged for debugging only."""
-        log.debug("%s: %s", self.client_address[0], printable(format % args))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Called by send_response. Does nothing, because `_log` logs the request."""
@@ -6006,7 +8549,7 @@ class Address:
         """Parse HOST:PORT, :PORT or [IPV6]:PORT, like the official registry image. Raises ValueError."""
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]*):([0-9]{1,5})", text)
         if not match or int(match[2]) > 65535:
-            raise ValueError(f"{text!r} is not an address: use HOST:PORT, :PORT or [::1]:PORT")
+            raise ValueError("is not an address: use HOST:PORT, :PORT or [::1]:PORT")
         host = match[1]
         if host.startswith("["):
             host = str(ipaddress.IPv6Address(host[1:-1]))
@@ -6024,18 +8567,27 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, address: Address, registry: Front, policy: Policy | None = None,
-                 tls: ssl.SSLContext | None = None):
+                 tls: ssl.SSLContext | None = None, max_connections: int = CONNECTIONS_LIMIT,
+                 allowed_origins: Iterable[str] = (), headers: Iterable[tuple[str, str]] = (),
+                 named: Callable[[str], str] = str, activity: Activity | None = None):
         """Bind the address. Raises OSError. Serve with serve_forever, end with shutdown and server_close.
 
-        With a tls context, all connections must use TLS.
+        With a tls context, all connections must use TLS. Web pages of the allowed origins may use the registry.
+        headers are sent with each response that does not have them. named puts the engine's name in texts for clients.
         """
-        self.endpoints, self.policy, self._tls = Endpoints(registry), policy or Policy(), tls
-        self._change = threading.Condition()  # guards _under_way
-        self._under_way = 0
+        self.registry, self._tls, self.named = registry, tls, named
+        self.change(policy or Policy(), allowed_origins, headers)
+        self.connections, self.activity = Connections(max_connections), activity or Activity()
         self._all_interfaces = address.host == "" and socket.has_dualstack_ipv6()
         if self._all_interfaces or ":" in address.host:
             self.address_family = socket.AF_INET6
         super().__init__((address.host, address.port), Handler)
+        self.endpoints = Endpoints(registry, Status(registry, self.activity, str(self.address)))
+
+    def change(self, policy: Policy, allowed_origins: Iterable[str], headers: Iterable[tuple[str, str]]) -> None:
+        """Let in what these say from the next request on. See __init__."""
+        self.policy, self.headers = policy, tuple(headers)
+        self.browsers = Browsers("https" if self._tls else "http", frozenset(allowed_origins))
 
     def server_bind(self) -> None:
         """Bind IPv6 and IPv4 if on all interfaces. Unlike the inherited version, does not look up the host's name."""
@@ -6044,30 +8596,37 @@ class Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. The TLS handshake happens in its own thread, at the first read."""
-        connection, address = super().get_request()
+        """Accept a connection. The TLS handshake happens in its own thread, at the first read.
+
+        Raises OSError if there is none, or no room for it. Then serve_forever tries again.
+        """
+        self.connections.check_limit()
+        try:
+            connection, address = super().get_request()
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.connections.make_room(e.strerror or str(e))
+            raise
+        if address[0].startswith("::ffff:") and "." in address[0]:  # an IPv4 client, as an IPv6 socket shows it
+            address = (address[0][len("::ffff:"):], address[1])
         if self._tls:
             connection.settimeout(IDLE_TIMEOUT)
             connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        self.connections.add(connection)
         return connection, address
 
-    @contextlib.contextmanager
-    def request_under_way(self) -> Iterator[None]:
-        """Count a request as running during the `with`."""
-        with self._change:
-            self._under_way += 1
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection. Without one the connection is closed."""
         try:
-            yield
-        finally:
-            with self._change:
-                self._under_way -= 1
-                self._change.notify_all()
+            super().process_request(request, client_address)
+        except RuntimeError as e:
+            self.shutdown_request(request)
+            self.connections.make_room(str(e))
 
-    def finish_requests(self, seconds: float) -> None:
-        """Wait until all running requests are answered, at most for some seconds."""
-        with self._change:
-            if not self._change.wait_for(lambda: not self._under_way, seconds):
-                log.warning("%d requests were aborted", self._under_way)
+    def close_request(self, request: Any) -> None:
+        """Close a connection; called once for each."""
+        super().close_request(request)
+        self.connections.remove(request)
 
     @property
     def address(self) -> Address:
@@ -6084,64 +8643,924 @@ class Server(ThreadingHTTPServer):
 
 
 # =====================================================================================================================
-# 21. Command line: arguments, environment, signals
-# Uses: configuration, waiting, engine, store, hosted, pulls, mirror, front, server.
+# 28. Doctor: the usual causes, one by one
+# Uses: configuration, engine, transfers, layers, images, pulls, server.
+# =====================================================================================================================
+
+GOOD, HINT, BAD = "ok", "--", "!!"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check has found: GOOD; HINT, it works but could be better; or BAD. With a remedy, if there is one."""
+
+    mark: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return printable(f"{self.text}: {self.remedy}" if self.remedy else self.text, 2000)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is examined: a registry as its settings make it. server is where a client finds it."""
+
+    address: Address
+    server: Address
+    tls: bool
+    store: Path
+    engine: Engine
+    images: ImageStores
+    pulls: PullPolicy
+    environ: Mapping[str, str]
+
+
+# ---- Docker
+
+
+def check_socket(setup: Setup) -> Finding:
+    """Can Docker's socket be connected to?"""
+    host = setup.engine.host
+    try:
+        host.connect(ENGINE_TIMEOUT).close()
+    except PermissionError:
+        return Finding(BAD, f"permission denied on {host}", group_advice(host.path))
+    except OSError as e:
+        if host.path and Path(host.path).is_dir():
+            return Finding(BAD, f"{host.path} is a folder", (
+                "Docker makes one where a container mounts a socket that is not there. Remove it on the host, and "
+                "mount the socket of a Docker that runs"))
+        return Finding(BAD, host.advice(e))
+    return Finding(GOOD, str(host))
+
+
+def group_advice(path: str) -> str:
+    """Say how this user gets the right to use a socket."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return f"let this user, {os.geteuid()}, enter the folders of {path}, or run as root"
+    if status.st_mode & 0o060 == 0o060:
+        return (f"start the container with --group-add {status.st_gid}; without a container, add this user to the "
+                "group with that number")
+    return f"run as its owner, user {status.st_uid} (docker run --user {status.st_uid}); no group may use it"
+
+
+def check_engine(setup: Setup) -> Finding:
+    """Which engine is it?"""
+    info = setup.engine.info()
+    if info.api < OLDEST_API:
+        return Finding(HINT, f"{info}", "older than all that were tried with this program: Docker 20.10 is the oldest")
+    return Finding(GOOD, str(info))
+
+
+OLDEST_API = (1, 40)
+NO_IMAGE = "k3d-registry-dockerd.invalid/doctor:none"
+# Calls that pulls need and that change nothing as they are here: Docker answers that there is no such image.
+CALLS = (("GET", "/images/json"), ("GET", f"/images/{NO_IMAGE}/json"), ("GET", f"/images/{NO_IMAGE}/get"),
+         ("POST", "/images/create?fromImage=%3A&tag=none"))
+
+
+def check_calls(setup: Setup) -> Finding:
+    """Does a proxy in front of the socket forbid calls?"""
+    refused = [(method, path) for method, path in CALLS if is_refused(setup.engine, method, path)]
+    if not refused:
+        return Finding(GOOD, "Docker takes those that pulls need")
+    calls = ", ".join(f"{method} {path.partition('?')[0].replace(NO_IMAGE, 'NAME')}" for method, path in refused)
+    post = " POST=1" if any(method == "POST" for method, _ in refused) else ""
+    return Finding(BAD, f"a proxy in front of Docker's socket refuses {calls}", (
+        f"allow them (docker-socket-proxy: IMAGES=1{post})"))
+
+
+def is_refused(engine: Engine, method: str, path: str) -> bool:
+    """Return True if something in front of Docker refuses a call. Raises RegistryError if there is no answer."""
+    connection = EngineConnection(engine.host, ENGINE_TIMEOUT)
+    with engine.connection_errors(), contextlib.closing(connection):
+        connection.request(method, path, None, {"User-Agent": engine.user_agent})
+        response = connection.getresponse()
+        with contextlib.suppress(RegistryError):
+            engine.check_refusal(method, path, response.status, response.headers.get("Content-Type", ""))
+            return False
+        return True
+
+
+def check_content(setup: Setup) -> Finding:
+    """How is Docker's content read?"""
+    stores, info = setup.images.current(), setup.engine.info()
+    text = f"{info.store} image store, content from {', '.join(stores.sources)}"
+    if info.is_podman:
+        return Finding(GOOD, f"Podman's, content from {', '.join(stores.sources)}")
+    if stores.problem:
+        return Finding(BAD, f"{text}; {stores.problem}")
+    if any(isinstance(provider, ContentFolder | LayerDirectory) for provider in stores.providers):
+        return Finding(GOOD, text)
+    return Finding(HINT, text, f"pulls are faster {folder_advice(info)}")
+
+
+def folder_advice(info: EngineInfo) -> str:
+    """Say how the files of Docker's image store can be read: "with …", or "as …"."""
+    folder = content_root(info)
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        return f"as a user that can read {folder}, like root"
+    mount = f"with -v {folder}:{folder}:ro"
+    if info.store == "containerd" and "Containerd" not in info.details:  # before API 1.46
+        mount += f" (if Docker uses the system's containerd: -v {SYSTEM_CONTAINERD}:{SYSTEM_CONTAINERD}:ro)"
+    return mount if in_container() else f"where {folder} is readable; in a container {mount}"
+
+
+SYSTEM_CONTAINERD = Path("/var/lib/containerd")
+
+
+def content_root(info: EngineInfo) -> Path:
+    """Return the folder to mount so that an engine's content can be read: see content_folder."""
+    containerd = info.details.get("Containerd")
+    address = containerd.get("Address") if isinstance(containerd, dict) else None
+    if info.store == "containerd" and info.details.get("OperatingSystem") == "Docker Desktop":
+        return Path("/var/lib/desktop-containerd/daemon")
+    if info.store == "containerd" and address in ("/run/containerd/containerd.sock",
+                                                  "/var/run/containerd/containerd.sock"):
+        return SYSTEM_CONTAINERD
+    return info.root
+
+
+CLOCK_TOLERANCE = 30  # seconds
+
+
+def check_clock(setup: Setup) -> Finding:
+    """Is it the same time here and where Docker runs?"""
+    info = setup.engine.info()
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)",
+                         str(info.details.get("SystemTime")))
+    if not match:
+        return Finding(GOOD, "Docker does not tell its time")
+    there = datetime.datetime.fromisoformat(match[1] + match[2].replace("Z", "+00:00")).timestamp()
+    ahead = info.read_at - there
+    if abs(ahead) <= CLOCK_TOLERANCE:
+        return Finding(GOOD, "as Docker's")
+    return Finding(BAD, f"{abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} Docker's", (
+        "set both: certificates and tokens are refused when the time is wrong"))
+
+
+def check_mirrors(setup: Setup) -> Finding:
+    """Is this registry a mirror of the very Docker that it answers from?"""
+    registries = setup.engine.info().details.get("RegistryConfig") or {}
+    mirrors = [str(mirror) for mirror in registries.get("Mirrors") or ()]
+    ours = [mirror for mirror in mirrors if leads_here(mirror, setup.address.port)]
+    if ours:
+        return Finding(HINT, f"Docker's registry mirror {some_of(ours)} is this registry", (
+            "take it out of registry-mirrors in daemon.json: Docker hears of nothing there that it does not have"))
+    return Finding(GOOD, f"Docker's registry mirrors: {some_of(mirrors)}" if mirrors else "Docker has none")
+
+
+def leads_here(url: str, port: int) -> bool:
+    """Return True if a URL leads to a port of this machine."""
+    parts = urllib.parse.urlsplit(url)
+    host = (parts.hostname or "").lower()
+    return parts.port == port and (
+        host in ("localhost", socket.gethostname().lower()) or host.startswith("127.") or host == "::1")
+
+
+def check_origin(setup: Setup) -> Finding | None:
+    """Does the way to Docker Hub work through Docker?"""
+    reference = Reference("library/hello-world", "latest", "docker.io")
+    try:
+        setup.pulls.check(reference)
+    except RegistryError:
+        return None  # the settings forbid it
+    if setup.engine.info().is_podman:
+        return None  # it cannot be asked this
+    try:
+        setup.engine.origin_digest(reference, setup.pulls.credentials(reference, None))
+    except (PullFailed, RegistryError) as e:
+        reason = e.detail if isinstance(e, RegistryError) else str(e)
+        return Finding(HINT, f"Docker cannot get library/hello-world from there: {printable(reason, 300)}", (
+            "images that Docker lacks cannot be pulled. See whether `docker pull hello-world` works"))
+    return Finding(GOOD, "it answers through Docker")
+
+
+# ---- this program
+
+
+def check_store(setup: Setup) -> Finding:
+    """Can the store be written to, and is there room?"""
+    existing = next(path for path in (setup.store.absolute(), *setup.store.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free
+    except OSError as e:
+        return Finding(BAD, f"{setup.store} cannot be written to: {e.strerror or e}", (
+            "pushes and exports fail. Mount a volume there that this user may write to, or use -store"))
+    if free < MINIMUM_FREE:
+        return Finding(BAD, f"{human_bytes(free)} free where {setup.store} is", (
+            f"pushes and exports are refused, as {human_bytes(MINIMUM_FREE)} stay free. Make room, or use -store"))
+    return Finding(GOOD, f"{setup.store}, {human_bytes(free)} free")
+
+
+def ask_server(address: Address, tls: bool, path: str) -> tuple[int, Message, bytes]:
+    """GET a path of a server that may be this registry. Returns the status, the headers, and a megabyte of the body.
+
+    tls is a guess: it may have been set on the server's command line only. Raises OSError and HTTPException.
+    """
+    try:
+        return ask_with(tls, address, path)
+    except (ssl.SSLError, http.client.HTTPException, ConnectionResetError):
+        return ask_with(not tls, address, path)
+
+
+def ask_with(tls: bool, address: Address, path: str) -> tuple[int, Message, bytes]:
+    """Do what ask_server() does, with TLS or without."""
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
+    if tls:  # the certificate need not name this address
+        connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
+                                                 context=ssl._create_unverified_context())  # noqa: S323
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read(MIB)
+
+
+def check_port(setup: Setup) -> Finding:
+    """Who listens on the port?"""
+    try:
+        _, headers, _ = ask_server(setup.server, setup.tls, "/v2/")
+        if str(headers.get("Server", "")).startswith("k3d-registry-dockerd/"):
+            return Finding(GOOD, f"this registry answers at {setup.server}")
+    except ConnectionRefusedError:
+        return Finding(HINT, f"nothing listens at {setup.server}", "start it, or name its address with -addr")
+    except (OSError, http.client.HTTPException):
+        pass  # it may be anything
+    owner = owner_of(setup.server.port) or "something that is not this registry"
+    return Finding(BAD, f"{setup.server} is in use by {owner}", "stop that, or choose another port with -addr")
+
+
+def listening_sockets() -> dict[str, Address]:
+    """Return the TCP addresses that are listened on in this network namespace, by inode. Empty if not on Linux."""
+    found = {}
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError, *MALFORMED_ERRORS):
+            for fields in map(str.split, table.read_text().splitlines()[1:]):
+                if fields[3] == "0A":  # TCP_LISTEN
+                    host, _, port = fields[1].partition(":")  # the host in 32-bit numbers of this machine's byte order
+                    words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                    packed = struct.pack(f"={len(words)}I", *words)
+                    found[fields[9]] = Address(str(ipaddress.ip_address(packed)), int(port, 16))
+    return found
+
+
+def open_sockets(process: Path) -> set[str]:
+    """Return the inodes of a process's sockets. Raises OSError if they may not be known."""
+    found = set()
+    for file in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found.add(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
+    return found
+
+
+def running_servers() -> list[Address]:
+    """Return the addresses that other processes of this program listen on in this container, or on this machine.
+
+    They are those with the same script on their command line. It does not matter which settings they got, and how.
+    """
+    found, sockets, script = [], listening_sockets(), Path(sys.argv[0]).name.encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if script and any(word.rpartition(b"/")[2] == script for word in words):
+                found += [sockets[inode] for inode in open_sockets(process) & sockets.keys()]
+    return found
+
+
+def reachable(address: Address) -> Address:
+    """The address for a client of a server that listens on an address: one on all interfaces is on this machine."""
+    return Address({"": "localhost", "::": "localhost", "0.0.0.0": "127.0.0.1"}.get(address.host, address.host),  # noqa: S104
+                   address.port)
+
+
+def owner_of(port: int) -> str | None:
+    """Name the process that listens on a port, or None if it cannot be seen from here."""
+    wanted = {inode for inode, address in listening_sockets().items() if address.port == port}
+    for process in Path("/proc").glob("[0-9]*") if wanted else ():
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            if wanted & open_sockets(process):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                # Not the whole of it: there are passwords on command lines.
+                return f"pid {process.name} ({printable(b' '.join(words[:2]).decode(errors='replace'), 100).strip()})"
+    return None
+
+
+def check_nodes(setup: Setup) -> Finding | None:
+    """Has a node ever asked?"""
+    try:
+        status, _, body = ask_server(setup.server, setup.tls, "/status")
+        seen = json.loads(body)["nodes"] if status == 200 else None
+    except (OSError, http.client.HTTPException, *MALFORMED_ERRORS):
+        return None  # check_port says what is wrong
+    if seen is None:
+        return None
+    if not seen:
+        return Finding(HINT, "no node has asked yet", (
+            "is your cluster pointed here? `k3d-registry-dockerd config k3d` prints how (or k3s, kind, …)"))
+    return Finding(GOOD, "nodes have asked")
+
+
+def check_proxies(setup: Setup) -> Finding:
+    """Are there variables that may lead nodes, or this program, to a proxy?"""
+    values = {name.upper(): value for name, value in setup.environ.items() if value}
+    names = [name for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") if name in values]
+    exempt = re.split(r"[,\s]+", values.get("NO_PROXY", ""))
+    if not names:
+        return Finding(GOOD, "no variables are set")
+    if "*" in exempt or socket.gethostname() in exempt:
+        return Finding(GOOD, f"{', '.join(names)}, and NO_PROXY names this registry")
+    return Finding(HINT, f"{', '.join(names)} set", (
+        "nodes and clients that have it too need this registry's name in NO_PROXY, or they ask the proxy for it"))
+
+
+def check_credentials(setup: Setup) -> Finding:
+    """Are the helpers here that hold the credentials of docker login?"""
+    config = setup.pulls.config
+    if config is None or not os.path.lexists(config.path):
+        return Finding(GOOD, "no config.json: pulls have those of their own, the pod's imagePullSecrets")
+    try:
+        document = json.loads(config.path.read_bytes())
+        helpers = {str(name) for name in (document.get("credsStore"), *(document.get("credHelpers") or {}).values())
+                   if name}
+    except (OSError, *MALFORMED_ERRORS) as e:
+        why = e.strerror if isinstance(e, OSError) else f"it is malformed ({type(e).__name__})"
+        return Finding(BAD, f"{config.path} cannot be read: {why}", "let this user read it, or mend it")
+    missing = sorted(f"docker-credential-{name}" for name in helpers if not shutil.which(f"docker-credential-{name}"))
+    if missing:
+        return Finding(BAD, f"{config.path} names {some_of(missing)}, not on PATH here", (
+            "pulls without imagePullSecrets have no credentials. Put that program on PATH, or mount a config.json that "
+            "holds the credentials itself: docker --config DIR login"))
+    return Finding(GOOD, f"{config.path}")
+
+
+# ---- all of them
+
+
+class Check(NamedTuple):
+    """A check, and whether it asks Docker, and whether it is cheap enough for each start of the server."""
+
+    name: str
+    run: Callable[[Setup], Finding | None]
+    asks_docker: bool = False
+    at_start: bool = False
+
+
+CHECKS = (
+    Check("socket", check_socket),
+    Check("engine", check_engine, True),
+    Check("calls", check_calls, True),
+    Check("image store", check_content, True, True),
+    Check("store", check_store, False, True),
+    Check("clock", check_clock, True, True),
+    Check("port", check_port),
+    Check("nodes", check_nodes),
+    Check("proxies", check_proxies),
+    Check("mirrors", check_mirrors, True, True),
+    Check("credentials", check_credentials, False, True),
+    Check("docker.io", check_origin, True),
+)
+
+
+def examine(setup: Setup, checks: Iterable[Check] = CHECKS) -> Iterator[tuple[str, Finding]]:
+    """Run the checks. Those that ask Docker are left out once one has found that it cannot be used.
+
+    Yields names and findings. A check that fails is a finding.
+    """
+    usable = True
+    for name, run, asks_docker, _ in checks:
+        if asks_docker and not usable:
+            continue
+        try:
+            finding = run(setup)
+        except RegistryError as e:
+            finding = Finding(BAD, e.detail)
+        except Exception as e:  # a boundary: the other checks go on
+            finding = Finding(BAD, f"this could not be checked: {type(e).__name__}: {e}")
+        usable = usable and not (name in ("socket", "engine") and finding and finding.mark == BAD)
+        if finding:
+            yield name, finding
+
+
+def run_doctor(setup: Setup, tell: Callable[[str], None]) -> bool:
+    """Run all checks, with a line for each. Returns True if none of them has found anything that is wrong."""
+    right = True
+    for name, finding in examine(setup):
+        tell(f"{finding.mark}  {name}: {finding}")
+        right = right and finding.mark != BAD
+    return right
+
+
+def log_improvements(setup: Setup) -> None:
+    """Log in one line what could be better, if anything could, from the checks that are cheap."""
+    docker_answers = False
+    with contextlib.suppress(RegistryError):  # the log has said it
+        docker_answers = bool(setup.engine.info())
+    checks = [cheap for cheap in CHECKS if cheap.at_start and (docker_answers or not cheap.asks_docker)]
+    found = [f"{name}: {finding}" for name, finding in examine(setup, checks)
+             if finding.mark != GOOD and (name, finding.mark) != ("image store", BAD)]  # a warning has said that
+    if found:
+        log.info("could be better: %s (the command doctor says more)", "; ".join(found))
+
+
+# =====================================================================================================================
+# 29. Configurations: how others are told to use this registry
+# Uses: configuration, page.
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this registry is, as others reach it: HOST:PORT."""
+
+    local: str                  # from this machine
+    nodes: str                  # from the nodes of a cluster in Docker
+    container: str | None       # the name of its container, if it runs in one
+    engine: EngineHost
+    root: Path                  # Docker's data folder
+
+    @classmethod
+    def find(cls, address: str, names: Iterable[str], engine: EngineHost, root: Path) -> Place:
+        """Return where a registry is that listens on HOST:PORT.
+
+        names are those by which Docker knows it: published ports, then the names on its networks. Without any, it runs
+        on this machine itself, and k3d's nodes reach that as host.k3d.internal.
+        """
+        port = address.rpartition(":")[2]
+        known = list(names)
+        outside = [name for name in known if name.rpartition(":")[0] in LOOPBACK]
+        inside = [name for name in known if name not in outside]
+        return cls(next(iter(outside), f"localhost:{port}"), next(iter(inside), f"host.k3d.internal:{port}"),
+                   inside[0].rpartition(":")[0] if inside else None, engine, root)
+
+
+# {hosts} is a hosts.toml for all registries. It names no server: what is not here, nodes get from its own registry.
+HOSTS_TOML = """\
+[host."http://{address}"]
+  capabilities = ["pull", "resolve"]
+  dial_timeout = "1s"
+"""
+
+K3D = """\
+# k3d.yaml, for: k3d cluster create demo --config k3d.yaml (tried by hand)
+apiVersion: k3d.io/v1alpha5
+kind: Simple
+registries:{use}
+  config: |
+    mirrors:
+      "*":
+        endpoint:
+          - http://{nodes}
+"""
+
+K3S = """\
+# /etc/rancher/k3s/registries.yaml on each node; then restart k3s (not tried with k3s itself)
+""" + MIRRORS_YAML
+
+CONTAINERD_HOSTS = """\
+# /etc/containerd/certs.d/_default/hosts.toml. In config.toml, config_path has to be "/etc/containerd/certs.d".
+""" + HOSTS_TOML
+
+KIND = """\
+#!/bin/sh
+# Lets the nodes of a kind cluster use this registry (not tried with kind itself). Usage: sh kind.sh [CLUSTER]
+set -eu
+cluster=${{1:-kind}}
+{connect}
+for node in $(kind get nodes --name "$cluster"); do
+    docker exec "$node" mkdir -p /etc/containerd/certs.d/_default
+    docker exec -i "$node" sh -c 'cat > /etc/containerd/certs.d/_default/hosts.toml' <<EOF
+{hosts}EOF
+done
+# So that tools find it: KEP-1755.
+kubectl --context "kind-$cluster" apply -f - <<EOF
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: local-registry-hosting
+  namespace: kube-public
+data:
+  localRegistryHosting.v1: |
+    host: "{local}"
+    hostFromContainerRuntime: "$address"
+    hostFromClusterNetwork: "$address"
+EOF
+"""
+# How kind's nodes reach this registry: by its container's name, or else by the gateway of their network.
+KIND_CONTAINER = """\
+address={nodes}
+docker network connect kind {container} || true  # it may be in that network already"""
+KIND_HOST = """\
+address=$(docker network inspect kind -f '{{{{range .IPAM.Config}}}}{{{{.Gateway}}}} {{{{end}}}}' |
+    tr ' ' '\\n' | grep -v : | head -n 1):{port}"""
+
+MINIKUBE = """\
+#!/bin/sh
+# minikube copies these files to its nodes when it starts (not tried with minikube itself).
+set -eu
+for registry in _default docker.io; do
+    mkdir -p "$HOME/.minikube/files/etc/containerd/certs.d/$registry"
+    cat > "$HOME/.minikube/files/etc/containerd/certs.d/$registry/hosts.toml" <<'EOF'
+{hosts}EOF
+done
+minikube start --container-runtime=containerd
+"""
+
+PODMAN = """\
+# /etc/containers/registries.conf.d/k3d-registry-dockerd.conf, for Podman and CRI-O. Others are like docker.io.
+[[registry]]
+location = "docker.io"
+
+[[registry.mirror]]
+location = "{local}/docker.io"
+insecure = true
+"""
+
+COMPOSE = """\
+# compose.yaml, for: docker compose up -d
+services:
+  registry:
+    image: k3d-registry-dockerd
+    restart: unless-stopped
+    ports:
+      - "127.0.0.1:5000:5000"
+    volumes:
+      - {socket}:/var/run/docker.sock
+      - {root}:{root}:ro
+      - registry:/var/lib/registry
+volumes:
+  registry: {{}}
+"""
+
+SYSTEMD = """\
+# /etc/systemd/system/k3d-registry-dockerd.service; then: systemctl enable --now k3d-registry-dockerd
+[Unit]
+Description=Registry of the images of the local Docker daemon
+After=docker.service network.target
+
+[Service]
+Environment=DOCKER_HOST={engine}
+ExecStart=/usr/bin/python3 /usr/local/bin/k3d_registry_dockerd.py -addr {local} -store /var/lib/k3d-registry-dockerd
+StateDirectory=k3d-registry-dockerd
+Restart=on-failure
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+PROMETHEUS = """\
+# prometheus.yml
+scrape_configs:
+  - job_name: k3d-registry-dockerd
+    static_configs:
+      - targets: ["{local}"]
+"""
+
+CONFIGURATIONS: Mapping[str, str] = {
+    "k3d": K3D, "k3s": K3S, "kind": KIND, "minikube": MINIKUBE, "containerd": CONTAINERD_HOSTS, "podman": PODMAN,
+    "compose": COMPOSE, "systemd": SYSTEMD, "prometheus": PROMETHEUS}
+
+
+def configuration_for(kind: str, place: Place) -> str:
+    """Return the configuration that lets something use the registry at a place. kind is one of CONFIGURATIONS."""
+    # Nodes that are not in Docker (k3s and containerd on this machine, minikube) need a name that they can resolve.
+    outside = place.container is None
+    nodes = place.local if outside and kind in ("k3s", "containerd") else place.nodes
+    if outside and kind == "minikube":
+        nodes = nodes.replace("host.k3d.internal", "host.minikube.internal")
+    values = {
+        "nodes": nodes, "address": nodes, "local": place.local, "container": place.container,
+        "port": place.local.rpartition(":")[2],
+        "hosts": HOSTS_TOML.format(address="$address" if kind == "kind" else nodes),
+        "use": f"\n  use:\n    - {nodes}" if place.container else "",
+        "socket": str(place.engine).removeprefix("unix://"), "engine": str(place.engine), "root": str(place.root)}
+    values["connect"] = (KIND_CONTAINER if place.container else KIND_HOST).format(**values)
+    return CONFIGURATIONS[kind].format(**values)
+
+
+# =====================================================================================================================
+# 30. Settings: flags, variables, the settings file
+# Uses: configuration, pulls, requests, admission, server.
 # =====================================================================================================================
 
 DEFAULT_ADDRESS = ":5000"
+DEFAULT_SETTINGS_FILE = "/etc/k3d-registry-dockerd.env"
+SETTINGS_FILE_LIMIT = MIB  # bytes
+LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+OWN_VARIABLE = "K3D_REGISTRY_DOCKERD_"  # how the variables begin that the official registry does not have
+HEADERS_VARIABLE = "REGISTRY_HTTP_HEADERS"
+# Variables that a settings file may also have.
+OTHER_VARIABLES = frozenset({
+    "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "DOCKER_CONFIG",
+    "XDG_CACHE_HOME", "REGISTRY_PROXY_REMOTEURL", "REGISTRY_PROXY_USERNAME",
+    "REGISTRY_PROXY_PASSWORD"})
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Reports errors in one line, without the usage that argparse prints first."""
-
-    def error(self, message: str) -> Any:
-        """Print the message and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+# The functions that parse values raise ValueError with what follows the value: "is not ...: use ...".
 
 
-def argument_parser() -> ArgumentParser:
-    """Return the parser. Options take one dash or two, like Go's flags."""
-    parser = ArgumentParser(prog="k3d-registry-dockerd", allow_abbrev=False, description=(
-        "An OCI registry that serves the images of the local Docker daemon. Like the docker command, it finds Docker "
-        "through DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH."))
-    parser.add_argument("-addr", "--addr", metavar="ADDRESS", help=(
-        "listen on HOST:PORT, or on :PORT for all interfaces (default: REGISTRY_HTTP_ADDR or :5000)"))
-    parser.add_argument("-store", "--store", metavar="DIR", help=(
-        "the folder for pushed and exported images (default: REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY, or a folder in "
-        "the user's cache)"))
-    parser.add_argument("-docker-root", "--docker-root", metavar="DIR", help=(
-        "read images from this data folder of Docker (default: the folder that Docker reports, if it is readable)"))
-    parser.add_argument("-allow", "--allow", metavar="PATTERN", action="append", default=[], help=(
-        "only pull from registries that match, like docker.io or *.corp.example; can be repeated (default: pull from "
-        "all)"))
-    parser.add_argument("-pull", "--pull", choices=PullPolicy.POLICIES, default="missing", help=(
-        "when to pull an image: if Docker does not have it (missing), also if its tag has changed in its registry, "
-        "which is asked each time (always), or never (default: missing)"))
-    parser.add_argument("-read-only", "--read-only", action="store_true", help=(
-        "refuse pushes and deletions (default: REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED)"))
-    parser.add_argument("-tls-certificate", "--tls-certificate", metavar="FILE", help=(
-        "listen with TLS and this certificate chain in PEM (default: REGISTRY_HTTP_TLS_CERTIFICATE)"))
-    parser.add_argument("-tls-key", "--tls-key", metavar="FILE", help=(
-        "the private key of the certificate, in PEM (default: REGISTRY_HTTP_TLS_KEY)"))
-    parser.add_argument("-check", "--check", action="store_true", help=(
-        "check that a registry answers at this address; exit with 0 if it does, 1 if not"))
-    parser.add_argument("-version", "--version", action="version", version=f"k3d-registry-dockerd {__version__}")
-    return parser
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text, re.ASCII):
+        raise ValueError("is not a whole number above 0: use for example 100")
+    return int(text)
 
 
-def first_set(*candidates: tuple[str, str | None]) -> tuple[str, str]:
-    """Return the first value that is set, and a text that names its source and the ignored values."""
-    (source, value), *rest = [(source, value) for source, value in candidates if value]
-    ignored = [f"{name}={other} is ignored" for name, other in rest if name != "the default"]
-    return value or "", ", ".join([f"from {source}", *ignored])
+def web_origin(text: str) -> str:
+    """Parse the origin of web pages."""
+    found = origin_of(text.lower())
+    if found is None or not re.fullmatch(r"https?://[^/?#@\s]+", text.lower()):
+        raise ValueError("is not an origin: use http://HOST:PORT or https://HOST")
+    return found
 
 
-def boolean(environ: Mapping[str, str], name: str, default: bool) -> bool:
-    """Parse a boolean variable like Go's strconv.ParseBool. Raises ValueError."""
-    text = environ.get(name, "")
-    if text.lower() not in ("", "true", "false", "1", "0", "t", "f"):
-        raise ValueError(f"{name}={text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "t") if text else default
+def registry_pattern(text: str) -> str:
+    """Parse a pattern for the hosts of registries."""
+    if not re.fullmatch(r"localhost|(?=.*[.:*])[a-zA-Z0-9.:*?-]+", text):
+        raise ValueError("matches no registry: use a host (docker.io, *.corp.example)")
+    return text
+
+
+def parse_size(text: str) -> int:
+    """Parse a size like 500MB or 20GB (powers of 1000, like docker) or 20GiB. Returns bytes."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise ValueError("is not a size: use for example 20GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+
+
+def parse_age(text: str) -> float:
+    """Parse an age like 12h or 7d. Returns seconds."""
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text, re.ASCII)
+    if not match:
+        raise ValueError("is not an age: use for example 12h or 7d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def boolean(text: str) -> bool:
+    """Parse a boolean like Go's strconv.ParseBool."""
+    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
+        raise ValueError("is neither true nor false")
+    return text.lower() in ("true", "1", "t")
+
+
+def one_word_of(*choices: str) -> Callable[[str], str]:
+    """Return a function that parses one of some words."""
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"is not known: use {', '.join(choices[:-1])} or {choices[-1]}")
+        return text
+    return parse
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its flag without the dash (or None), its variable, and what a value looks like.
+
+    default is for people. If nothing sets it, its value is None, False for a switch, () for one that can be repeated;
+    in a variable, repeated values are separated by commas. A live one can be changed while the program runs.
+    """
+
+    flag: str | None
+    variable: str
+    metavar: str
+    help: str
+    default: str
+    parse: Callable[[str], Any] = str
+    repeatable: bool = False
+    live: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in the log."""
+        return f"-{self.flag}" if self.flag else self.variable
+
+    @property
+    def is_switch(self) -> bool:
+        """True if its flag needs no value."""
+        return self.parse is boolean
+
+    def argument(self) -> Mapping[str, Any]:
+        """Return what argparse has to know of the flag."""
+        text = {"help": f"{self.help} (default: {self.default}; variable: {self.variable})".replace("%", "%%")}
+        if self.is_switch:
+            return {**text, "nargs": "?", "const": "true", "metavar": "true|false"}
+        return {**text, "metavar": self.metavar, **({"action": "append"} if self.repeatable else {})}
+
+    def unset(self) -> Any:
+        """The value if nothing sets it."""
+        return False if self.is_switch else () if self.repeatable else None
+
+
+def warm_list(text: str) -> tuple[Reference, ...]:
+    """Read a file with the name of an image on each line. Raises ValueError."""
+    try:
+        with Path(text).open("rb") as file:
+            lines = file.read(SETTINGS_FILE_LIMIT).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{text} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    return tuple(docker_reference(name) for name in (line.partition("#")[0].strip() for line in lines) if name)
+
+
+SETTINGS = (
+    Setting("addr", "REGISTRY_HTTP_ADDR", "HOST:PORT", "listen on this address, or on all interfaces without HOST",
+            DEFAULT_ADDRESS, Address.parse),
+    Setting("pull", OWN_VARIABLE + "PULL", "missing|always|never", (
+        "when Docker pulls an image: if it does not have it; also if the tag has moved in its registry, which is asked "
+        "each time; or never"), "missing", one_word_of(*PullPolicy.POLICIES), live=True),
+    Setting("warm", OWN_VARIABLE + "WARM", "IMAGE", (
+        "have Docker pull this image at the start if it lacks it, like alpine or quay.io/a/b:1; can be repeated"),
+            "none", docker_reference, repeatable=True),
+    Setting("warm-file", OWN_VARIABLE + "WARM_FILE", "FILE", "the same with each line of a file; # begins a comment",
+            "none", warm_list),
+    Setting("docker-root", OWN_VARIABLE + "DOCKER_ROOT", "DIR", "read images from this data folder of Docker",
+            "the folder that Docker reports, if it can be read"),
+    Setting("allow", OWN_VARIABLE + "ALLOW", "PATTERN", (
+        "only pull from registries that match, like docker.io or *.corp.example; can be repeated"), "pull from all",
+            registry_pattern, repeatable=True, live=True),
+    Setting("read-only", "REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED", "", "refuse pushes and deletions", "false",
+            boolean, live=True),
+    Setting(None, "REGISTRY_STORAGE_DELETE_ENABLED", "", "false refuses deletions", "true", boolean, live=True),
+    Setting("tls-certificate", "REGISTRY_HTTP_TLS_CERTIFICATE", "FILE", (
+        "listen with TLS and this certificate chain in PEM"), "plain HTTP"),
+    Setting("tls-key", "REGISTRY_HTTP_TLS_KEY", "FILE", "the private key of the certificate, in PEM", "plain HTTP"),
+    Setting("store", "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", "DIR", "the folder for pushed and exported images",
+            "a folder in the user's cache"),
+    Setting("store-limit", OWN_VARIABLE + "STORE_LIMIT", "SIZE", (
+        "refuse pushes when the store takes more than this, like 20GB; what can be had again goes first"), "none",
+            parse_size),
+    Setting("untagged-age", OWN_VARIABLE + "UNTAGGED_AGE", "AGE", (
+        "remove pushed manifests that have had no tag and were not used for this long, like 7d"), "never", parse_age),
+    Setting("no-sync", OWN_VARIABLE + "NO_SYNC", "", (
+        "answer a push before it is on the disk: a bit faster, but lost if the machine loses power"), "false", boolean),
+    Setting("max-connections", OWN_VARIABLE + "MAX_CONNECTIONS", "N", (
+        "the most connections of clients at a time; more have to wait"), (
+        f"a third of the descriptors that this process may have, at most {CONNECTIONS_LIMIT}"), positive),
+    Setting("allow-origin", OWN_VARIABLE + "ALLOW_ORIGIN", "ORIGIN", (
+        "let web pages of this origin use the registry, like http://localhost:8080; can be repeated"),
+            "what is opened in a browser on localhost or an IP address", web_origin, repeatable=True, live=True),
+    Setting("log-level", "REGISTRY_LOG_LEVEL", "|".join(LOG_LEVELS), "the least that is logged", "info",
+            one_word_of(*LOG_LEVELS), live=True),
+    Setting("log-format", "REGISTRY_LOG_FORMATTER", "text|json", "how it is logged", "text",
+            one_word_of("text", "json"), live=True),
+    Setting("env-file", OWN_VARIABLE + "ENV_FILE", "FILE", "read settings from this file of NAME=value lines",
+            f"{DEFAULT_SETTINGS_FILE}, if it is there"),
+)
+
+
+class Given(NamedTuple):
+    """A value as somebody wrote it, several if repeated, and where: a flag or a variable, and the file's line."""
+
+    name: str
+    texts: tuple[str, ...]
+    place: str = ""  # begins with a space
+    is_flag: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}={','.join(self.texts)}{self.place}"
+
+
+class Value(NamedTuple):
+    """The value of a setting, how it was written ("" for the default), and where it is from: for people."""
+
+    value: Any
+    text: str
+    origin: str
+
+
+def read_settings_file(path: Path, must_exist: bool) -> dict[str, tuple[int, str]]:
+    """Return the values of a file of NAME=value lines, each with its line's number. Raises ValueError.
+
+    Lines may begin with `export`, and values may be in quotes. Nothing is expanded.
+    """
+    try:
+        with path.open("rb") as file:
+            lines = file.read(SETTINGS_FILE_LIMIT + 1).decode().splitlines()
+            too_large = file.tell() > SETTINGS_FILE_LIMIT
+    except FileNotFoundError:
+        if not must_exist:
+            return {}
+        raise ValueError(f"the settings file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"the settings file {path} is a folder: Docker makes one if the file to mount does not "
+                         "exist") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"the settings file {path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if too_large:
+        raise ValueError(f"the settings file {path} is larger than {SETTINGS_FILE_LIMIT} bytes")
+    found = {}
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][\w.-]*)=(.*)", line.strip(), re.ASCII)
+        if match:
+            quoted = re.fullmatch(r"([\"'])(.*)\1", match[2])
+            found[match[1]] = number, quoted[2] if quoted else match[2]
+        elif line.strip() and not line.strip().startswith("#"):
+            raise ValueError(f"{path}, line {number}, is not NAME=value, nor a comment (#)")
+    return found
+
+
+class Sources:
+    """What the command line, the environment and the settings file say. An empty variable is not set."""
+
+    def __init__(self, arguments: argparse.Namespace, environ: Mapping[str, str]):
+        """Reads the file. Raises ValueError."""
+        self._arguments = arguments
+        self._environ = {name: text for name, text in environ.items() if text}
+        self._path, self._file = Path(DEFAULT_SETTINGS_FILE), dict[str, tuple[int, str]]()
+        path = self.value(next(setting for setting in SETTINGS if setting.flag == "env-file")).value
+        self._path = Path(path or self._path)
+        self._file = read_settings_file(self._path, path is not None)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Return the variables of both, the environment's first."""
+        return {**{name: text for name, (_, text) in self._file.items() if text}, **self._environ}
+
+    def _given(self, setting: Setting) -> Iterator[Given]:
+        """Yield all that sets a setting, the one that wins first."""
+        flag = getattr(self._arguments, (setting.flag or "-").replace("-", "_"), None)
+        if flag is not None:
+            yield Given(setting.name, tuple(flag) if isinstance(flag, list) else (flag,), is_flag=True)
+        number, text = self._file.get(setting.variable, (0, ""))
+        for value, place in ((self._environ.get(setting.variable), ""), (text, f" (line {number} of {self._path})")):
+            if value:
+                yield Given(setting.variable, tuple(part.strip() for part in value.split(",") if part.strip())
+                            if setting.repeatable else (value,), place)
+
+    def value(self, setting: Setting) -> Value:
+        """Return the value of a setting. Raises ValueError."""
+        given = [*self._given(setting)]
+        if not given:
+            return Value(setting.unset(), "", "from the default")
+        parsed = []
+        first, *others = given
+        for text in first.texts:
+            if not text:
+                raise ValueError(f"{first.name} is empty")
+            try:
+                parsed.append(setting.parse(text))
+            except ValueError as e:
+                raise ValueError(f"{first.name}{' ' if first.is_flag else '='}{text!r}{first.place} {e}") from None
+        origin = ", ".join([f"from {first.name}{first.place}", *(f"{other} is ignored" for other in others)])
+        return Value(tuple(parsed) if setting.repeatable else parsed[0], ",".join(first.texts), origin)
+
+    def unknown(self) -> Iterator[str]:
+        """Yield warnings about variables that mean nothing here."""
+        known = OTHER_VARIABLES | {setting.variable for setting in SETTINGS}
+        for name, (number, _) in self._file.items():
+            if name not in known and not name.startswith(HEADERS_VARIABLE):
+                yield f"{name} (line {number} of {self._path}) is not a setting of this program"
+        for name in sorted(self._environ.keys() - known):
+            if name.startswith(OWN_VARIABLE):
+                yield f"{name} is not a setting of this program"
+
+
+def yaml_strings(text: str) -> tuple[str, ...]:
+    """Parse a YAML list in brackets, or a single string. Raises ValueError."""
+    text = text.strip()
+    scalar = r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|\'\')*'|[^\s,'"\[\]{}][^,\[\]{}"]*|)\s*"""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
+    if not re.fullmatch(scalar if inner is None else rf"{scalar}(?:,{scalar})*", text if inner is None else inner):
+        raise ValueError('is not a list: use ["value"]')
+    found = [text] if inner is None else re.findall(rf"{scalar}(?:,|$)", inner)
+    return tuple(json.loads(part) if part[0] == '"' else part[1:-1].replace("''", "'") if part[0] == "'" else
+                 part.strip() for part in found if part)
+
+
+def extra_headers(variables: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """Return the headers of REGISTRY_HTTP_HEADERS_ variables, the origins that they let in, and warnings. ValueError.
+
+    The name of a header follows, the value is a list in YAML, as for the official registry. What this program sends
+    itself is not replaced.
+    """
+    headers, origins, notes = [], [], []
+    for variable, text in sorted(variables.items()):
+        name = variable.removeprefix(HEADERS_VARIABLE + "_").replace("_", "-").title()
+        if name == HEADERS_VARIABLE.replace("_", "-").title():
+            raise ValueError(f"{HEADERS_VARIABLE} is not supported: use {HEADERS_VARIABLE}_NAME='[\"value\"]' for each")
+        if not variable.startswith(HEADERS_VARIABLE + "_"):
+            continue
+        try:
+            values = yaml_strings(text)
+        except ValueError as e:
+            raise ValueError(f"{variable}={text!r} {e}") from None
+        if not TOKEN.fullmatch(name) or not all(value.isascii() and value.isprintable() for value in values):
+            raise ValueError(f"{variable}={text!r} is not a header: use printable characters only")
+        if name == "Access-Control-Allow-Origin" and "*" not in values:
+            try:
+                origins += [web_origin(value) for value in values]
+            except ValueError as e:
+                raise ValueError(f"{variable}={text!r} {e}") from None
+        elif name.startswith(("Access-Control-", "Docker-", "Oci-")) or name in Browsers.RESERVED:
+            if [*values] != [Browsers.HEADERS.get(name)]:
+                notes.append(f"{variable} is ignored: this program sends that header itself" + (
+                    ", for the web pages of -allow-origin" if name.startswith("Access-") else ""))
+        else:
+            headers += [(name, value) for value in values]
+    return headers, origins, notes
 
 
 @dataclass(frozen=True)
@@ -6152,46 +9571,67 @@ class Settings:
     address_origin: str
     store: Path
     store_origin: str
+    store_limit: int | None
+    untagged_age: float | None
+    durable: bool
     engine: EngineHost
     pulls: PullPolicy
+    warm: tuple[Reference, ...]
     docker_root: Path | None
     policy: Policy
     tls: ssl.SSLContext | None
+    max_connections: int | None
+    allowed_origins: tuple[str, ...]
+    headers: tuple[tuple[str, str], ...]
+    log_level: str
+    log_format: str
+    values: Mapping[str, Value]  # by the settings' names
     notes: tuple[str, ...]
 
     @classmethod
     def read(cls, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-        """Read flags, then the environment, then defaults. Raises ValueError with a message of one line."""
-        empty = [name for name, value in vars(arguments).items() if value == ""]
-        if empty:
-            raise ValueError(f"-{empty[0].replace('_', '-')} is empty")
-        address, address_origin = first_set(("-addr", arguments.addr), ("REGISTRY_HTTP_ADDR", environ.get(
-            "REGISTRY_HTTP_ADDR")), ("the default", DEFAULT_ADDRESS))
-        cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        store, store_origin = first_set(("-store", arguments.store), (
-            "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", environ.get("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY")),
-            ("the default", str(Path(cache) / "k3d-registry-dockerd")))
-        try:
-            parsed = Address.parse(address)
-        except ValueError as e:
-            raise ValueError(f"{e} ({address_origin})") from None
-        store_note = cls._check_store(Path(store), store_origin)
-        read_only = arguments.read_only or boolean(environ, "REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED", False)
-        policy = Policy(read_only, boolean(environ, "REGISTRY_STORAGE_DELETE_ENABLED", True))
-        tls = cls._tls(arguments.tls_certificate or environ.get("REGISTRY_HTTP_TLS_CERTIFICATE"),
-                       arguments.tls_key or environ.get("REGISTRY_HTTP_TLS_KEY"))
-        config = DockerConfig(Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker"))
-        return cls(parsed, address_origin, Path(store), store_origin, EngineHost.from_environment(environ),
-                   PullPolicy(cls._patterns(arguments.allow), arguments.pull, config),
-                   Path(arguments.docker_root) if arguments.docker_root else None, policy, tls,
-                   tuple(filter(None, [store_note, *cls._proxy_notes(environ)])))
+        """Read flags, the environment, the settings file, then defaults. Raises ValueError with a message of a line."""
+        sources = Sources(arguments, environ)
+        values = {setting.name: sources.value(setting) for setting in SETTINGS}
+        given, variables = {name: found.value for name, found in values.items()}, sources.variables
+        cache = variables.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        store, store_origin = Path(given["-store"] or Path(cache) / "k3d-registry-dockerd"), values["-store"].origin
+        store_note = cls._check_store(store, store_origin)
+        headers, origins, header_notes = extra_headers(variables)
+        deletes = values["REGISTRY_STORAGE_DELETE_ENABLED"]
+        return cls(
+            given["-addr"] or Address.parse(DEFAULT_ADDRESS), values["-addr"].origin, store, store_origin,
+            given["-store-limit"], given["-untagged-age"], not given["-no-sync"],
+            EngineHost.from_environment(variables),
+            PullPolicy(given["-allow"], given["-pull"] or "missing", DockerConfig(docker_folder(variables))),
+            (*given["-warm"], *(given["-warm-file"] or ())),
+            Path(given["-docker-root"]) if given["-docker-root"] else None,
+            Policy(given["-read-only"], deletes.value or not deletes.text),
+            cls._tls(given["-tls-certificate"], given["-tls-key"]), given["-max-connections"],
+            (*given["-allow-origin"], *origins), tuple(headers), given["-log-level"] or "info",
+            given["-log-format"] or "text", values,
+            tuple(filter(None, [store_note, *cls._proxy_notes(variables), *header_notes, *sources.unknown()])))
 
-    @staticmethod
-    def _patterns(patterns: list[str]) -> tuple[str, ...]:
-        for pattern in patterns:
-            if not re.fullmatch(r"localhost|(?=.*[.:*])[a-zA-Z0-9.:*?-]+", pattern):
-                raise ValueError(f"-allow {pattern!r} matches no registry: use a host (docker.io, *.corp.example)")
-        return tuple(patterns)
+    def described(self) -> Iterator[str]:
+        """Yield a line about each setting that is not the default, but for the address and the store."""
+        for setting in SETTINGS:
+            found = self.values[setting.name]
+            if found.text and setting.flag not in ("addr", "store"):
+                yield f"{setting.name}: {found.text} ({found.origin})"
+        if self.headers:
+            yield f"headers: {some_of(name for name, _ in self.headers)} (from {HEADERS_VARIABLE}_…)"
+
+    def changes(self, new: Settings) -> Iterator[str]:
+        """Yield a line about each setting that is another in new settings."""
+        for setting in SETTINGS:
+            before, after = self.values[setting.name], new.values[setting.name]
+            if before.value != after.value:
+                yield (f"{setting.name}: {before.text or setting.default} is now {after.text or setting.default} "
+                       f"({after.origin})" + ("" if setting.live else ", after a restart"))
+        if self.headers != new.headers:
+            yield f"headers: {len(self.headers)} are now {len(new.headers)} (from {HEADERS_VARIABLE}_…)"
+        if str(self.engine) != str(new.engine):
+            yield f"Docker: {self.engine} is now {new.engine}, after a restart"
 
     @staticmethod
     def _tls(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -6236,79 +9676,328 @@ class Settings:
                    "(imagePullSecrets)")
 
 
-def check(address: Address, tls: bool) -> int:
-    """Check the registry at an address, print the result, and return 0 if it is healthy, 1 if not."""
-    host = address.host or "localhost"
-    connection = http.client.HTTPConnection(host, address.port, timeout=ENGINE_TIMEOUT)
-    if tls:  # the certificate need not name this address
-        connection = http.client.HTTPSConnection(host, address.port, timeout=ENGINE_TIMEOUT,
-                                                 context=ssl._create_unverified_context())  # noqa: S323
+# =====================================================================================================================
+# 31. Command line: subcommands, signals
+# Uses: waiting, engine, store, hosted, mirror, front, verification, server, doctor, configurations, settings.
+# =====================================================================================================================
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports errors in one line that points to -h, without the usage that argparse prints first."""
+
+    def error(self, message: str) -> Any:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
+
+    def add_flag(self, name: str, **options: Any) -> None:
+        """Add a flag that takes one dash or two, like Go's."""
+        self.add_argument(f"-{name}", **options)
+        self.add_argument(f"--{name}", **{**options, "help": argparse.SUPPRESS})
+
+
+class JsonFormatter(logging.Formatter):
+    """Makes each message of the log a JSON object on a line of its own: time, level, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        level = next((name for name, number in LOG_LEVELS.items() if number >= record.levelno), "error")
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        message = record.getMessage() + (f"\n{record.exc_text}" if record.exc_text else "")
+        return json.dumps({"time": f"{moment}.{int(record.msecs):03}Z", "level": level, "message": message})
+
+
+def configure_log(level: str, form: str) -> None:
+    """Log on standard error, from a level on, as text or json."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if form == "json" else
+                         logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.root.handlers[:] = [handler]
+    log.setLevel(LOG_LEVELS[level])
+
+
+class EngineName(logging.Filter):
+    """Has the log call the engine by its name."""
+
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self._engine = engine
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See logging.Filter."""
+        record.msg, record.args = call_engine(self._engine.name, record.getMessage()), ()
+        return True
+
+
+def log_always(message: str, *arguments: object) -> None:
+    """Log a message at level info, whatever the level is set to."""
+    log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, arguments, None))
+
+
+def server_address(settings: Settings, arguments: argparse.Namespace) -> Address:
+    """Return the address of the server that a command is about: of -addr, else of the one that runs, else as it is set.
+
+    If several run on this machine, it is as it is set.
+    """
+    found = [] if arguments.addr else running_servers()
+    return reachable(found[0] if len(found) == 1 else settings.address)
+
+
+def check(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Check that the registry answers, print the result, and return 0 if it is healthy, 1 if not."""
+    address = server_address(settings, arguments)
     try:
-        connection.request("GET", "/v2/")
-        healthy = connection.getresponse().status == 200
+        status, *_ = ask_server(address, settings.tls is not None, "/v2/")
     except (OSError, http.client.HTTPException) as e:
         print(f"no answer from {address}: {e}")
         return 1
+    print("healthy" if status == 200 else "unhealthy")
+    return 0 if status == 200 else 1
+
+
+def show_status(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Print what the registry does, and return 0, or 1 if it does not answer. -watch redraws that on a terminal."""
+    address = server_address(settings, arguments)
+    watches = arguments.watch and sys.stdout.isatty()
+    try:
+        while True:
+            status, _, body = ask_server(address, settings.tls is not None, "/")
+            if status != 200:
+                raise http.client.HTTPException(f"status {status}")
+            text = "\n".join(printable(line) for line in body.decode(errors="replace").splitlines())
+            print(f"\033[H\033[J{text}" if watches else text, flush=True)
+            if not watches:
+                return 0
+            time.sleep(WATCH_INTERVAL)
+    except (OSError, http.client.HTTPException) as e:
+        print(f"no answer from {address}: {e}")
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process have more descriptors, if the system allows it, and return how many it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_LIMIT if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_LIMIT)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has another limit besides
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return DESCRIPTORS_LIMIT if soft == resource.RLIM_INFINITY else soft
+
+
+def connection_limit(settings: Settings) -> int:
+    """The most connections of clients at a time: as many as are set, if there are descriptors for them."""
+    wanted, descriptors = settings.max_connections or CONNECTIONS_LIMIT, raise_descriptor_limit()
+    limit = min(wanted, max(descriptors // DESCRIPTORS_EACH, 1))
+    if settings.max_connections and limit < wanted:
+        log.warning("-max-connections is %d and not %d: this process may have only %d descriptors", limit, wanted,
+                    descriptors)
+    return limit
+
+
+def make_registry(settings: Settings) -> tuple[Store, Front]:
+    """Return the registry as it is set, and its store."""
+    store = Store(settings.store, settings.durable, settings.store_limit)
+    mirror = Mirror(Engine(settings.engine, settings.address.port), store, settings.pulls, settings.docker_root)
+    return store, Front(Hosted(store, settings.untagged_age), mirror, store, settings.warm)
+
+
+def verify(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Verify the store, print the result, and return 0 if all of it is right in the end, 1 if not."""
+    store, registry = make_registry(settings)
+    try:
+        right = Verification(store, registry, print).run(arguments.repair)
+    except RegistryError as e:
+        print(f"the store could not be verified: {e.detail}")
+        return 1
     finally:
-        connection.close()
-    print("healthy" if healthy else "unhealthy")
-    return 0 if healthy else 1
+        registry.close()
+    print("the store is complete and undamaged" if right else "the store has damaged or missing content")
+    return 0 if right else 1
 
 
-def serve(settings: Settings) -> int:
+def make_setup(settings: Settings, registry: Front, server: Address) -> Setup:
+    """Return what doctor examines. server is where a client finds the registry."""
+    mirror = registry.mirror
+    return Setup(settings.address, server, settings.tls is not None, settings.store, mirror.engine, mirror.images,
+                 settings.pulls, os.environ)
+
+
+def doctor(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Go through the usual causes, print a line for each, and return 0 if nothing is wrong, 1 if something is."""
+    log.setLevel(logging.CRITICAL)  # the lines say it
+    _, registry = make_registry(settings)
+    try:
+        return 0 if run_doctor(make_setup(settings, registry, server_address(settings, arguments)), print) else 1
+    finally:
+        registry.close()
+
+
+def print_configuration(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Print a configuration for this registry, and return 0. Without Docker, what Docker knows is not filled in."""
+    log.setLevel(logging.CRITICAL)
+    engine = Engine(settings.engine)
+    names: tuple[str, ...] = ()
+    root = Path("/var/lib/docker")
+    with contextlib.suppress(RegistryError):
+        info = engine.info()
+        names, root = info.names, info.root
+    place = Place.find(str(server_address(settings, arguments)), names, settings.engine, root)
+    print(configuration_for(arguments.kind, place), end="")
+    return 0
+
+
+def work_in_background(settings: Settings, registry: Front, address: Address) -> None:
+    """Log what Docker has to offer and what could be better, then keep the store tidy."""
+    registry.mirror.introduce()
+    log_improvements(make_setup(settings, registry, address))
+    registry.keep_tidy()
+
+
+def serve(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run the registry until SIGTERM or SIGINT, and return the exit status."""
+    if arguments.check:
+        return check(settings, arguments)
     # The signals are blocked in all threads and taken by sigwait. A handler would not do: it runs in this thread,
     # which does not wake up if the signal is delivered to another thread. And a process with PID 1 and no
     # handler only receives signals that are blocked.
-    endings = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    store = Store(settings.store)
-    mirror = Mirror(Engine(settings.engine), store, settings.pulls, settings.docker_root)
-    registry = Front(Hosted(store), mirror, store)
+    endings, on_terminal = {signal.SIGTERM, signal.SIGINT}, sys.stderr.isatty()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*endings, signal.SIGHUP})
+    _, registry = make_registry(settings)
+    log.addFilter(EngineName(registry.mirror.engine))
     try:
-        server = Server(settings.address, registry, settings.policy, settings.tls)
+        server = Server(settings.address, registry, settings.policy, settings.tls, connection_limit(settings),
+                        settings.allowed_origins, settings.headers,
+                        lambda text: call_engine(registry.mirror.engine.name, text), registry.mirror.activity)
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.address_origin, e.strerror or e)
         return 1
+    introduce(settings, server)
     start_thread(server.serve_forever, 0.1)  # seconds that the end may wait for
-    start_thread(registry.keep_tidy)
-    introduce(settings, registry, server)
-    log.info("ending on %s", signal.Signals(signal.sigwait(endings)).name)
+    start_thread(work_in_background, settings, registry, reachable(server.address))
+    start_thread(registry.warming.run)
+    while (number := signal.sigwait({*endings, signal.SIGHUP})) not in endings:
+        if on_terminal and not sys.stderr.isatty():
+            break  # the terminal was closed
+        settings = reload(settings, arguments, server)
+    log.info("ending on %s", signal.Signals(number).name)
     server.shutdown()
     server.server_close()
-    server.finish_requests(STOP_GRACE)
+    server.connections.finish_requests(STOP_GRACE)
     registry.close()
     return 0
 
 
-def introduce(settings: Settings, registry: Front, server: Server) -> None:
-    """Log the version, the settings and the sources, then "listening on", which k3d waits for."""
+def reload(settings: Settings, arguments: argparse.Namespace, server: Server) -> Settings:
+    """Read the settings again, log what changed, apply what can be, and return them. Invalid ones change nothing."""
+    try:
+        new = Settings.read(arguments, os.environ)
+    except ValueError as e:
+        log.error("SIGHUP: the settings stay as they are: %s", e)
+        return settings
+    lines = [*settings.changes(new)]
+    settings.pulls.change(new.pulls)
+    server.change(new.policy, new.allowed_origins, new.headers)
+    configure_log(new.log_level, new.log_format)
+    for line in lines or ["nothing has changed"]:
+        log.info("SIGHUP: %s", line)
+    return dataclasses.replace(new, pulls=settings.pulls)
+
+
+def introduce(settings: Settings, server: Server) -> None:
+    """Log the version and the settings, then "listening on", which k3d waits for."""
     log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
     log.info("store: %s (%s)", settings.store, settings.store_origin)
+    for line in settings.described():
+        log.info("%s", line)
     config = settings.pulls.config
     if config and config.path.exists():
         log.info("credentials for pulls without their own: %s", config.path)
+    log.info("Docker is at %s (%s)", settings.engine, settings.engine.origin)
     for note in settings.notes:
         log.warning("%s", note)
-    try:
-        registry.mirror.images.current()
-    except RegistryError as e:
-        log.error("%s; this is tried again on each request", e.detail)
-    else:
-        registry.tidy_up()
-    log.info("listening on %s (%s)%s", server.address, settings.address_origin, " with TLS" if settings.tls else "")
+    log_always("listening on %s (%s)%s", server.address, settings.address_origin, " with TLS" if settings.tls else "")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    run gets the settings and the arguments, and returns the exit status. summary is a sentence for -h, example its
+    arguments in an example. flags are those of SETTINGS that it takes; own are flags that are no settings, and words
+    without a dash, with what argparse has to know of each. Settings that it has no flag for come from elsewhere.
+    """
+
+    run: Callable[[Settings, argparse.Namespace], int]
+    summary: str
+    example: str
+    flags: tuple[str, ...] = ()
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def parser(self, name: str) -> ArgumentParser:
+        """Return the parser of the arguments that follow the name."""
+        others = [f"  {other:8} {command.summary}" for other, command in COMMANDS.items()]
+        parser = ArgumentParser(
+            prog=f"{PROGRAM} {name}" if name != DEFAULT_COMMAND else PROGRAM, allow_abbrev=False,
+            description=self.summary, formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n".join([f"example: {PROGRAM} {self.example}", *(
+                ["", "Docker is found as by the docker command: DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH",
+                 "", "commands, each with its own -h:", *others] if name == DEFAULT_COMMAND else [])]))
+        for own, options in self.own.items():
+            parser.add_flag(own[1:], **options) if own.startswith("-") else parser.add_argument(own, **options)
+        for setting in SETTINGS:
+            if setting.flag and setting.flag in self.flags:
+                parser.add_flag(setting.flag, **setting.argument())
+        return parser
+
+
+PROGRAM = "k3d-registry-dockerd"
+DEFAULT_COMMAND = "serve"
+SERVER_ADDRESS = {"metavar": "HOST:PORT", "help": (
+    "the address of the registry (default: of the one that runs here, or else as it is set)")}
+COMMANDS: Mapping[str, Command] = {
+    "serve": Command(
+        serve, "Serve the images of the local Docker daemon, and what is pushed (the default).",
+        "-addr 127.0.0.1:5000", tuple(setting.flag for setting in SETTINGS if setting.flag),
+        {"-check": {"action": "store_true", "help": "the same as the command check"},
+         "-version": {"action": "version", "version": f"{PROGRAM} {__version__}"}}),
+    "check": Command(
+        check, "Check that the registry answers (exit status 1 if not).", "check -addr localhost:5000", own={
+            "-addr": SERVER_ADDRESS}),
+    "status": Command(
+        show_status, "Print what the registry does: pulls under way, images, errors.", "status -watch", own={
+            "-addr": SERVER_ADDRESS,
+            "-watch": {"action": "store_true", "help": "redraw it every second, on a terminal"}}),
+    "doctor": Command(
+        doctor, "Go through the usual causes of trouble, and say what to do (exit status 1).", "doctor -addr :5000",
+        ("addr", "store", "docker-root", "pull", "env-file")),
+    "config": Command(
+        print_configuration, "Print a configuration that lets a cluster or a tool use this registry.", "config kind",
+        ("addr", "env-file"), {"kind": {"choices": tuple(CONFIGURATIONS), "help": "what is to be configured"}}),
+    "verify": Command(
+        verify, "Read the whole store, and say what is damaged or lacking (exit status 1).", "verify -repair",
+        ("store", "docker-root", "env-file"),
+        {"-repair": {"action": "store_true", "help": (
+            "get again what Docker or its registry still has, and set the rest aside")}}),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit status: 0 on success, 1 on failure, 2 for invalid arguments."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
-    parser = argument_parser()
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    name, words = (words[0], words[1:]) if words and words[0][:1] not in ("-", "") else (DEFAULT_COMMAND, words)
+    if name not in COMMANDS:
+        COMMANDS[DEFAULT_COMMAND].parser(DEFAULT_COMMAND).error(
+            f"{printable(name)!r} is not a command: use {', '.join(COMMANDS)}")
+    parser = COMMANDS[name].parser(name)
+    arguments = parser.parse_args(words)
     try:
         settings = Settings.read(arguments, os.environ)
     except ValueError as e:
-        parser.error(str(e))
-    return check(settings.address, settings.tls is not None) if arguments.check else serve(settings)
+        parser.error(printable(str(e)))
+    configure_log(settings.log_level, settings.log_format)
+    return COMMANDS[name].run(settings, arguments)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,32 @@ def chunked(body, status=200):
             + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n")
 
 
+class Slow:
+    """A connection to a client that sends what its daemon's `slow` says, as long as that is set.
+
+    "hung" sends nothing, "cut" the first half of each answer, and "trickle" a byte from time to time; all of them until
+    the daemon's event `released` is set, and nothing of the rest.
+    """
+
+    def __init__(self, sock, daemon):
+        self._sock, self._daemon = sock, daemon
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+    def sendall(self, data):
+        if self._daemon.slow is None:
+            return self._sock.sendall(data)
+        if self._daemon.slow == "cut":
+            self._sock.sendall(data[:len(data) // 2])
+        for byte in data[:-1] if self._daemon.slow == "trickle" else b"":
+            self._sock.sendall(bytes([byte]))
+            if self._daemon.released.wait(0.05):
+                break
+        self._daemon.released.wait()
+        raise ConnectionResetError("released")
+
+
 class FakeDaemon:
     """The daemon. Use it in a `with`. Its attributes can be changed at any time.
 
@@ -180,14 +206,16 @@ class FakeDaemon:
     info      more fields of /info
     faults    text in the request line -> raw bytes to send, or a callable that gets the socket
     reading   a callable that gets (socket, stream, digest, requested part) and handles Read instead of the daemon
+    slow      how it answers from now on: see Slow
     requests  the request lines so far; `read`: the digests of Read requests; `heads`: the complete heads
     """
 
     def __init__(self, store="containerd", grpc="upgrade"):
         self.store, self.grpc = store, grpc
         self.images, self.content, self.pulls, self.faults = {}, {}, {}, {}
-        self.exports, self.origins, self.info = {}, {}, {}
-        self.reading = None
+        self.exports, self.origins, self.info, self.held = {}, {}, {}, {}
+        self.reading = self.slow = None
+        self.released = threading.Event()
         self.version = {}
         self.requests, self.heads, self.read = [], [], []
         self.connections = 0
@@ -200,6 +228,19 @@ class FakeDaemon:
             self.content.update(image.blobs)
         self.exports[self.id_of(image)] = export or image.export()
         return image
+
+    def hold(self, text):
+        """Hold the answers to requests that contain a text. Returns two events: the first request has come; go on."""
+        asked, go_on = threading.Event(), threading.Event()
+
+        def answer(sock, line, head):
+            asked.set()
+            go_on.wait(60)
+            answer = self._answer(line, head)
+            return answer(sock) if callable(answer) else answer
+
+        self.held[text] = answer
+        return asked, go_on
 
     def id_of(self, image):
         return image.digest if self.store == "containerd" else image.config_digest
@@ -238,7 +279,9 @@ class FakeDaemon:
         self.start()
 
     def __exit__(self, *error):
-        self.stop()
+        self.released.set()
+        if Path(self.path).exists():
+            self.stop()
         self._stack.close()
 
     @property
@@ -248,6 +291,7 @@ class FakeDaemon:
     # --- HTTP/1.1
 
     def _serve(self, sock):
+        sock = Slow(sock, self)
         with self._lock:
             self.connections += 1
         head = b""
@@ -260,7 +304,10 @@ class FakeDaemon:
         with self._lock:
             self.requests.append(line)
             self.heads.append(head.decode())
+        held = next((held for text, held in self.held.items() if text in line), None)
         answer = next((fault for text, fault in self.faults.items() if text in line), None)
+        if held and answer is None:
+            answer = held(sock, line, head)
         if answer is None:
             answer = self._answer(line, head)
         if callable(answer):
@@ -303,7 +350,8 @@ class FakeDaemon:
         if name.endswith("/json"):
             return self._inspect(name.removesuffix("/json"))
         if name.endswith("/get"):
-            return chunked(self.exports[name.removesuffix("/get")])
+            export = self.exports.get(name.removesuffix("/get"))
+            return http_answer(404, {"message": f"No such image: {name}"}) if export is None else chunked(export)
         return http_answer(404, {"message": "page not found"})
 
     def _inspect(self, name):

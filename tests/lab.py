@@ -186,8 +186,8 @@ class Engine(Daemon):
         return data
 
     def docker(self, *arguments, **options):
-        """Run `docker …` with this engine; return its output, stripped."""
-        out = chroot("docker", "-H", self.host, *arguments, **options).stdout
+        """Run `docker …` with this engine, and its own credentials; return its output, stripped."""
+        out = chroot("docker", "--config", f"/root/.docker-{self.name}", "-H", self.host, *arguments, **options).stdout
         return out.strip() if isinstance(out, str) else out
 
     def inspect(self, name):
@@ -601,17 +601,22 @@ def filtered(engine, refuse=b"(nothing)", tell=lambda count: None, answer=NOT_FO
 
 
 class Node(Daemon):
-    """A containerd that pulls like a Kubernetes node: everything through one mirror."""
+    """A containerd that pulls like a Kubernetes node: everything through one mirror.
+
+    Each process of tests has a namespace of its own, which sees nothing of the others: LAB_NAMESPACE.
+    """
 
     def __init__(self, name="node"):
         super().__init__(name)
         self.socket = self.folder / "containerd.sock"
+        self.namespace = os.environ.get("LAB_NAMESPACE", "k8s.io")
 
     def command(self):
         inside = f"/lab/{self.name}"
         (self.folder / "config.toml").write_text(
             f"version = 3\nroot = '{inside}/root'\nstate = '{inside}/state'\n"
             f"[grpc]\n  address = '{inside}/containerd.sock'\n"
+            "[plugins.'io.containerd.metadata.v1.bolt']\n  content_sharing_policy = 'isolated'\n"
             "[plugins.'io.containerd.cri.v1.runtime']\n"
             "disabled_plugins = ['io.containerd.grpc.v1.cri']\n")
         return ["containerd", "-c", f"{inside}/config.toml"]
@@ -620,7 +625,7 @@ class Node(Daemon):
         return self.ctr("version", check=False).returncode == 0
 
     def ctr(self, *arguments, **options):
-        return chroot("ctr", "-a", f"/lab/{self.name}/containerd.sock", "-n", "k8s.io", *arguments, **options)
+        return chroot("ctr", "-a", f"/lab/{self.name}/containerd.sock", "-n", self.namespace, *arguments, **options)
 
     def pull(self, reference, mirror, user=None, check=True):
         """Run `ctr images pull` with one mirror (HOST:PORT) for every registry; return the CompletedProcess."""

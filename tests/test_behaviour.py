@@ -199,8 +199,22 @@ class TestBlobsWithoutManifest(BehaviourCase):
         store = self.program.store
         self.program.stop()
         self.start(store=store)
+        self.program.wait_for_line("store: tidied up")
         for digest, status in zip(digests, (200, 404, 200), strict=True):
             self.ask("HEAD", f"/v2/team/app/blobs/{digest}", status)
+
+
+class TestBrowsersCauseNoWork(BehaviourCase):
+    """A page may hide where it comes from. It cannot have Docker pull, nor have an image exported."""
+
+    def test_no_pull(self):
+        self.start()
+        self.daemon.add("app:1", Image())
+        for path, status in (("library/app/manifests/1?ns=docker.io", 200), ("library/new/manifests/1?ns=quay.io", 404),
+                             (f"library/new/manifests/{sha256(b'x')}?ns=quay.io", 404), ("quay.io/a/manifests/1", 404),
+                             (f"library/app/blobs/{sha256(b'x')}?ns=docker.io", 404)):
+            self.ask("GET", f"/v2/{path}", status, User_Agent="Mozilla/5.0")
+        self.assertEqual([], self.asked("/images/create"))
 
 
 class TestMissingPlatform(BehaviourCase):
@@ -506,7 +520,6 @@ class TestUploads(BehaviourCase):
                 self.start(store=self.program.store)
                 query = f"?digest={sha256(self.DATA + b'x')}" if method == "PUT" else ""
                 self.assertEqual("BLOB_UPLOAD_UNKNOWN", self.ask(method, location + query, 404, b"x").code)
-                self.assertFalse(upload.exists())
                 self.assertEqual(self.DATA, self.ask("GET", f"/v2/team/app/blobs/{digest}", 200).body)
 
 

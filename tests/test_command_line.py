@@ -1,6 +1,7 @@
 """The program as a process: arguments, environment, signals, and Docker not running."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +11,11 @@ import unittest
 import zipapp
 from pathlib import Path
 
-from fake_daemon import FakeDaemon, Image
+from fake_daemon import FakeDaemon, Image, http_answer
 from program import MODULE, Program
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import Address, EngineHost
+from k3d_registry_dockerd import COMMANDS, Address
 
 OURS = ("REGISTRY_", "DOCKER_")
 
@@ -46,22 +47,37 @@ class TestInvalidSettings(CommandCase):
                 (["-addr", "nonsense"], {}, "'nonsense' is not an address"),
                 (["-addr", "host:99999"], {}, "'host:99999' is not an address"),
                 (["-addr", "[::zz]:1"], {}, "[::zz]:1"),
-                ([], {"REGISTRY_HTTP_ADDR": "5000"}, "from REGISTRY_HTTP_ADDR"),
-                ([], {"DOCKER_HOST": "ssh://host"}, "DOCKER_HOST='ssh://host' is not supported"),
+                ([], {"REGISTRY_HTTP_ADDR": "5000"}, "REGISTRY_HTTP_ADDR='5000' is not an address"),
+                ([], {"DOCKER_HOST": "npipe:////./pipe/x"}, "DOCKER_HOST is not supported"),
                 ([], {"DOCKER_HOST": "tcp://host:port"}, "DOCKER_HOST"),
                 ([], {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(self.folder)},
                  "DOCKER_CERT_PATH"),
                 (["-store", str(file)], {}, "is not a folder"),
                 (["-store", str(file / "below")], {}, "is not a folder"),
                 ([], {"REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(file)}, "is not a folder"),
+                (["-max-connections", "0"], {}, "'0' is not a whole number above 0"),
+                (["-max-connections", "1e3"], {}, "'1e3' is not a whole number above 0"),
+                (["-allow-origin", "*"], {}, "'*' is not an origin"),
+                (["-allow-origin", "localhost:8080"], {}, "'localhost:8080' is not an origin"),
+                (["-allow-origin", "http://x/y"], {}, "'http://x/y' is not an origin"),
                 (["-tls-key", str(file)], {}, "-tls-certificate"),
                 (["-tls-key", str(file), "-tls-certificate", str(file)], {}, "cannot be used"),
                 ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": str(file)}, "REGISTRY_HTTP_TLS_KEY"),
                 ([], {"REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED": "maybe"}, "neither true nor false"),
-                (["-allow", "corp"], {}, "-allow 'corp'"), (["-allow", ""], {}, "-allow ''"),
+                (["-pull", "often"], {}, "-pull 'often' is not known: use missing, always or never"),
+                ([], {"K3D_REGISTRY_DOCKERD_STORE_LIMIT": "big"}, "_STORE_LIMIT='big' is not a size"),
+                ([], {"REGISTRY_LOG_LEVEL": "loud"}, "use debug, info, warn or error"),
+                (["-env-file", "/nowhere"], {}, "the settings file /nowhere does not exist"),
+                ([], {"REGISTRY_HTTP_HEADERS_X-A": "[a"}, "REGISTRY_HTTP_HEADERS_X-A='[a' is not a list"),
+                ([], {"REGISTRY_HTTP_HEADERS_X-A": r'["\r"]'}, "is not a header"),
+                ([], {"REGISTRY_HTTP_HEADERS_Access-Control-Allow-Origin": "[x]"}, "is not an origin"),
+                (["-allow", "corp"], {}, "-allow 'corp'"), (["-allow", ""], {}, "-allow is empty"),
                 (["-allow", "a/b.c"], {}, "-allow 'a/b.c'"),
                 (["-frobnicate"], {}, "unrecognized arguments: -frobnicate"),
-                (["extra"], {}, "unrecognized arguments: extra"),
+                (["extra"], {}, "'extra' is not a command: use serve, check, "), (["\x1b[1m"], {}, r"'\\x1b[1m'"),
+                (["extra"], {}, "(see k3d-registry-dockerd -h)"), ([""], {}, "unrecognized arguments"),
+                (["check", "-repair"], {}, "unrecognized arguments: -repair (see k3d-registry-dockerd check -h)"),
+                (["check", "-addr", "x"], {}, "'x' is not an address"),
                 (["-addr"], {}, "expected one argument"), (["-addr", ""], {}, "-addr is empty"),
                 (["-docker-root="], {}, "-docker-root is empty"),
                 ([], {"REGISTRY_PROXY_REMOTEURL": "not a url"}, "REGISTRY_PROXY_REMOTEURL"),
@@ -108,6 +124,16 @@ class TestInvalidSettings(CommandCase):
                 result = run(flag)
                 self.assertEqual((0, ""), (result.returncode, result.stderr))
                 self.assertIn(expected, " ".join(result.stdout.split()))
+
+    def test_help_of_commands(self):
+        overview = run("-h").stdout
+        for command in COMMANDS.keys() - {"serve"}:
+            with self.subTest(command):
+                self.assertIn(f"\n  {command} ", overview)
+                result = run(command, "-h")
+                self.assertEqual((0, ""), (result.returncode, result.stderr))
+                self.assertIn(f"example: k3d-registry-dockerd {command}", result.stdout)
+                self.assertLess(result.stdout.count("\n"), 30)
 
     def test_zipapp(self):
         (self.folder / "app").mkdir()
@@ -161,9 +187,66 @@ class TestRunning(CommandCase):
         for address, status, output in ((program.address, 0, "healthy\n"),
                                         ("127.0.0.1:1", 1, "no answer from 127.0.0.1:1")):
             with self.subTest(address):
-                result = run("-check", "-addr", address)
-                self.assertEqual(status, result.returncode)
-                self.assertTrue(result.stdout.startswith(output), result.stdout)
+                for command in ("-check", "check"):
+                    result = run(command, "-addr", address)
+                    self.assertEqual(status, result.returncode)
+                    self.assertTrue(result.stdout.startswith(output), result.stdout)
+
+    def test_check_finds_the_server(self):
+        """It runs under a name of its own here, as the only one in a container would: other tests start servers too."""
+        script = self.folder / f"{self.folder.name}.py"
+        script.write_bytes(MODULE.read_bytes())
+        command = (sys.executable, str(script))
+        nobody = {"REGISTRY_HTTP_ADDR": "127.0.0.1:1"}
+        self.assertEqual(1, run("check", command=command, **nobody).returncode)
+        for address in ("[::1]:0", "0.0.0.0:0", ":0"):
+            with self.subTest(address):
+                program = self.program("unix:///nowhere", "-addr", address, command=command)
+                self.assertEqual("healthy\n", run("check", command=command, **nobody).stdout)
+                if address != ":0":
+                    program.stop()
+        self.program("unix:///nowhere", command=command)
+        result = run("check", command=command, **nobody)  # there are two, and this one is not told which
+        self.assertIn("no answer from 127.0.0.1:1", result.stdout)
+        self.assertEqual("healthy\n", run("check", "-addr", program.address, command=command).stdout)
+
+    def test_log_of_probes_and_addresses(self):
+        for level, count in (("info", 0), ("debug", 4)):
+            program = self.program("unix:///nowhere", "-addr", ":0", "-log-level", level)
+            self.assertEqual("healthy\n", run("check", "-addr", f"127.0.0.1:{program.port}").stdout)
+            for path in ("/livez", "/readyz?verbose", "/healthz"):
+                program.get(path)
+            program.get("/v2/")  # not a probe
+            program.wait_for_line(" INFO    GET /v2/ 200")
+            self.assertEqual(count, sum(" DEBUG " in line and "GET /" in line for line in program.log), program.log)
+            self.assertEqual(count + 1, len([*filter(lambda line: re.search(r" GET /.* 127\.0\.0\.1\b", line),
+                                                     program.log)]), program.log)
+            self.assertEqual([], program.lines("::ffff:"))
+
+    def test_podman_is_called_podman(self):
+        with FakeDaemon() as daemon:
+            daemon.faults["/version "] = http_answer(200, {
+                "Version": "5.8", "ApiVersion": "1.41", "Components": [{"Name": "Podman Engine"}]})
+            program = self.program(daemon.host)
+            program.wait_for_line("Podman 5.8, API 1.41")
+            answer = program.get("/v2/docker/manifests/Docker")
+            self.assertIn("Podman has no image docker:Docker, and", answer.detail)
+            program.wait_for_line("MANIFEST_UNKNOWN: Podman has no image docker:Docker")
+            known = program.log.index(program.lines("Podman 5.8")[0])
+            self.assertEqual([], [line for line in program.log[known:] if " Docker " in line])
+
+    def test_check_with_tls(self):
+        try:
+            import trustme
+        except ImportError:
+            self.skipTest("no trustme")
+        files = [str(self.folder / name) for name in ("certificate", "key")]
+        certificate = trustme.CA().issue_cert("registry.example")
+        certificate.cert_chain_pems[0].write_to_path(files[0])
+        certificate.private_key_pem.write_to_path(files[1])
+        program = self.program("unix:///nowhere", "-tls-certificate", files[0], "-tls-key", files[1])
+        self.assertEqual("healthy\n", run("check", "-addr", program.address).stdout)
+        self.assertEqual([], program.lines("WARNING"))
 
     def test_without_docker(self):
         """The program runs, gives the reason, and serves images as soon as Docker responds."""
@@ -174,7 +257,7 @@ class TestRunning(CommandCase):
         self.assertEqual(200, program.get("/v2/").status)
         with socket.socket(socket.AF_UNIX) as unused:
             unused.bind(str(path))
-        self.assert_unavailable(program, pull, "connection refused")
+        self.assert_unavailable(program, pull, "connection refused", "Docker was started again since: restart this")
         path.unlink()
         with FakeDaemon() as daemon:
             image = daemon.add("app:1", Image())
@@ -207,21 +290,6 @@ class TestParsing(unittest.TestCase):
         for text in ("", ":", "5000", "host", "host:", "host:65536", "::1:5000", "[::1]", "a b:1", "http://x:1", ":-1"):
             with self.subTest(text), self.assertRaises(ValueError):
                 Address.parse(text)
-
-    def test_docker_host(self):
-        default = EngineHost(path="/var/run/docker.sock")
-        for text, expected in (("", default), ("unix://", default),
-                               ("unix:///x/y.sock", EngineHost(path="/x/y.sock")),
-                               ("tcp://h:1", EngineHost(host="h", port=1)),
-                               ("tcp://h", EngineHost(host="h", port=2375)),
-                               ("tcp://[::1]:1/", EngineHost(host="::1", port=1)),
-                               ("tcp://", EngineHost(host="127.0.0.1", port=2375))):
-            with self.subTest(text):
-                self.assertEqual(expected, EngineHost.from_environment({"DOCKER_HOST": text}))
-        self.assertEqual(default, EngineHost.from_environment({}))
-        for text in ("/var/run/docker.sock", "npipe://x", "fd://", "tcp://h:1/path", "tcp://u:p@h:1", "tcp://h:x"):
-            with self.subTest(text), self.assertRaises(ValueError):
-                EngineHost.from_environment({"DOCKER_HOST": text})
 
 
 if __name__ == "__main__":

@@ -124,6 +124,13 @@ class TestPullProgress(unittest.TestCase):
     def downloading(layer, current, total, status="Downloading"):
         return {"status": status, "id": layer, "progressDetail": {"current": current, "total": total}}
 
+    @staticmethod
+    def line(progress):
+        """Return the line of a pull that has taken 10 seconds so far."""
+        with mock.patch("time.monotonic", lambda: 100.0), module.Task("pull", "x") as task:
+            task.report(progress.layers, progress.status)
+        return task.line(110.0)
+
     def test_lines(self):
         down = self.downloading
         for expected, messages in (
@@ -144,18 +151,23 @@ class TestPullProgress(unittest.TestCase):
                 ("downloading", [{"status": "Downloading", "id": "a", "progressDetail": {"current": 1}}]),
                 ("downloading", [down("a", 1, 0)]),
                 ("downloading", [down("a", "1", None)]),
+                *(("downloading", [down("a", current, total)]) for current, total in (
+                    (-1, 2), (1, -2), (1, 2**63), (2**63, 1), (10**400, 10**400), (1.5, 2.5), (1, float("inf")))),
                 ("downloading", [{"status": "Downloading", "id": ["a"], "progressDetail": 5}]),
                 ("waiting for Docker", [{"status": 5}, {"status": None}, {}, {"aux": {"Digest": "x"}}])):
             with self.subTest(expected, messages=messages):
-                progress = module.PullProgress(100.0)
+                progress = module.PullProgress()
                 for message in messages:
                     progress.update(message)
-                self.assertEqual(expected, progress.line(110.0))
+                self.assertEqual(expected, self.line(progress))
 
-    def test_no_time_has_passed(self):
-        progress = module.PullProgress(100.0)
-        progress.update(self.downloading("a", 1, 2))
-        self.assertRegex(progress.line(100.0), r"^50%, 1 B of 2 B, .*/s, downloading$")
+    def test_more_layers_than_any_image_has(self):
+        progress = module.PullProgress()
+        for number in range(5000):
+            progress.update(self.downloading(str(number), 1000, 2000))
+            progress.update(self.downloading("x" * 1000 + str(number), 1000, 2000))
+        progress.update(self.downloading("0", 2000, 2000))
+        self.assertEqual("50%, 1.0 MB of 2.0 MB, 100.1 kB/s, downloading", self.line(progress))
 
 
 class EngineCase(unittest.TestCase):
@@ -245,6 +257,15 @@ class TestImages(EngineCase):
                     self.assertEqual((identity, len(self.image.layer)), (str(found.id), found.size))
                     self.assertEqual(json.loads(self.image.config)["rootfs"]["diff_ids"], list(found.layers))
 
+    def test_answer_that_comes_byte_by_byte(self):
+        """The timeout is for the whole answer, and not for each byte of it."""
+        self.engine.info()
+        self.daemon.slow = "trickle"
+        with mock.patch.object(module, "ENGINE_TIMEOUT", 0.3):
+            for call in (lambda: self.engine.image("app:1"), self.engine.listed):
+                self.assertEqual("UNAVAILABLE", self.error_of(call).code)
+        self.assertFalse(self.daemon.released.is_set())
+
     def test_missing_image(self):
         self.assertIsNone(self.engine.image("nope:1"))
 
@@ -262,6 +283,22 @@ class TestImages(EngineCase):
                          self.engine.images_of(["docker.io/library/app"]))
         self.daemon.images.clear()
         self.assertEqual([], self.engine.images_of(["docker.io/library/app"]))
+
+    def test_list_while_an_image_is_removed(self):
+        """Docker fails then, though it has the other images: it is asked again, but not without end."""
+        removed = http_answer(404, {"message": "NotFound: content digest sha256:59ee: not found"})
+        broken = http_answer(500, {"message": "no space left on device"})
+        for failures, asked in (([removed] * 2, 3), ([removed] * 99, module.LIST_ATTEMPTS), ([broken] * 99, 1)):
+            with self.subTest(failures[0], asked=asked):
+                del self.daemon.requests[:]
+                left = iter(failures)
+                self.daemon.held["/images/json"] = lambda sock, line, head, left=left: next(
+                    left, None) or self.daemon._answer(line, head)
+                with contextlib.nullcontext() if asked == 3 else self.assertRaises(RegistryError) as caught:
+                    self.assertEqual(["app"], [name for _, name, _ in self.engine.names()])
+                if caught:
+                    self.assertEqual("ENGINE_FAILED", caught.exception.code)
+                self.assertEqual(asked, sum("/images/json" in line for line in self.daemon.requests))
 
     def test_images_of_requests_every_name(self):
         for repository, names in (
@@ -638,7 +675,7 @@ class TestTls(EngineCase):
                 with self.subTest(name, what=what):
                     self.host(self.authority, self.authority)
                     spoil(self.folder / name)
-                    with self.assertRaisesRegex(ValueError, "cannot be read from DOCKER_CERT_PATH"):
+                    with self.assertRaisesRegex(ValueError, f"cannot be read from {self.folder}"):
                         EngineHost.from_environment({"DOCKER_HOST": "tcp://127.0.0.1:1", "DOCKER_TLS_VERIFY": "1",
                                                      "DOCKER_CERT_PATH": str(self.folder)})
 

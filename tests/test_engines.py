@@ -90,6 +90,20 @@ class EveryEngine:
         self.assertEqual(digest, sha256(manifest))
         self.check_identity(image_id, digest, json.loads(manifest))
 
+    def test_lists_for_many_clients(self):
+        """200 clients ask at the same time: the answers are complete, and Docker is asked much less often."""
+        tags, heard = ["1", "2", "3"], []
+        for tag in tags:
+            self.build(tag)
+        with lab.filtered(self.engine, hear=heard.append) as socket_path, Program(f"unix://{socket_path}") as program:
+            del heard[:]
+            answers = together(200, lambda i: program.get(
+                "/v2/_catalog" if i % 2 else f"/v2/{self.name}/tags/list"))
+        self.assertEqual({200}, {answer.status for answer in answers})
+        self.assertEqual({tuple(tags)}, {tuple(answer.json["tags"]) for answer in answers[::2]})
+        self.assertTrue(all(self.name in answer.json["repositories"] for answer in answers[1::2]))
+        self.assertLess(sum(b"/images/json" in data for data in heard), 100)
+
     def test_head_and_get_agree(self):
         self.build()
         program = self.program()

@@ -21,6 +21,7 @@ from fake_daemon import (
     PING,
     RESET,
     RESPONSE_HEADERS,
+    SETTINGS,
     TRAILERS_NOT_FOUND,
     TRAILERS_OK,
     FakeDaemon,
@@ -29,6 +30,7 @@ from fake_daemon import (
     frame,
     http_answer,
     message,
+    receive,
     sha256,
     tar_of,
     varint,
@@ -39,6 +41,7 @@ sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
 
 MANIFEST = "/v2/library/app/manifests/1?ns=docker.io"
+SETTINGS_ACKNOWLEDGED = frame(SETTINGS, 1, 0)
 HTTP_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
@@ -296,7 +299,11 @@ class TestContentService(FaultCase):
             "reset the stream, code 2")
 
     def test_connection_closed_in_the_middle(self):
-        self.check_broken_in_the_middle(lambda sock, stream: sock.shutdown(2), "connection was closed")
+        def close(sock, stream):
+            receive(sock, len(SETTINGS_ACKNOWLEDGED))  # without a reader for it, the request would fail at once
+            sock.shutdown(2)
+
+        self.check_broken_in_the_middle(close, "connection was closed")
 
     def test_content_that_ends_early(self):
         self.check_broken_in_the_middle(
@@ -352,12 +359,12 @@ class TestContentService(FaultCase):
                          + frame(DATA, 0, stream, b"") + frame(DATA, 0, stream, payload[100:])
                          + frame(HEADERS, END_STREAM, stream, TRAILERS_OK[:4])
                          + frame(9, END_HEADERS, stream, TRAILERS_OK[4:]))
-            answers.append(sock.recv(17))
+            answers.append(receive(sock, len(SETTINGS_ACKNOWLEDGED) + 17))
 
         self.daemon.reading = fancy
         answer = self.program.get(self.layer_path())
         self.assertEqual((200, self.image.layer), (answer.status, answer.body))
-        self.assertIn(frame(PING, 1, 0, b"12345678"), answers)
+        self.assertIn(SETTINGS_ACKNOWLEDGED + frame(PING, 1, 0, b"12345678"), answers)
 
     def test_faults_while_connecting(self):
         """The engine sends a malformed response for /grpc: the registry logs it, and exports images."""
@@ -494,6 +501,29 @@ class TestPulls(FaultCase):
                 self.assertEqual((status, code), (answer.status, answer.code), answer.body)
                 self.assertIn(text, answer.detail)
                 self.assertEqual([], self.program.lines("a bug in this program"))
+
+    def test_hostile_texts_are_escaped_in_the_log(self):
+        """Texts of registries and of Docker that have line breaks and escape codes."""
+        forged = "no\n2026-01-01 00:00:00,000 INFO    forged\x1b[31m"
+        message = http_answer(500, {"message": forged})
+        self.daemon = self.enterContext(FakeDaemon())
+        self.daemon.version = {"Version": f"28{forged}", "Os": forged}
+        self.daemon.add("app:1", Image())
+        self.daemon.faults["/distribution/"] = message
+        self.daemon.pulls[self.REFERENCE] = self.lines({"status": forged}, {"error": forged})
+        self.program = self.enterContext(Program(self.daemon.host, "-pull", "always"))
+        self.assertEqual(200, self.program.get(MANIFEST).status)
+        self.program.wait_for_line("whether or not the tag has moved: no")
+        self.assertEqual(502, self.program.get(self.PATH).status)
+        self.daemon.faults["images/json"] = message
+        self.assertEqual(502, self.program.get("/v2/_catalog").status)
+        self.assertEqual(400, self.program.get("/v2/a%0aforged%1b/manifests/1").status)
+        self.program.stop()
+        self.assertIn("forged", "".join(self.program.log))
+        for line in self.program.log[:-1]:
+            self.assertNotRegex(line, "^2026-01-01")
+            self.assertRegex(line, r"^\d{4}-\S+ \S+ +[A-Z]+ ")
+            self.assertTrue(line.isprintable(), repr(line))
 
     def test_successful_pull(self):
         self.start(add=False)

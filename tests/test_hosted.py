@@ -16,6 +16,8 @@ import k3d_registry_dockerd as module
 class Alone:
     """Only Hosted behind the endpoints, without a mirror."""
 
+    names = ()
+
     def __init__(self, hosted):
         self.hosted = hosted
 
@@ -34,23 +36,24 @@ class Alone:
     def delete_blob(self, reference, client):
         self.hosted.delete_blob(reference)
 
-    def tags(self, reference, client):
-        return self.hosted.tags(reference)
+    def tags(self, reference, client, after=""):
+        return self.hosted.tags(reference, after)
 
     def catalog(self, client):
         return self.hosted.catalog()
 
-    def referrers(self, reference, client):
-        return self.hosted.referrers(reference)
+    def referrers(self, reference, client, after=""):
+        return self.hosted.referrers(reference, after)
 
 
 class HostedProgram(Program):
-    """Like Program, but runs in this process."""
+    """Like Program, but runs in this process. hosted is the registry that answers."""
 
-    def __init__(self):
+    def __init__(self, store=None, untagged=None, **limits):
         self._folder = tempfile.TemporaryDirectory()
-        self.store = Path(self._folder.name) / "store"
-        self._server = module.Server(module.Address("127.0.0.1", 0), Alone(module.Hosted(module.Store(self.store))))
+        self.store = store or Path(self._folder.name) / "store"
+        self.hosted = module.Hosted(module.Store(self.store, **limits), untagged)
+        self._server = module.Server(module.Address("127.0.0.1", 0), Alone(self.hosted))
         self.port = self._server.address.port
         self.log = []
         self._changed = threading.Condition()
@@ -59,6 +62,9 @@ class HostedProgram(Program):
         module.log.addHandler(self._handler)
         module.log.propagate = False
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
         self._server.shutdown()

@@ -207,7 +207,7 @@ class TestConnections(HttpCase):
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\n"
         for what, data, status in (
                 ("TLS", hello, b"400"), ("words", b"hello there\r\n\r\n", b"400"),
-                ("an unknown method", b"BREW / HTTP/1.1\r\n\r\n", b"501"),
+                ("an unknown method", b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", b"501"),
                 ("a long target", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"414"),
                 ("a long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", b"431"),
                 ("many headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"431"),
@@ -441,6 +441,19 @@ class TestTls(unittest.TestCase):
                     with contextlib.suppress(ConnectionResetError):
                         self.assertNotIn(b"HTTP", plain.recv(1000))
                 self.assertEqual([], program.lines("Traceback"))
+
+    def test_idle_connections_make_room(self):
+        """Also in the middle of a handshake, and after a request. Their ends are no errors."""
+        with Program(self.daemon.host, *self.flags, "-max-connections", "4") as program:
+            connections = [self.connect(program) for _ in range(8)]
+            for connection in connections:
+                plain = socket.create_connection(("127.0.0.1", program.port), timeout=30)
+                self.addCleanup(plain.close)
+                self.addCleanup(connection.close)
+                connection.request("GET", "/v2/")
+                self.assertEqual((200, b"{}"), ((response := connection.getresponse()).status, response.read()))
+            program.wait_for_line("new connections have to wait")
+            self.assertEqual([], program.lines("Traceback"))
 
     def test_concurrent_readers_of_one_file(self):
         """Clients that share a read of Docker's content follow one file, each at its own position."""

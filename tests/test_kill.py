@@ -4,6 +4,8 @@ import hashlib
 import http.client
 import json
 import os
+import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +24,8 @@ import k3d_registry_dockerd
 store, left = sys.argv[sys.argv.index("-store") + 1], int(os.environ["KILL_AT"])
 def hook(event, arguments):
     global left
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return
     if event in ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.utime"):
         if str(arguments[0]).startswith(store):
             left -= 1
@@ -31,6 +35,7 @@ sys.addaudithook(hook)
 sys.exit(k3d_registry_dockerd.main(sys.argv[1:]))
 """
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+STEP = 3  # one run in so many kills at a given change: each has its turn, and one run does not take too long
 
 
 def digest_of(data):
@@ -102,9 +107,9 @@ class TestKill(unittest.TestCase):
             program.stop()
 
     def test_kill_during_push(self):
-        at, done, were_there = 0, False, []
+        at, done, were_there = random.randrange(STEP), False, []
         while not done:
-            at += 1
+            at += STEP
             with self.subTest(at=at), tempfile.TemporaryDirectory() as folder:
                 store = Path(folder) / "store"
                 done = self.run_killed(at, store, self.push)
@@ -117,6 +122,36 @@ class TestKill(unittest.TestCase):
         self.assertFalse(were_there[0])
         self.assertTrue(were_there[-1])
         self.assertEqual(sorted(were_there), were_there, "once the image is present, it must stay")
+
+    def test_kill_during_deletion(self):
+        """The manifest and its tags are there, all of them, or none; also after the same manifest is pushed again."""
+        digest = digest_of(self.manifest)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        pristine = Path(folder.name) / "store"
+        with self.program(pristine) as program:
+            self.push(program)
+
+        def delete(program):
+            self.assertEqual(202, program.request("DELETE", f"/v2/app/manifests/{digest}").status)
+
+        at, done, were_there = 0, False, []
+        while not done:
+            at += 1
+            store = Path(folder.name) / str(at)
+            shutil.copytree(pristine, store)
+            done = self.run_killed(at, store, delete)
+            with self.subTest(at=at), self.program(store) as program:
+                program.wait_for_line("store: tidied up")
+                manifest, tag = (program.head(f"/v2/app/manifests/{target}").status for target in (digest, "1"))
+                self.assertEqual(manifest, tag)
+                answer = program.request("PUT", "/v2/app/manifests/2", {"Content-Type": MANIFEST}, self.manifest)
+                self.assertEqual(201, answer.status)
+                self.assertEqual(tag, program.head("/v2/app/manifests/1").status)
+                were_there.append(tag == 200)
+        self.assertTrue(were_there[0])
+        self.assertFalse(were_there[-1])
+        self.assertEqual(sorted(were_there, reverse=True), were_there, "once the image is deleted, it must stay so")
 
     def test_kill_during_adoption(self):
         """Push the manifest of an image that only Docker has. Then all of the image is hosted, or nothing."""
@@ -134,9 +169,9 @@ class TestKill(unittest.TestCase):
                 self.assertEqual(200, program.head(f"/v2/kept/blobs/{digest_of(blob)}").status)
             return True
 
-        at, done, were_there = 0, False, []
+        at, done, were_there = random.randrange(STEP), False, []
         while not done:
-            at += 1
+            at += STEP
             with self.subTest(at=at), tempfile.TemporaryDirectory() as folder:
                 store = Path(folder) / "store"
                 done = self.run_killed(at, store, tag)

@@ -194,7 +194,8 @@ class TestFolder(FolderCase):
                       b"{}", b'{"type": 2}', b'{"type": 2, "payload": 5}', b'{"type": 1, "size": 5}',
                       b'{"type": 1, "size": "5", "name": "x"}', b'{"type": 1, "size": 5, "name": 7}', b"\xff\xfe",
                       b'{"type": 1, "size": 5, "name": "\\ud800"}', b'{"type": 1, "size": -5, "name": "x"}',
-                      b'{"type": 1, "size": 5, "name_raw": "AAA"}', b'{"type":2,"payload":' + b"[" * 100_000):
+                      b'{"type": 1, "size": 5, "name_raw": "AAA"}', b'{"type":2,"payload":' + b"[" * 100_000,
+                      b'{"type": 2, "payload": "' + b"A" * (17 * MIB) + b'"}', b'{"type": 2, "payload": "A"}'):
             with self.subTest(split[:40]):
                 FolderCase.setUp(self)
                 self.tar = b"whatever"
@@ -206,10 +207,53 @@ class TestFolder(FolderCase):
                     self.write(split)
                 self.assert_unreadable("cannot be read")
 
+    def test_size_is_that_of_the_decoded_pieces(self):
+        for text, size in (("aGVsbG8=", 5), ("", 0), ("====", 0), ("aGVsbG8=8=8=8=", 5), ("aGVs bG8=", 5),
+                           ("aGVsbG8" + "=" * 9, 5), ("aGVsaGVs", 6)):
+            with self.subTest(text):
+                FolderCase.setUp(self)
+                self.tar = text.encode()
+                self.write(json.dumps({"type": 2, "payload": text}).encode())
+                self.assertEqual((size, size), (self.blob().size, len(self.read())))
+
     def test_malformed_cache_id(self):
         for cache in ("..", "../../x", "", "a/b", "a\0b"):
             self.note(b"tar", cache=cache)
             self.assertIsNone(self.blob())
+
+    def test_damaged_folder(self):
+        """What cannot be read is an error, and does not hide other layers. What Docker has just removed is absent."""
+        def replace(name, make):
+            def damage(folder):
+                (folder / name).unlink()
+                make(folder / name)
+
+            return damage
+
+        for what, damage, code in (
+                ("a name that is not text", replace("diff", lambda path: path.write_bytes(b"\xff")), None),
+                ("no name", replace("diff", lambda path: None), None),
+                ("a name that vanishes", replace("diff", lambda path: path.symlink_to("nowhere")), None),
+                ("no metadata", replace("tar-split.json.gz", lambda path: None), None),
+                ("no cache", replace("cache-id", lambda path: None), None),
+                ("a cache that is not text", replace("cache-id", lambda path: path.write_bytes(b"\xff")), None),
+                ("a cache that cannot be read", replace("cache-id", Path.mkdir), "STORE_FAILED"),
+                ("configs that cannot be read", lambda folder: (
+                    folder.parents[2] / "imagedb/content").write_bytes(b""), "STORE_FAILED")):
+            with self.subTest(what):
+                FolderCase.setUp(self)
+                self.note(b"other")
+                other = Digest.of(self.tar)
+                self.note(b"tar")
+                (self.root / "image/overlay2/imagedb").mkdir()
+                damage(self.root / "image/overlay2/layerdb/sha256" / Digest.of(self.tar).hex)
+                if code:
+                    with self.assertRaises(RegistryError) as caught:
+                        self.blob()
+                    self.assertEqual(code, caught.exception.code)
+                else:
+                    self.assertIsNone(self.blob())
+                    self.assertEqual(5, self.layers.find(other).size)
 
     def test_manifest(self):
         config = b'{"a": 1}'
@@ -266,6 +310,12 @@ class MountedCase(EngineCase):
 
     def blob_path(self, digest):
         return f"/v2/library/{self.name}/blobs/{digest}?ns=docker.io"
+
+    def layers_of(self, program, tag="1"):
+        """Return the digests of an image's layers, by its manifest."""
+        answer = program.get(self.manifest_path(tag))
+        self.assertEqual(200, answer.status, answer.body)
+        return [layer["digest"] for layer in answer.json["layers"]]
 
 
 class Folder:
@@ -334,25 +384,26 @@ class ClassicFolder(Folder):
         self.engine.docker("import", "-", f"{self.name}:1", input=layer, text=False)
         self.images.append(f"{self.name}:1")
         program = self.mounted()
-        (found,) = program.get(self.manifest_path("1")).json["layers"]
-        self.assertEqual(found["digest"], sha256(program.get(self.blob_path(found["digest"])).body))
+        (layer,) = self.layers_of(program)
+        self.assertEqual(layer, sha256(program.get(self.blob_path(layer)).body))
         self.assertEqual([], program.jobs("export"))
         self.assertLess(program.peak_memory(), 64 * MIB)
 
     def test_large_layer(self):
         self.build("1", {"data": os.urandom(MIB) * 150})
         program = self.mounted()
-        layer = program.get(self.manifest_path("1")).json["layers"][-1]
-        self.assertEqual(layer["digest"], sha256(program.get(self.blob_path(layer["digest"])).body))
+        *_, layer = self.layers_of(program)
+        self.assertEqual(layer, sha256(program.get(self.blob_path(layer)).body))
         self.assertLess(program.peak_memory(), 64 * MIB)
 
     def test_content_after_restart(self):
         self.build("1", {"data": os.urandom(10_000)})
-        before = self.mounted().get(self.manifest_path("1"))
+        before = self.mounted()
+        *_, layer = self.layers_of(before)
+        manifest = before.get(self.manifest_path("1")).body
         program = self.mounted()
-        layer = before.json["layers"][-1]["digest"]
         self.assertEqual(layer, sha256(program.get(self.blob_path(layer)).body))
-        self.assertEqual(before.body, program.get(self.manifest_path(sha256(before.body))).body)
+        self.assertEqual(manifest, program.get(self.manifest_path(sha256(manifest))).body)
 
     def touch(self, content):
         """Touch the file with this content, in every layer of Docker that has it."""
@@ -365,8 +416,8 @@ class ClassicFolder(Folder):
         content = os.urandom(3_000_000)
         self.build("1", {"touched": content, "after": b"after"})
         program = self.mounted(command=[sys.executable, "-c", STRICT, str(MODULE)])
+        *_, layer, _ = self.layers_of(program)
         manifest = program.get(self.manifest_path("1"))
-        layer = manifest.json["layers"][-2]["digest"]
         self.assertEqual(layer, sha256(program.get(self.blob_path(layer)).body))
         self.touch(content)
         with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
@@ -379,7 +430,7 @@ class ClassicFolder(Folder):
     def test_removed_image(self):
         self.build("1", {"data": os.urandom(10_000)})
         program = self.mounted()
-        layer = program.get(self.manifest_path("1")).json["layers"][-1]["digest"]
+        *_, layer = self.layers_of(program)
         self.engine.remove(f"{self.name}:1")
         self.engine.docker("builder", "prune", "-af")
         self.assertEqual(404, program.get(self.manifest_path("1", ns=program.address)).status)

@@ -18,6 +18,7 @@ from unittest import mock
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
 from k3d_registry_dockerd import (
     IDENTITY_TOKEN,
     ClientGone,
@@ -54,7 +55,7 @@ class OriginCase(unittest.TestCase):
         self.answers, self.requests = {}, []
         self.host = self.start()
 
-    def start(self, tls=None):
+    def start(self, tls=None, address="127.0.0.1"):
         case = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -81,13 +82,13 @@ class OriginCase(unittest.TestCase):
             def handle_error(self, request, client_address):
                 pass
 
-        server = Server(("127.0.0.1", 0), Handler)
+        server = Server((address, 0), Handler)
         if tls:
             server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         self.addCleanup(server.server_close)
         self.addCleanup(server.shutdown)
-        return f"127.0.0.1:{server.server_port}"
+        return f"{address}:{server.server_port}"
 
     PATH = f"/v2/team/app/blobs/{DIGEST}"
 
@@ -223,7 +224,8 @@ class TestOrigin(OriginCase):
         self.answers["/there"] = lambda handler: (
             seen.append(handler.headers["Proxy-Authorization"]) or (200, {}, CONTENT))
         proxy = f"http://user:pass@{self.host}"
-        with mock.patch.dict(os.environ, {"http_proxy": proxy, "https_proxy": proxy, "no_proxy": "127.0.0.1"}):
+        with mock.patch.dict(os.environ, {"http_proxy": proxy, "https_proxy": proxy, "no_proxy": "127.0.0.1"}), \
+                mock.patch.object(module, "is_internal", lambda _: False):
             self.assertEqual(CONTENT, self.fetch(host="registry.example"))
         self.assertEqual([None], seen)
 
@@ -276,6 +278,128 @@ class TestTls(OriginCase):
         failure = self.failure(USER, host=self.secure)
         self.assertIn("without TLS", str(failure))
         self.assertNotIn("/token", [path for _, path, _ in self.requests])
+
+
+class TestInternalAddresses(OriginCase):
+    """A registry, here at 127.0.0.2, may not send us to services of this machine."""
+
+    def setUp(self):
+        super().setUp()
+        self.local, self.host = self.host, self.start(address="127.0.0.2")
+        self.port = self.local.rpartition(":")[2]
+        self.answers["/there"] = (200, {}, CONTENT)
+
+    def redirect(self, location):
+        self.answers[self.PATH] = (307, {"Location": location}, b"")
+
+    def test_internal_addresses(self):
+        for address, expected in (
+                ("127.0.0.1", True), ("127.255.255.254", True), ("169.254.169.254", True), ("169.254.0.1", True),
+                ("0.0.0.0", True), ("224.0.0.1", True), ("100.100.100.200", True), ("168.63.129.16", True),
+                ("192.0.0.192", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True),
+                ("::ffff:127.0.0.1", True), ("::ffff:169.254.169.254", True), ("fd00:ec2::254", True),
+                ("10.0.0.1", False), ("172.17.0.1", False), ("192.168.1.1", False), ("8.8.8.8", False),
+                ("2001:db8::1", False), ("fd00::1", False), ("::ffff:8.8.8.8", False)):
+            with self.subTest(address):
+                self.assertEqual(expected, module.is_internal(address))
+
+    def test_redirects_to_internal_addresses_are_not_followed(self):
+        for host in ("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "127.0.0.3",
+                     "[::ffff:127.0.0.1]", "[::1]", "169.254.169.254", "100.100.100.200"):
+            for scheme in ("http", "https"):
+                with self.subTest(host, scheme=scheme):
+                    self.redirect(f"{scheme}://{host}:{self.port}/there")
+                    self.requests.clear()
+                    failure = self.failure()
+                    self.assertEqual("ORIGIN_UNAVAILABLE", failure.code)
+                    self.assertRegex(str(failure), "internal address|not known|unreachable|family not supported")
+                    self.assertEqual([self.PATH], [path for _, path, _ in self.requests])
+
+    def test_redirects_to_the_registry_itself_are_followed(self):
+        for location in ("/there", f"http://{self.host}/there", f"http://{self.start(address='127.0.0.2')}/there"):
+            with self.subTest(location):
+                self.redirect(location)
+                self.assertEqual(CONTENT, self.fetch())
+
+    def test_second_redirect_is_checked_like_the_first(self):
+        self.redirect("/again")
+        self.answers["/again"] = (302, {"Location": f"http://{self.local}/there"}, b"")
+        self.assertIn("internal address", str(self.failure()))
+
+    def test_name_with_changing_addresses(self):
+        """The registry's name has one address at first, and that of another service when a redirect repeats it."""
+        resolve, found = socket.getaddrinfo, []
+
+        def changing(host, *arguments, **options):
+            if host != "registry.test":
+                return resolve(host, *arguments, **options)
+            found.append(host)
+            return resolve("127.0.0.2" if len(found) <= 2 else "127.0.0.1", *arguments, **options)
+
+        port = self.host.rpartition(":")[2]
+        for target in (f"registry.test:{port}", f"registry.test:{self.port}"):
+            with self.subTest(target), mock.patch("socket.getaddrinfo", changing), \
+                    mock.patch.dict(os.environ, {"no_proxy": "*"}):
+                found.clear()
+                self.redirect(f"http://{target}/there")
+                self.assertIn("internal address", str(self.failure(host=f"registry.test:{port}")))
+                self.assertEqual(3, len(found), "TLS, without TLS, and the redirect")
+
+    def test_next_address_of_a_name_is_tried(self):
+        def several(host, port, *arguments, **options):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port))
+                    for ip in (("127.0.0.1", "127.0.0.4", "127.0.0.2") if host == "several.test" else (host,))]
+
+        self.redirect(f"http://several.test:{self.host.rpartition(':')[2]}/there")
+        with mock.patch("socket.getaddrinfo", several), mock.patch.dict(os.environ, {"no_proxy": "*"}), \
+                mock.patch.object(module, "is_internal", lambda ip: ip == "127.0.0.1"):
+            self.assertEqual(CONTENT, self.fetch())
+
+    def test_proxy_decides(self):
+        self.answers[f"http://registry.example{self.PATH}"] = (307, {"Location": "http://169.254.169.254/there"}, b"")
+        self.answers["http://169.254.169.254/there"] = (200, {}, CONTENT)
+        proxy = f"http://{self.local}"
+        with mock.patch.dict(os.environ, {"http_proxy": proxy, "https_proxy": proxy, "no_proxy": ""}):
+            self.assertEqual(CONTENT, self.fetch(host="registry.example"))
+
+    def challenge(self, realm):
+        self.answers[self.PATH] = lambda handler: (200, {}, CONTENT) if handler.headers["Authorization"] == (
+            "Bearer abc") else (401, {"WWW-Authenticate": f'Bearer realm="{realm}"'}, b"")
+        self.answers["/token"] = (200, {}, b'{"token": "abc"}')
+
+    def test_tokens(self):
+        """Which servers may a registry without TLS name for its tokens?"""
+        sibling = self.start(address="127.0.0.2")
+        for realm, expected in (
+                (f"http://{self.host}/token", None), (f"http://{sibling}/token", None),
+                (f"http://{self.local}/token", "without TLS"), ("http://token.example/token", "without TLS"),
+                (f"https://{self.local}/token", "internal address"),
+                ("https://169.254.169.254/token", "internal address"),
+                (f"ftp://{self.host}/token", "without TLS"), (f"//{self.host}/token", "without TLS"),
+                (f"http://127.0.0.2@{self.local}/token", "without TLS")):
+            for credentials in (USER, Credentials(IDENTITY_TOKEN, "secret"), None):
+                with self.subTest(realm, credentials=credentials):
+                    self.challenge(realm)
+                    self.requests.clear()
+                    if expected:
+                        self.assertIn(expected, str(self.failure(credentials)))
+                        self.assertEqual([self.PATH], [path for _, path, _ in self.requests])
+                    else:
+                        self.assertEqual(CONTENT, self.fetch(credentials))
+
+    def test_redirected_token_request(self):
+        self.challenge(f"http://{self.host}/token")
+        self.answers["/token"] = (302, {"Location": f"http://{self.local}/there"}, b"")
+        self.assertIn("internal address", str(self.failure(USER)))
+
+    @unittest.skipUnless(trustme, "needs the package trustme")
+    def test_registry_with_tls_sends_no_credentials_without_it(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trustme.CA().issue_cert("127.0.0.2").configure_cert(context)
+        secure = self.start(context, "127.0.0.2")
+        self.challenge(f"http://{self.host}/token")  # the same host
+        self.assertIn("without TLS", str(self.failure(USER, host=secure)))
+        self.assertNotIn("/token", str(self.requests))
 
 
 class TestInsecure(unittest.TestCase):

@@ -158,6 +158,7 @@ class Podman(OtherEngineCase):
         reference = f"docker.io/library/{self.name}:1"
         self.pull(program, reference)
         self.check_on_node(reference, self.engine.inspect(f"localhost/{self.name}:1")["Id"])
+        self.assertIn("Podman ", program.get(f"/v2/{self.name}/manifests/2?ns=localhost").detail)
 
     def test_docker_hub_image_precedes_localhost_image(self):
         self.build()

@@ -79,6 +79,8 @@ class MemoryOrigin:
 class PromiseCase(PushCase):
     """Images that only Docker has, under the program's own name, and what clients do with them."""
 
+    engine = lab.ENGINES["mirrors"]  # which is idle otherwise, and like "containerd" except for Docker Hub
+
     def path(self, kind, reference, repository=None):
         return f"/v2/{repository or self.name}/{kind}/{reference}"
 

@@ -167,6 +167,8 @@ class TestDockerPushClassic20(DockerPush, PushCase):
 
 
 class TestCrane(PushCase):
+    engine = lab.ENGINES["containerd-26"]
+
     def crane(self, command, *arguments):
         return self.run_client("crane", *command.split(), "--insecure", *arguments)
 
@@ -214,6 +216,8 @@ class TestCrane(PushCase):
 
 
 class TestSkopeo(PushCase):
+    engine = lab.ENGINES["containerd-26"]
+
     def skopeo(self, *arguments):
         return self.run_client("skopeo", *arguments)
 
@@ -235,6 +239,8 @@ class TestSkopeo(PushCase):
 
 
 class TestOras(PushCase):
+    engine = lab.ENGINES["mirrors"]
+
     def oras(self, command, *arguments):
         return self.run_client("oras", *command.split(), "--plain-http", *arguments)
 

@@ -1,6 +1,8 @@
 """Tests of the chapters vocabulary, references and manifests: valid names, and the form of errors."""
 
+import io
 import json
+import logging
 import sys
 import unittest
 
@@ -26,6 +28,29 @@ class TestVocabulary(unittest.TestCase):
     def test_printable(self):
         self.assertEqual(r"a\nb\x1b[0m", module.printable("a\nb\x1b[0m"))
         self.assertEqual(1001, len(module.printable("x" * 5000)))
+        self.assertEqual(r"a 'name' and a \ and é", module.printable(module.printable(r"a 'name' and a \ and é")))
+
+    def test_log_has_one_line_for_each_message(self):
+        """Whatever text a message holds, and an exception: none of it can be taken for another message."""
+        out = io.StringIO()
+        handler = logging.StreamHandler(out)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        module.log.addHandler(handler)
+        self.addCleanup(module.log.removeHandler, handler)
+        for forged in ("\nERROR forged", "\r\x1b[2KERROR forged", "\u2028ERROR forged", "\x85ERROR forged", "100 %s"):
+            with self.subTest(forged):
+                out.seek(0)
+                out.truncate()
+                module.log.error("failed: %s", forged)
+                self.assertEqual(1, len(out.getvalue().splitlines()))
+                self.assertTrue(out.getvalue()[:-1].isprintable())
+                try:
+                    raise ValueError(forged)
+                except ValueError:
+                    module.log.exception("a bug: %s", forged)
+                lines = out.getvalue().splitlines()
+                self.assertTrue(all(line.isprintable() for line in lines))
+                self.assertEqual(2, sum(line.startswith("ERROR") for line in lines))
 
     def test_errors(self):
         for code, (status, message) in module.ERRORS.items():

@@ -1,17 +1,23 @@
 """Work that requests share, and the number of requests to Docker."""
 
+import functools
+import os
+import queue
 import socket
 import sys
 import tempfile
 import threading
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 from fake_daemon import FakeDaemon, Image, chunked, http_answer
+from fake_origin import INSECURE, Origin
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
 from k3d_registry_dockerd import (
     Client,
     ClientGone,
@@ -19,12 +25,17 @@ from k3d_registry_dockerd import (
     Deadline,
     Engine,
     EngineHost,
+    EngineInfo,
+    ImageStores,
+    Job,
     Jobs,
     Mirror,
-    ProgressLog,
+    NextReads,
     Reference,
     RegistryError,
     Store,
+    Task,
+    ask,
 )
 
 
@@ -70,6 +81,58 @@ class TestDeadline(unittest.TestCase):
             deadline.wait(lambda _: False)
 
 
+class TestAsk(unittest.TestCase):
+    """Questions that are asked in a thread of their own, with a deadline for all that they wait for."""
+
+    def error_of(self, *arguments, **options):
+        with self.assertRaises(RegistryError) as caught:
+            ask(*arguments, **options)
+        return caught.exception.code
+
+    def test_outcome(self):
+        self.assertEqual(2, ask(Deadline(30), lambda _: 2))
+        self.assertEqual("DENIED", self.error_of(Deadline(30), mock.Mock(side_effect=RegistryError("DENIED", ""))))
+
+    def test_late_answer(self):
+        """The error says whether the question waits for Docker, or for work of the program, which it ceases to do."""
+        go_on, gone, answers = threading.Event(), threading.Event(), queue.Queue()
+        self.addCleanup(go_on.set)
+
+        def wait(inner):
+            try:
+                inner.within(1000).wait(go_on.wait)
+            except ClientGone:
+                gone.set()
+                raise
+
+        self.assertEqual("STILL_PULLING", self.error_of(Deadline(0.1), wait))
+        self.assertTrue(gone.wait(30))
+        gone.clear()
+        self.assertEqual("so far", ask(Deadline(0.1), wait, lambda _: "so far", answers.put))
+        self.assertEqual("UNAVAILABLE", self.error_of(
+            Deadline(0.1), lambda _: go_on.wait(30), lambda _: "so far", answers.put))
+        self.assertFalse(gone.is_set(), "an answer that may still be taken goes on")
+        go_on.set()
+        self.assertTrue(answers.get(timeout=30), "it was not discarded")
+        self.assertTrue(answers.empty(), "an answer that may still be taken was discarded")
+
+    def test_client_disconnects(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        theirs.close()
+        gone, waits = threading.Event(), threading.Event()
+
+        def wait(inner):
+            try:
+                inner.wait(waits.wait)
+            finally:
+                gone.set()
+
+        with self.assertRaises(ClientGone):
+            ask(Deadline(1000, ours), wait)
+        self.assertTrue(gone.wait(30))
+
+
 class TestJobs(unittest.TestCase):
     def setUp(self):
         self.jobs, self.go_on, self.runs = Jobs(), threading.Event(), []
@@ -86,7 +149,7 @@ class TestJobs(unittest.TestCase):
     def start_together(self, *keyed_outcomes):
         """Start these jobs so that all of them run at the same time; return their outcomes."""
         jobs = [self.jobs.start(key, self.work(outcome), "at it") for key, outcome in keyed_outcomes]
-        self.assertEqual({key for key, _ in keyed_outcomes}, set(self.jobs._jobs))
+        self.assertEqual({key for key, _ in keyed_outcomes}, set(self.jobs._work))
         with self.assertRaises(RegistryError) as caught:
             jobs[0].outcome(Deadline(0))
         self.assertEqual("STILL_PULLING", caught.exception.code)
@@ -113,13 +176,121 @@ class TestJobs(unittest.TestCase):
     def test_finished_jobs_are_forgotten(self):
         self.go_on.set()
         outcomes = [self.jobs.start("key", self.work(i), "at it").outcome(Deadline(30)) for i in (1, 2)]
-        self.assertEqual(([1, 2], {}), (outcomes, self.jobs._jobs))
+        self.assertEqual(([1, 2], {}), (outcomes, self.jobs._work))
+
+    def test_limit(self):
+        """More jobs than the limit are refused, but not those that join one that is under way."""
+        self.jobs = Jobs(2)
+        jobs = [self.jobs.start(key, self.work(key), "at it") for key in "aabb"]
+        with self.assertRaises(RegistryError) as caught:
+            self.jobs.start("c", self.work("c"), "at it")
+        self.assertEqual(("TOOMANYREQUESTS", 429), (caught.exception.code, caught.exception.status))
+        self.go_on.set()
+        self.assertEqual([*"aabb"], [job.outcome(Deadline(30)) for job in jobs])
+        self.assertEqual("c", self.jobs.start("c", self.work("c"), "at it").outcome(Deadline(30)))
 
     def test_thread_cannot_be_started(self):
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), \
                 self.assertRaises(RegistryError) as caught:
             self.jobs.start("key", self.work(1), "at it")
-        self.assertEqual(("UNAVAILABLE", {}), (caught.exception.code, self.jobs._jobs))
+        self.assertEqual(("UNAVAILABLE", {}), (caught.exception.code, self.jobs._work))
+
+
+class TestNextReads(unittest.TestCase):
+    """Requests that ask the same share a read that begins after the last of them has asked."""
+
+    CLIENTS = 20
+
+    def setUp(self):
+        self.waiting = threading.Semaphore(0)  # released for each thread that waits for a read of another
+        outcome = Job.outcome
+
+        def count(job, deadline):
+            self.waiting.release()
+            return outcome(job, deadline)
+
+        patch = mock.patch.object(Job, "outcome", count)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def ask_together(self, ask, begun, go_on):
+        """Ask once, and again by many threads while the first read is under way; return all results, the first first.
+
+        begun is set by the first read, which waits for go_on.
+        """
+        results = [None] * self.CLIENTS
+
+        def run(i):
+            try:
+                results[i] = ask()
+            except Exception as e:
+                results[i] = e
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(self.CLIENTS)]
+        threads[0].start()
+        self.assertTrue(begun.wait(30))
+        for thread in threads[1:]:
+            thread.start()
+        for _ in range(self.CLIENTS - 2):  # the other two are about to read
+            self.assertTrue(self.waiting.acquire(timeout=30))
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+        return results
+
+    def numbered_reads(self, outcome):
+        """Return a function that reads outcome(1), outcome(2) and so on; and the events of ask_together()."""
+        begun, go_on, reads = threading.Event(), threading.Event(), []
+
+        def read():
+            reads.append(1)
+            number = len(reads)
+            begun.set()
+            self.assertTrue(go_on.wait(30))
+            return outcome(number)
+
+        return read, begun, go_on
+
+    def test_two_reads_for_any_number_of_questions(self):
+        """Nobody who asks during a read gets its result."""
+        shared = NextReads()
+        read, begun, go_on = self.numbered_reads(lambda number: number)
+        self.assertEqual([1] + [2] * (self.CLIENTS - 1),
+                         self.ask_together(lambda: shared.read("key", read), begun, go_on))
+        self.assertEqual((3, {}), (shared.read("key", read), shared._reads))
+
+    def test_errors_are_shared(self):
+        def fail(number):
+            raise RegistryError("UNAVAILABLE", f"read {number}")
+
+        shared = NextReads()
+        read, begun, go_on = self.numbered_reads(fail)
+        results = self.ask_together(lambda: shared.read("key", read), begun, go_on)
+        self.assertEqual(["read 1"] + ["read 2"] * (self.CLIENTS - 1), [error.detail for error in results])
+        self.assertEqual({}, shared._reads)
+
+    def test_other_keys_do_not_wait(self):
+        shared = NextReads()
+        self.assertEqual(2, shared.read("a", lambda: 1 + shared.read("b", lambda: 1)))
+
+    def test_calls_of_the_engine(self):
+        """What Docker is asked while many ask the same."""
+        for what, path, call in (
+                ("inspect", "/images/app:1/json", lambda engine: engine.image("app:1").id),
+                ("missing", "/images/no:1/json", lambda engine: engine.image("no:1")),
+                ("list", "/images/json", lambda engine: engine.listed()),
+                ("names", "/images/json", lambda engine: engine.names()),
+                ("list of a repository", "/images/json?", lambda engine: engine.images_of(["app"]))):
+            with self.subTest(what), FakeDaemon() as daemon:
+                daemon.add("app:1", Image())
+                engine = Engine(EngineHost(path=daemon.path))
+                expected, before = call(engine), len(daemon.requests)
+                while self.waiting.acquire(blocking=False):
+                    pass
+                begun, go_on = daemon.hold(path)
+                self.assertEqual([expected] * self.CLIENTS,
+                                 self.ask_together(functools.partial(call, engine), begun, go_on))
+                self.assertEqual(2, sum(path in line for line in daemon.requests[before:]))
 
 
 class MirrorCase(unittest.TestCase):
@@ -130,7 +301,6 @@ class MirrorCase(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.mirror = Mirror(Engine(EngineHost(path=self.daemon.path)), Store(Path(folder.name) / "store"))
-        self.addCleanup(self.mirror.close)
         self.image = Image()
 
     def asked(self, text):
@@ -155,7 +325,7 @@ class TestSharedWork(MirrorCase):
 
         def ask():
             try:
-                self.mirror.manifest(Reference.parse("library/app", "1", "docker.io"), Client())
+                self.mirror.manifest(Client(), Reference.parse("library/app", "1", "docker.io"))
             except RegistryError as e:
                 failures.append(e)
 
@@ -171,6 +341,25 @@ class TestSharedWork(MirrorCase):
         self.assertEqual([("ENGINE_FAILED", 502)] * 5, [(failure.code, failure.status) for failure in failures])
         self.assertTrue(all("it broke" in failure.detail for failure in failures))
         self.assertEqual(1, self.asked("/get "))
+
+    def test_concurrent_requests_share_one_fetch_of_a_manifest(self):
+        """Those with the same credentials do. The fetch goes on after the deadlines of its clients."""
+        self.start("classic")
+        self.daemon.info = INSECURE
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        with Origin(self.image) as origin, self.assertLogs("k3d-registry-dockerd"), \
+                mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.2", "no_proxy": "127.0.0.2"}):
+            origin.hold(self.image.manifest, go_on)
+            reference = Reference.parse("team/app", self.image.digest, origin.host)
+            for credentials in (None, None, None, Credentials("a", "x"), Credentials("a", "x")):
+                with self.assertRaises(RegistryError) as caught:
+                    self.mirror.manifest(Client(None, credentials, Deadline(0.5)), reference)
+                self.assertEqual("STILL_PULLING", caught.exception.code)
+            self.assertEqual(2, origin.requests.count(f"manifests/{self.image.digest}"))
+            go_on.set()
+            found = self.mirror.manifest(Client(), reference)
+            self.assertEqual(self.image.digest, str(found.digest))
 
     def test_export_that_has_just_ended(self):
         """A thread found no export, and started the job when another one had just ended."""
@@ -188,7 +377,7 @@ class TestSharedWork(MirrorCase):
         self.daemon.pulls[str(reference)] = lambda: self.daemon.add(str(reference), self.image) and chunked(b"{}")
         with self.assertLogs("k3d-registry-dockerd"):
             for _ in range(2):
-                self.mirror._pulls._run(reference, None, None)
+                self.mirror.pulls._run(reference, None, None)
         self.assertEqual(1, self.asked("/images/create"))
 
     def test_credentials_are_part_of_the_key(self):
@@ -202,46 +391,75 @@ class TestSharedWork(MirrorCase):
 
         reference = Reference.parse("team/app", "1", "registry.example")
         self.mirror.images.current()
-        with mock.patch.object(self.mirror._pulls._jobs, "start", remember):
+        with mock.patch.object(self.mirror.pulls._jobs, "start", remember):
             for credentials in (None, Credentials("a", "x"), Credentials("b", "x"), Credentials("a", "y")):
                 with self.assertRaises(RegistryError):
-                    self.mirror.manifest(reference, Client(credentials=credentials))
+                    self.mirror.manifest(Client(credentials=credentials), reference)
         self.assertEqual(4, len(set(keys)))
 
-    def test_content_connection_is_reused(self):
-        self.start("containerd")
-        self.daemon.add("app:1", self.image)
-        with self.assertLogs("k3d-registry-dockerd"):
-            for _ in range(5):
-                self.mirror.manifest(Reference.parse("library/app", "1", "docker.io"), Client())
-        self.assertEqual(1, self.asked("/grpc"))
-
     def test_connections_are_closed(self):
-        """A body that is closed before its end closes its connection as well."""
+        """A body that is closed before its end closes its connection as well, and so does every other call."""
         self.start("containerd")
         self.daemon.add("app:1", self.image)
+        calls = []
+
+        class Call(module.GrpcCall):
+            def __init__(self, sock):
+                super().__init__(sock)
+                calls.append(self)
+
+        patch = mock.patch.object(module, "GrpcCall", Call)
+        patch.start()
+        self.addCleanup(patch.stop)
         for digest in self.image.blobs:
             if digest == self.image.digest:
                 continue
             with self.assertLogs("k3d-registry-dockerd"):
                 self.mirror.images._chosen = None
-                blob = self.mirror.blob(Reference.parse_digest("library/app", digest, "docker.io"), Client())
+                blob = self.mirror.blob(Client(), Reference.parse_digest("library/app", digest, "docker.io"))
             body = blob.open(0, blob.size, Deadline())
             next(iter(body))
             body.close()
-        self.assertLessEqual(len(self.mirror.images._service._idle), 1)
+        self.assertEqual([], [one for one in calls if one._sock.fileno() >= 0 or not one._reader.closed])
+        self.assertGreater(len(calls), len(self.image.blobs))
 
 
-class TestProgressLog(unittest.TestCase):
+class TestImageStores(unittest.TestCase):
+    def test_two_requests_at_the_start_use_the_same_store(self):
+        """Each image store remembers what manifests it made: the other request would miss them."""
+        info = EngineInfo("28.5", (1, 51), "classic", Path("/nowhere"), "x")
+        stores = ImageStores(mock.Mock(info=lambda: info), mock.Mock(root=Path("/nowhere")), mock.Mock(), None)
+        together, choose = threading.Barrier(2), stores._choose
+
+        def choose_together(given):
+            chosen = choose(given)
+            together.wait(30)
+            return chosen
+
+        with mock.patch.object(stores, "_choose", choose_together), ThreadPoolExecutor() as pool:
+            first, second = pool.map(lambda _: stores.current(), range(2))
+        self.assertIs(first, second)
+        self.assertIs(first, stores.current())
+
+
+class TestTask(unittest.TestCase):
     def test_line_every_few_seconds(self):
-        clock = iter([100.0, 100.0, *[100.0 + i for i in range(13)], 113.0])
-        with mock.patch("time.monotonic", lambda: next(clock)), self.assertLogs("k3d-registry-dockerd") as logs:
-            lines = ProgressLog("pull x")
-            for _ in range(13):
-                lines.tell(lambda now: f"at {now:.0f}")
-            lines.done("all of it")
-        self.assertEqual(["pull x: started", "pull x: at 105", "pull x: at 110", "pull x: done in 13.0 s, all of it"],
+        moments = iter([100.0, *[100.0 + i for i in range(13)], 113.0, 113.0])
+        with mock.patch("time.monotonic", lambda: next(moments)), self.assertLogs("k3d-registry-dockerd") as logs:
+            task = Task("pull", "x", ", 12 kB")
+            for i in range(13):
+                task.report_bytes(1000 * i, 12_000)
+            task.done()
+        self.assertEqual(["pull x, 12 kB: started", "pull x, 12 kB: 41%, 5.0 kB of 12.0 kB, 1.0 kB/s",
+                          "pull x, 12 kB: 83%, 10.0 kB of 12.0 kB, 1.0 kB/s",
+                          "pull x, 12 kB: done in 13.0 s, 100%, 12.0 kB of 12.0 kB, 923 B/s"],
                          [record.getMessage() for record in logs.records])
+
+    def test_failure(self):
+        with self.assertLogs("k3d-registry-dockerd") as logs, self.assertRaises(ValueError), Task("pull", "x") as task:
+            raise ValueError("no\nway")
+        self.assertEqual("no\\nway", task.error)
+        self.assertRegex(logs.records[-1].getMessage(), r"^pull x: failed after [^:]+: no\\nway$")
 
 
 if __name__ == "__main__":

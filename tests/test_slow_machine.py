@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ import unittest
 
 import lab
 import walk
-from test_engines import sha256
+from test_engines import EngineCase, sha256, together
 from test_push_engines import PushCase
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -81,6 +82,32 @@ class TestSlowMachine(PushCase):
         with slowed_down(self.program.process.pid):
             self.engine.docker("push", image)
         self.assertEqual(walk.Missing([], []), walk.everything_below(self.program, self.name, "1"))
+
+
+class TestStoppedEngine(EngineCase):
+    """An engine that accepts connections and does not answer: its process is stopped."""
+
+    engine = lab.ENGINES["containerd"]
+
+    def test_every_answer_is_503(self):
+        self.build("1", {"data": os.urandom(5 * MIB)})  # more than a manifest may have
+        program = self.program()
+        index = program.get(self.manifest_path("1")).json
+        manifest = program.get(self.manifest_path(index["manifests"][0]["digest"])).json
+        layer = manifest["layers"][-1]["digest"]
+        unknown = {**manifest, "layers": [{**manifest["layers"][0], "digest": sha256(b"%d" % i)} for i in range(5)]}
+        requests = [("GET", f"/v2/library/{self.name}/blobs/{layer}?ns=docker.io", None),
+                    ("GET", self.manifest_path("1"), None), ("GET", f"/v2/{self.name}/tags/list", None),
+                    ("GET", "/v2/_catalog", None),
+                    ("PUT", f"/v2/{self.name}-pushed/manifests/1", json.dumps(unknown).encode())]
+        os.kill(self.engine.pid(), signal.SIGSTOP)
+        try:
+            answers = together(len(requests), lambda i: program.request(
+                requests[i][0], requests[i][1], {"Content-Type": MANIFEST}, requests[i][2]))
+        finally:
+            os.kill(self.engine.pid(), signal.SIGCONT)
+        self.assertEqual([(503, "UNAVAILABLE")] * len(requests), [(answer.status, answer.code) for answer in answers])
+        self.assertEqual(200, program.get(requests[0][1]).status)
 
 
 if __name__ == "__main__":

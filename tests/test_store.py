@@ -13,6 +13,7 @@ from unittest import mock
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
 from k3d_registry_dockerd import (
     EVICTION_AGE,
     FETCHED_AGE,
@@ -138,9 +139,11 @@ class TestExports(StoreCase):
                      b'{"target": "%s", "content": {"x": 1}}' % str(IMAGE).encode(), b"\xff"):
             with self.subTest(text):
                 path.write_bytes(text)
-                self.assertIsNone(self.store.exported(IMAGE))
-                with self.assertLogs("k3d-registry-dockerd", "WARNING"):
-                    self.tidy_up(lambda _: True, NOW)
+                store = Store(self.root)
+                with self.assertLogs("k3d-registry-dockerd", "WARNING") as logs:
+                    self.assertIsNone(store.exported(IMAGE))
+                self.assertIn(f"{path} is damaged", logs.output[0])
+                store.tidy_up(lambda _: True, NOW)
 
     def test_eviction(self):
         """Each row: is the image in Docker, the seconds since its last use, is the export kept."""
@@ -211,7 +214,7 @@ class TestFetched(StoreCase):
         for thread in threads:
             thread.join()
         (path,) = self.root.glob("fetched/*/*")
-        self.assertEqual(set(digests), set(Record.load(path).content))
+        self.assertEqual(set(digests), set(Record.parse(path.read_bytes()).content))
 
     def test_content_shared_by_two_manifests(self):
         """It is kept while either manifest is in use, whichever it was fetched for."""
@@ -281,6 +284,75 @@ class TestLinks(StoreCase):
         self.assertEqual(([], set()), (failures, self.files()))
 
 
+class TestVerified(StoreCase):
+    """What was found to be in a file is remembered, so that it is read once."""
+
+    def setUp(self):
+        super().setUp()
+        self.digest = self.put(b"content")
+        self.links = self.hosted.repository("one").blobs
+        self.assertTrue(self.links.adopt(self.digest))
+        self.store._verified.clear()
+
+    def replace(self):
+        """Put good content in the place of the damaged one, as the push of another repository does."""
+        with BlobWriter(self.store) as writer:
+            writer.write(b"content")
+            writer.keep(self.hosted.repository("two").blobs)
+
+    def test_file_that_is_replaced_while_it_is_read(self):
+        with open(self.store.blob_path(self.digest), "r+b") as file:
+            file.write(b"X")
+        real = module.hash_file
+
+        def slow(path, algorithm):
+            found = real(path, algorithm)
+            with mock.patch.object(module, "hash_file", real):
+                self.store.add(self.new_file(), self.digest)
+            return found
+
+        with mock.patch.object(module, "hash_file", slow):
+            self.links.find(self.digest)
+        self.assertEqual(7, self.links.find(self.digest).size)
+        self.assertTrue(self.hosted.repository("three").blobs.adopt(self.digest))
+
+    def new_file(self):
+        path = self.root / "blobs/sha256/.new"
+        path.write_bytes(b"content")
+        (self.root / "damaged/sha256").mkdir(parents=True, exist_ok=True)
+        (self.root / "damaged/sha256" / self.digest.hex).touch()
+        return path
+
+    def test_use_is_no_change(self):
+        reads, real = [], module.hash_file
+        with mock.patch.object(module, "hash_file", lambda *arguments: reads.append(arguments) or real(*arguments)):
+            for _ in range(100):
+                self.links.touch(self.digest)
+                self.assertEqual(7, self.links.find(self.digest).size)
+        self.assertEqual((1, 1), (len(reads), len(self.store._verified)))
+
+    def test_one_read_for_all_that_wait(self):
+        """And none of them waits for longer than its deadline."""
+        data = os.urandom(module.MANIFEST_LIMIT + 1)
+        digest, go_on, reads = self.put(data), threading.Event(), []
+        self.store._verified.clear()
+        real = module.hash_file
+
+        def slow(*arguments):
+            reads.append(arguments)
+            go_on.wait(60)
+            return real(*arguments)
+
+        with mock.patch.object(module, "hash_file", slow):
+            for _ in range(3):
+                with self.assertRaises(RegistryError) as caught:
+                    self.store.docker.find(digest, module.Deadline(0.1))
+                self.assertEqual("UNAVAILABLE", caught.exception.code)
+            go_on.set()
+            self.assertEqual(len(data), self.store.docker.find(digest).size)
+        self.assertEqual(1, len(reads))
+
+
 class TestRepository(StoreCase):
     def setUp(self):
         super().setUp()
@@ -310,15 +382,16 @@ class TestRepository(StoreCase):
         self.assertEqual(manifest, self.repository.manifest("1"))
         self.repository.manifests.path(manifest.digest).unlink()
         self.assertEqual((None, None, []), (self.repository.manifest("1"), self.repository.tag("1"),
-                                            self.repository.tags()))
+                                            list(self.repository.tags())))
 
     def test_push_and_delete_of_one_manifest_are_serialized(self):
         """The second operation starts in the middle of the first one. It waits, so the result is the second one's."""
         subject = {"mediaType": "application/json", "digest": str(OTHER), "size": 1}
-        manifest = Manifest.accept(json.dumps({"schemaVersion": 2, "subject": subject}).encode(), "text/x", "sha256")
+        document = json.dumps({"schemaVersion": 2, "subject": subject})
+        manifest = Manifest.accept(document.encode(), "application/x", "sha256")
         push = lambda: self.repository.put_manifest(manifest, ["1"])  # noqa: E731
         delete = lambda: self.repository.delete_manifest(manifest.digest)  # noqa: E731
-        for first, second, owner, step, stays in ((push, delete, self.store, "write", False),
+        for first, second, owner, step, stays in ((push, delete, self.store.disk, "write", False),
                                                   (delete, push, Links, "drop", True)):
             with self.subTest(stays=stays):
                 push()
@@ -336,26 +409,47 @@ class TestRepository(StoreCase):
                 thread.join()
                 self.assertEqual(stays, self.repository.manifest("1") is not None)
                 self.assertEqual(stays, bool(list(self.repository.referrers(OTHER))))
-                self.assertEqual(stays, (self.repository.folder / "_tags" / "1").exists())
+                self.assertEqual(["1"] if stays else [], list(self.repository.tags()))
+
+    def test_interrupted_deletion(self):
+        """The process is killed before the manifest is gone: its tags stay as well."""
+        manifest = self.push(tags=("1", "2"))
+        with mock.patch.object(Links, "drop", side_effect=RegistryError("STORE_FAILED", "killed")), \
+                self.assertRaises(RegistryError):
+            self.repository.delete_manifest(manifest.digest)
+        self.tidy_up(lambda _: True, NOW)
+        self.assertEqual(["1", "2"], list(self.repository.tags()))
+        self.push(tags=("3",))
+        self.assertEqual(["1", "2", "3"], list(self.repository.tags()))
+
+    def test_foreign_files_are_left_alone(self):
+        """The store may be a folder that holds other things, too."""
+        self.push(b"content")
+        for name in (".profile", "project/.git/config", ".cache/file"):
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        before = self.files()
+        self.age(10 * FETCHED_AGE)
+        self.tidy_up(lambda _: False, NOW)
+        self.assertEqual(before, self.files())
 
     def test_malformed_tags_are_ignored(self):
         self.push()
         for text in ("", "nonsense", "sha256:..", str(IMAGE)):
             (self.repository.folder / "_tags/1").write_text(text)
-            self.assertEqual([], self.repository.tags())
+            self.assertEqual([], list(self.repository.tags()))
 
     def test_nothing_is_freed_while_a_manifest_cannot_be_read(self):
         """Its blobs are not known then: a damaged file, or no descriptor left."""
-        manifest = self.push(b"needed")
-        path = self.repository.manifests.path(manifest.digest)
-        self.age(UPLOAD_AGE + 1)
-        for what, damage in (("unreadable", lambda: (path.unlink(), path.mkdir())),
-                             ("not JSON", lambda: (path.rmdir(), path.write_bytes(b"{")))):
+        for what, damage in (("a folder", lambda path: (path.unlink(), path.mkdir())),
+                             ("not JSON", lambda path: path.write_bytes(b"{"))):
             with self.subTest(what), self.assertLogs("k3d-registry-dockerd", "WARNING"):
-                damage()
+                damage(self.repository.manifests.path(self.push(b"needed").digest))
+                self.age(UPLOAD_AGE + 1)
                 self.tidy_up(lambda _: True, NOW)
             self.assertEqual(6, self.repository.blobs.size(Digest.of(b"needed")))
-        with mock.patch.object(Path, "iterdir", side_effect=OSError(24, "Too many open files")), \
+        with mock.patch.object(os, "scandir", side_effect=OSError(24, "Too many open files")), \
                 self.assertRaises(RegistryError) as caught:
             list(self.repository.manifests.digests())
         self.assertEqual("STORE_FAILED", caught.exception.code)

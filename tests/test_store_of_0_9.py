@@ -254,6 +254,7 @@ class TestStore(unittest.TestCase):
             with self.subTest(kept=kept):
                 self.age(hours=6 * 24 if kept else 8 * 24)
                 self.start_with_docker()
+                self.program.wait_for_line("store: tidied up")
                 if kept:
                     self.check_fetched(FETCHED, "fetched")
                 else:
@@ -266,6 +267,7 @@ class TestStore(unittest.TestCase):
         self.age(hours=2)
         with FakeDaemon("classic") as daemon:  # without the exported image
             self.start(daemon.host)
+            self.program.wait_for_line("store: tidied up")
             self.check_pushed()
             self.check_fetched(FETCHED, "fetched")
             self.ask("GET", f"/v2/exported/blobs/{sha256(EXPORTED.layer)}?ns=docker.io", 404)

@@ -119,8 +119,9 @@ def references(program, store):
     for folder in root.rglob("_manifests"):
         repository = str(folder.parent.relative_to(root))
         found |= {(repository, f"{path.parent.name}:{path.name}") for path in folder.glob("*/[!.]*")}
-    for folder in root.rglob("_tags"):
-        found |= {(str(folder.parent.relative_to(root)), path.name) for path in folder.glob("[!.]*")}
+    for folder in root.rglob("_tags"):  # tags of a deleted manifest stay until the repository is tidied up
+        found |= {(str(folder.parent.relative_to(root)), path.name) for path in folder.glob("[!.]*")
+                  if not (folder.parent / "_deleted" / path.read_text().replace(":", "/")).exists()}
     return found
 
 

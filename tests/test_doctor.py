@@ -1,0 +1,254 @@
+"""The command doctor: prepared faults, and the line that each of them gets; real engines, where all is well."""
+
+import datetime
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+
+import lab
+from fake_daemon import FakeDaemon, http_answer
+from program import MODULE, Program
+
+sys.path.insert(0, str(MODULE.parent))
+from k3d_registry_dockerd import (
+    Address,
+    Check,
+    DockerConfig,
+    Engine,
+    EngineHost,
+    Finding,
+    Mirror,
+    PullPolicy,
+    Setup,
+    Store,
+    examine,
+    run_doctor,
+)
+
+DIGEST = "sha256:" + 64 * "a"
+HUB = "docker.io/library/hello-world:latest"
+
+
+def make_setup(socket_path, folder, port=1, root=None, environ=None, config="/nowhere", **policy):
+    """Return the setup of a registry that serves a Docker socket, with a store in a folder."""
+    store = Store(folder / "store")
+    policy = PullPolicy(config=DockerConfig(Path(config)), **policy)
+    mirror = Mirror(Engine(EngineHost(path=str(socket_path))), store, policy, root)
+    address = Address("127.0.0.1", port)
+    return Setup(address, address, False, store.root, mirror.engine, mirror.images, policy, environ or {})
+
+
+def lines(setup):
+    """Return {name of the check: its line} and whether nothing is wrong."""
+    told = []
+    right = run_doctor(setup, told.append)
+    return {line[4:].partition(":")[0]: line for line in told}, right
+
+
+class DoctorCase(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def assert_finding(self, expected, setup):
+        """The line of a check begins and goes on as expected: "mark  name: …", and then texts that occur in it."""
+        first, *others = expected
+        found, right = lines(setup)
+        line = found[first[4:].partition(":")[0]]
+        self.assertTrue(line.startswith(first), line)
+        for text in others:
+            self.assertIn(text, line)
+        self.assertEqual(not any(line.startswith("!!") for line in found.values()), right)
+        self.assertFalse(right and first.startswith("!!"))
+        for line in found.values():
+            self.assertNotIn("could not be checked", line)
+            self.assertNotIn("\n", line)
+        return found
+
+
+class TestFaults(DoctorCase):
+    def test_no_socket(self):
+        """What asks Docker is left out when it cannot be reached."""
+        path = self.folder / "docker.sock"
+        expected = ("!!  socket: ", f"{path} does not exist", "-v /var/run/docker.sock:")
+        found = self.assert_finding(expected, make_setup(path, self.folder))
+        self.assertEqual({"socket", "store", "port", "proxies", "credentials"}, found.keys())
+        path.mkdir()
+        self.assert_finding(("!!  socket: ", "is a folder: Docker makes one"), make_setup(path, self.folder))
+        path.rmdir()
+        with socket.socket(socket.AF_UNIX) as unused:
+            unused.bind(str(path))
+        self.assert_finding(("!!  socket: ", "connection refused"), make_setup(path, self.folder))
+
+    @unittest.skipIf(os.geteuid(), "only root can change the user")
+    def test_permission(self):
+        self.folder.chmod(0o755)
+        program = self.folder / MODULE.name
+        program.write_bytes(MODULE.read_bytes())
+        others = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        pythons = (sys.executable, "/usr/bin/python3")
+        commands = ([*others, python, str(program)] for python in pythons)
+        command = next((command for command in commands if not subprocess.run(
+            [*command, "-version"], capture_output=True, check=False).returncode), None)
+        if command is None:
+            self.skipTest("there is no Python that other users may run")
+        path = self.folder / "docker.sock"
+        with socket.socket(socket.AF_UNIX) as unused:
+            unused.bind(str(path))
+            os.chown(path, 0, 4711)
+            for mode, advice in ((0o660, "--group-add 4711"), (0o600, "docker run --user 0")):
+                path.chmod(mode)
+                environment = {"DOCKER_HOST": f"unix://{path}", "DOCKER_CONFIG": "/nowhere", "PATH": os.defpath}
+                arguments = ["doctor", "-addr", "127.0.0.1:1", "-store", "/proc/store"]
+                result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False,
+                                        env=environment)
+                with self.subTest(stat.filemode(mode)):
+                    self.assertEqual((1, ""), (result.returncode, result.stderr))
+                    self.assertIn(f"!!  socket: permission denied on unix://{path}: ", result.stdout)
+                    self.assertIn(advice, result.stdout)
+                    self.assertIn("!!  store: /proc/store cannot be written to", result.stdout)
+
+    def test_docker(self):
+        """A table: what the daemon is like -> the line."""
+        with tempfile.TemporaryDirectory() as other:
+            (Path(other) / "containerd/daemon/io.containerd.content.v1.content/blobs/sha256").mkdir(parents=True)
+            (Path(other) / "engine-id").write_text("another")
+            ago = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(hours=2)
+            early = f"{ago:%Y-%m-%dT%H:%M:%S}.229080102Z"
+            now = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%S}+00:00"
+            mirrors = {"RegistryConfig": {"Mirrors": ["http://localhost:1/"]}}
+            system = {"Containerd": {"Address": "/run/containerd/containerd.sock"}, "DockerRootDir": "/nowhere"}
+            refused = {"/images/json": lab.FORBIDDEN, "/images/create": lab.FORBIDDEN}
+            for expected, options in (
+                    (("ok  engine: Docker 28.5.2, API 1.51, containerd image store",), {}),
+                    (("--  engine: Docker 1.9, API 1.21", "older than all"), {
+                        "version": {"Version": "1.9", "ApiVersion": "1.21"}}),
+                    (("!!  engine: ", "GET /version", "a proxy", "VERSION=1"), {"faults": {"/version": lab.FORBIDDEN}}),
+                    (("!!  engine: ", "malformed"), {"faults": {"/info": b"nonsense\r\n\r\n"}}),
+                    (("ok  calls: ",), {}),
+                    (("!!  calls: a proxy in front of Docker's socket refuses GET /images/json, POST /images/create: ",
+                      "IMAGES=1 POST=1"), {"faults": refused}),
+                    (("--  image store: containerd image store, content from content service: pulls are faster ",
+                      "-v /var/lib/containerd:/var/lib/containerd:ro"), {"info": system}),
+                    (("--  image store: ", "-v /nowhere:/nowhere:ro"), {"store": "classic", "info": system}),
+                    (("--  image store: ", "-v /var/lib/desktop-containerd/daemon:"), {
+                        "info": {"OperatingSystem": "Docker Desktop"}}),
+                    (("!!  image store: ", "exported one by one"), {"faults": {"/grpc": lab.FORBIDDEN}}),
+                    (("!!  image store: ", "is the data folder of another Docker"), {"root": Path(other)}),
+                    (("!!  image store: ", "nothing of Docker's containerd image store can be read in /nowhere"), {
+                        "root": Path("/nowhere")}),
+                    (("ok  image store: Podman's, content from ",), {
+                        "version": {"Components": [{"Name": "Podman Engine"}]}}),
+                    (("ok  clock: Docker does not tell",), {"info": {"SystemTime": None}}),
+                    (("ok  clock: as",), {"info": {"SystemTime": now}}),
+                    (("!!  clock: ", " seconds ahead of Docker's: set both"), {"info": {"SystemTime": early}}),
+                    (("ok  mirrors: Docker has none",), {}),
+                    (("--  mirrors: Docker's registry mirror http://localhost:1/ is this registry: take it out",), {
+                        "info": mirrors}),
+                    (("ok  docker.io: it answers",), {"origins": {HUB: DIGEST}}),
+                    (("--  docker.io: ", "no such host", "docker pull hello-world"), {
+                        "faults": {"/distribution": http_answer(500, {"message": "dial tcp: no such host"})}})):
+                with self.subTest(expected), FakeDaemon(options.pop("store", "containerd")) as daemon:
+                    root = options.pop("root", None)
+                    for name, value in options.items():
+                        setattr(daemon, name, value)
+                    self.assert_finding(expected, make_setup(daemon.path, self.folder, root=root))
+
+    def test_settings_forbid_the_origin(self):
+        with FakeDaemon() as daemon:
+            for policy in ({"policy": "never"}, {"allowed": ("quay.io",)}):
+                self.assertNotIn("docker.io", lines(make_setup(daemon.path, self.folder, **policy))[0])
+            self.assertEqual([], [line for line in daemon.requests if "distribution" in line])
+
+    def test_surroundings(self):
+        """A table of what is around the program -> the line."""
+        config, file = self.folder / "config", self.folder / "file"
+        config.mkdir()
+        file.touch()
+        for expected, options in (
+                (("ok  credentials: no config.json",), {}),
+                (("!!  credentials: ", "names docker-credential-nope, docker-credential-other, not on PATH here: "), {
+                    "document": {"credsStore": "nope", "credHelpers": {"x.example": "other"}}}),
+                (("ok  credentials: ",), {"document": {"auths": {"x.example": {"auth": "c2VjcmV0"}}}}),
+                (("!!  credentials: ", "malformed"), {"document": []}),
+                (("ok  proxies: no variables",), {"environ": {"NO_PROXY": "x"}}),
+                (("--  proxies: HTTPS_PROXY set: nodes",), {"environ": {"https_proxy": "http://user:s3cret@proxy"}}),
+                (("ok  proxies: HTTP_PROXY, and",), {"environ": {"HTTP_PROXY": "http://p", "no_proxy": "a, *"}}),
+                (("--  port: nothing listens at 127.0.0.1:1: start it",), {})):
+            with self.subTest(expected):
+                if "document" in options:
+                    (config / "config.json").write_text(json.dumps(options.pop("document")))
+                    options["config"] = config
+                found = self.assert_finding(expected, make_setup("/nowhere", self.folder, **options))
+                self.assertNotIn("s3cret", "".join(found.values()))
+        setup = make_setup("/nowhere", self.folder)
+        setup.store.parent.joinpath("store").write_text("a file")
+        self.assert_finding(("!!  store: ", "cannot be written to: Not a directory"), setup)
+
+    def test_port_of_another_program(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            taken.settimeout(30)
+            port = taken.getsockname()[1]
+            setup = make_setup("/nowhere", self.folder, port)
+
+            def refuse():
+                connection, _ = taken.accept()
+                connection.close()
+
+            thread = threading.Thread(target=refuse)
+            thread.start()
+            found = next(str(finding) for name, finding in examine(setup) if name == "port")
+            thread.join()
+        self.assertIn(f"127.0.0.1:{port} is in use by pid {os.getpid()} (", found)
+
+    def test_a_check_that_fails(self):
+        def fail(setup):
+            raise KeyError("\x1b[1mx")
+
+        (_, finding), (_, other) = examine(None, [Check("a", fail), Check("b", lambda setup: Finding("ok", "y"))])
+        self.assertEqual(("!!", r"this could not be checked: KeyError: '\x1b[1mx'"), (finding.mark, str(finding)))
+        self.assertEqual("y", str(other))
+
+
+class TestRunning(DoctorCase):
+    def test_start(self):
+        """The log has one line about what could be better, and none if nothing can be."""
+        with FakeDaemon() as daemon, Program(daemon.host) as program:
+            line = program.wait_for_line("could be better: ")
+            self.assertIn("image store: containerd image store, content from content service: pulls are faster", line)
+            program.wait_for_line("store: tidied up")
+            self.assertEqual(1, len(program.lines("could be better")))
+            self.assertEqual(1, daemon.requests.count("GET /info HTTP/1.1"))
+            self.assert_finding((f"ok  port: this registry answers at {program.address}",),
+                                make_setup(daemon.path, self.folder, program.port))
+        with Program("unix:///nowhere") as program:
+            program.wait_for_line("store: tidied up")
+            self.assertEqual([], program.lines("could be better"))
+
+    def test_real_engines(self):
+        lab.require()
+        for name, engine in lab.ENGINES.items():
+            with self.subTest(name):
+                root = engine.folder / "data" if not isinstance(engine, lab.Podman) else None
+                found, right = lines(make_setup(engine.socket, self.folder, root=root))
+                self.assertTrue(right, found)
+                self.assertTrue(found["image store"].startswith("ok  "), found)
+                self.assertTrue(found["calls"].startswith("ok  "), found)
+                self.assertEqual("ok  clock: as Docker's", found["clock"])
+
+    def test_proxy_in_front_of_a_real_engine(self):
+        lab.require()
+        with lab.filtered(lab.ENGINES["containerd"], b"POST ", answer=lab.FORBIDDEN) as path:
+            self.assert_finding(("!!  calls: ", "refuses POST /images/create"), make_setup(path, self.folder))
+
+
+if __name__ == "__main__":
+    unittest.main()

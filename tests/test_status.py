@@ -1,0 +1,269 @@
+"""What people and monitoring see: the page, /status, /metrics, health; in a real browser, during a real pull."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import lab
+from browser import CHROMIUM, Browser
+from fake_daemon import FakeDaemon, Image
+from program import MODULE, Program
+from test_behaviour import wait_until
+from test_engines import EngineCase
+from test_promise import FOUR_TYPES
+
+sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
+
+try:
+    from prometheus_client.parser import text_string_to_metric_families
+except ImportError:
+    text_string_to_metric_families = None
+
+HTML = {"Accept": "text/html,application/xhtml+xml"}
+NODE = {"User_Agent": "containerd/2.1.4", "Accept": FOUR_TYPES}
+
+
+class TestActivity(unittest.TestCase):
+    def setUp(self):
+        self.activity = module.Activity()
+
+    def visit(self, repository="a", status=200, **options):
+        client, method = options.pop("client", "c"), options.pop("method", "GET")
+        visit = module.Visit(0, client, method, repository=repository, **options)
+        self.activity.begin(visit)
+        visit.status = status
+        self.activity.end(visit)
+        return visit
+
+    def test_memory_is_bounded(self):
+        """Whatever clients send, only so much is remembered, and what is newest."""
+        for number in range(2000):
+            self.visit(f"a{number}", 404, client=f"c{number}", is_node=True, note=f"n{number}", digest=f"d{number}")
+            self.visit(f"a{number}", 200, client=f"c{number}", digest=f"d{number}")
+        kept = module.Activity
+        for memory, limit, newest in (
+                (self.activity.past(), kept.REPOSITORIES, "a1999"),
+                ([visit.client for visit in self.activity.nodes()], kept.CLIENTS, "c1999"),
+                ([visit.note for _, visit in self.activity.errors()], kept.ENDED, "n1999")):
+            self.assertEqual((limit, newest), (len(memory), next(iter(memory))))
+        self.assertIsNone(self.activity.served("d0"))
+        self.assertEqual("c1999", self.activity.served("d1999").client)
+        for _ in range(100):
+            self.visit("one")
+        self.assertEqual(kept.VISITS, len(self.activity.past()["one"]))
+
+    def test_errors_are_counted_by_their_reason(self):
+        for client in ("x", "y"):
+            self.visit(status=502, note="Docker failed", client=client)
+        self.visit(status=404, note="not here", method="HEAD")  # normal: clients ask before each push
+        ((count, visit),) = self.activity.errors()
+        self.assertEqual((2, "y", "Docker failed"), (count, visit.client, visit.note))
+
+    def test_who_waits(self):
+        visit = module.Visit(0, "10.0.0.3", "GET", repository="docker.io/library/app")
+        self.activity.begin(visit)
+        self.assertEqual(["10.0.0.3"], self.activity.waiting_for("docker.io/library/app"))
+        self.assertEqual([], self.activity.waiting_for("docker.io/library/other"))
+        self.activity.end(visit)
+        self.assertEqual([], self.activity.waiting_for("docker.io/library/app"))
+
+    def test_tasks(self):
+        with mock.patch("time.monotonic", lambda: 100.0), self.activity.task("pull", "app:1") as task:
+            task.report({"one": (5, 10), "two": (5, 20)}, "downloading")
+            self.assertEqual([task], self.activity.tasks())
+            self.assertEqual(((10, 30), 1.0), (task.progress(), task.rate(110.0)))
+            task.done()
+        self.assertEqual(([], task), (self.activity.tasks(), self.activity.ended_tasks()[0][1]))
+        with self.assertRaises(ValueError), self.activity.task("pull", "app:2"):
+            raise ValueError("no")
+        self.assertEqual("no", self.activity.ended_tasks()[0][1].error)
+
+
+class StatusCase(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        daemon = FakeDaemon()
+        daemon.__enter__()
+        cls.addClassCleanup(daemon.__exit__)
+        daemon.add("app:1", Image())
+        cls.program = Program(daemon.host)
+        cls.addClassCleanup(cls.program.__exit__)
+
+
+class TestEndpoints(StatusCase):
+    def test_health(self):
+        for path in ("/livez", "/healthz", "/readyz"):
+            self.assertEqual((200, b"ok\n"), (self.program.get(path).status, self.program.get(path).body), path)
+        with Program("unix:///nowhere") as without:
+            self.assertEqual(200, without.get("/livez").status)
+            answer = without.get("/readyz")
+            self.assertEqual((503, "UNAVAILABLE"), (answer.status, answer.code))
+            engine = without.get("/status").json["engine"]
+            self.assertIs(False, engine["reachable"])
+            self.assertIn("/nowhere", engine["problem"])
+            for accept in ({}, HTML):
+                self.assertIn(b"Docker cannot be reached", without.get("/", **accept).body)
+            self.assertIn("k3d_registry_dockerd_engine_up 0", without.get("/metrics").body.decode())
+
+    def test_somebody_takes_it_for_docker(self):
+        for method, path in (("GET", "/_ping"), ("HEAD", "/_ping"), ("GET", "/v1.45/version"), ("GET", "/info"),
+                             ("GET", "/v1.45/images/json"), ("POST", "/v1.51/images/create"),
+                             ("POST", "/v1.45/containers/create")):
+            answer = self.program.request(method, path)
+            self.assertEqual(404, answer.status, path)
+            if method != "HEAD":
+                self.assertIn("this is a registry, not Docker", answer.detail)
+
+    @unittest.skipUnless(text_string_to_metric_families, "needs prometheus_client, whose parser is the reference")
+    def test_metrics(self):
+        self.program.get("/v2/nothing/manifests/1")
+        self.program.get("/v2/app/manifests/1")
+        families = {family.name: family for family in text_string_to_metric_families(
+            self.program.get("/metrics").body.decode())}
+        prefix = "k3d_registry_dockerd_"
+        self.assertEqual({prefix + name: kind for name, kind in (
+            ("info", "gauge"), ("engine_up", "gauge"), ("http_requests", "counter"), ("response_bytes", "counter"),
+            ("http_request_duration_seconds", "histogram"), ("pulls", "counter"), ("pulls_in_progress", "gauge"),
+            ("pull_duration_seconds", "histogram"), ("store_bytes", "gauge"))},
+            {name: family.type for name, family in families.items()})
+        counts = {(sample.labels["method"], sample.labels["code"]): sample.value
+                  for sample in families[prefix + "http_requests"].samples}
+        self.assertGreaterEqual(counts["GET", "404"], 1)
+        self.assertGreaterEqual(counts["GET", "200"], 1)
+        samples = families[prefix + "http_request_duration_seconds"].samples
+        buckets = [sample.value for sample in samples if sample.name.endswith("_bucket")]
+        (count,) = [sample.value for sample in samples if sample.name.endswith("_count")]
+        self.assertEqual((sorted(buckets), count), (buckets, buckets[-1]))
+        self.assertGreaterEqual(count, sum(counts.values()))
+        (info,) = families[prefix + "info"].samples
+        self.assertEqual({"version", "engine", "store"}, set(info.labels))
+        self.assertNotIn("nothing", self.program.get("/metrics").body.decode())
+
+    def test_text_from_outside_is_escaped(self):
+        evil = "<script>alert(1)</script>"
+        self.program.get("/v2/app/manifests/1", ns="docker.io", Accept=FOUR_TYPES, User_Agent=f"containerd/{evil}")
+        self.program.get(f"/v2/x/manifests/{evil}?ns=docker.io".replace("<", "%3C").replace(">", "%3E"))
+        page = self.program.get("/", **HTML).body.decode()
+        self.assertNotIn(evil, page)
+        self.assertNotIn("alert(1)</script", page)
+        self.assertIn("k3d_registry", self.program.get("/metrics").body.decode())
+        json.loads(self.program.get("/status").body)
+
+    def test_the_page_may_use_nothing_but_itself(self):
+        answer = self.program.get("/", **HTML)
+        self.assertEqual("text/html; charset=utf-8", answer.headers["Content-Type"])
+        (policy,) = answer.headers.get_all("Content-Security-Policy")
+        self.assertTrue(policy.startswith("default-src 'none'; style-src 'sha256-"))
+        self.assertNotIn("unsafe", policy)
+        self.assertEqual([], re.findall(r"""(?:src|href)="?(?!/status|data:,)[^ >"]+""", answer.body.decode()))
+        answer = self.program.get("/")
+        self.assertEqual("text/plain; charset=utf-8", answer.headers["Content-Type"])
+        self.assertEqual("sandbox; default-src 'none'", answer.headers["Content-Security-Policy"])
+
+
+class TestCommand(StatusCase):
+    def command(self, *arguments):
+        return [sys.executable, str(MODULE), "status", "-addr", self.program.address, *arguments]
+
+    def test_once(self):
+        for arguments in ((), ("-watch",)):  # not on a terminal: once
+            done = subprocess.run(self.command(*arguments), capture_output=True, text=True)
+            self.assertEqual((0, ""), (done.returncode, done.stderr))
+            self.assertIn("Docker 28", done.stdout)
+            self.assertIn("IMAGES\napp:1", done.stdout)
+
+    def test_no_answer(self):
+        done = subprocess.run([*self.command()[:-1], "127.0.0.1:1"], capture_output=True, text=True)
+        self.assertEqual(1, done.returncode)
+        self.assertIn("no answer from 127.0.0.1:1", done.stdout)
+
+    def test_watched_on_a_terminal(self):
+        ours, terminal = os.openpty()
+        self.addCleanup(os.close, ours)
+        process = subprocess.Popen(self.command("-watch"), stdout=terminal)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        os.close(terminal)
+        shown = b""
+        while shown.count(b"\x1b[H\x1b[J") < 2:
+            shown += os.read(ours, 65536)
+        self.assertIn(b"k3d-registry-dockerd", shown.split(b"\x1b[J")[1])
+
+
+class SlowOrigin(lab.Gate):
+    """Docker reports the progress of a layer from its first megabyte on."""
+
+    BYTES = 2_500_000
+
+
+@unittest.skipUnless(CHROMIUM, "needs Chromium: apt-get install chromium")
+class TestPage(EngineCase):
+    engine = lab.ENGINES["containerd"]
+
+    def setUp(self):
+        lab.require()
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.pictures = Path(os.environ.get("PICTURES") or folder.name)
+
+    def test_during_a_pull(self):
+        """The page is opened while a node waits for a slow pull: it shows that, and then that it has ended."""
+        lab.push_platforms(lab.ORIGINS["open"], f"lab/{self.name}", "1", ["amd64"],
+                           [("one", os.urandom(6_000_000)), ("two", os.urandom(5_000_000))])
+        with SlowOrigin(lab.ORIGINS["open"]) as gate:
+            self.images.append(f"{gate.host}/lab/{self.name}:1")
+            program = self.program()
+            self.assertIn(b"No node has asked yet", program.get("/", **HTML).body)
+            path = f"/v2/lab/{self.name}/manifests/1?ns={gate.host}"
+            node = threading.Thread(target=program.get, args=(path,), kwargs=NODE)
+            node.start()
+            program.wait_for_line("pull ")
+            wait_until(lambda: program.get("/status").json["under_way"][0]["total_bytes"])
+            (task,) = program.get("/status").json["under_way"]
+            self.assertEqual(("pull", f"{gate.host}/lab/{self.name}:1", ["127.0.0.1"]),
+                             (task["kind"], task["what"], task["waiting"]))
+            self.assertLess(task["done_bytes"], task["total_bytes"])
+            self.assertIn(f"pull {gate.host}/lab/{self.name}:1\n  [", program.get("/").body.decode())
+            with Browser(f"http://localhost:{program.port}/") as browser:
+                self.see_a_pull(browser, f"{gate.host}/lab/{self.name}:1", gate, node)
+            self.assertEqual({f"http://localhost:{program.port}/"}, browser.requested())
+        self.assertEqual([], browser.complaints())
+        (image,) = [image for image in program.get("/status").json["images"] if self.name in image["repository"]]
+        self.assertEqual(("1", "docker", "127.0.0.1"), (image["tag"], image["source"], image["last_served"]["to"]))
+
+    def see_a_pull(self, browser, name, gate, node):
+        """The bar of a pull moves, and then it is gone, without a reload; what a person has opened stays open."""
+        text, bar = "document.body.innerText", "document.querySelector('#under-way progress')"
+        wait_until(lambda: browser.evaluate(f"{bar} !== null"))
+        self.assertIn(f"pull {name}", browser.evaluate(text))
+        self.assertIn("Waiting: 127.0.0.1", browser.evaluate(text))
+        browser.evaluate("document.body.dataset.loaded = 'once'")
+        before = browser.evaluate(f"{bar}.value / {bar}.max")
+        self.assertTrue(0 < before < 1, before)
+        for name_of_size, scheme in itertools.product(("desktop", "phone"), ("light", "dark")):
+            width, height = {"desktop": (1280, 900), "phone": (390, 844)}[name_of_size]
+            path = self.pictures / f"{name_of_size}-{scheme}.png"
+            browser.picture(path, width, height, scheme, name_of_size == "phone")
+            self.assertGreater(path.stat().st_size, 10_000)
+            self.assertLessEqual(browser.evaluate("document.documentElement.scrollWidth"), width, "it fits the screen")
+        browser.evaluate("document.querySelector('#requests details')?.setAttribute('open', '')")
+        gate.open()
+        node.join()
+        wait_until(lambda: "Nothing is being pulled" in browser.evaluate(text))
+        self.assertIn(name, browser.evaluate("document.querySelector('#images').innerText"))
+        self.assertIn("done", browser.evaluate("document.querySelector('#under-way details').textContent"))
+        self.assertEqual("once", browser.evaluate("document.body.dataset.loaded"))
+
+
+if __name__ == "__main__":
+    unittest.main()
