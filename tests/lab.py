@@ -627,10 +627,15 @@ class Node(Daemon):
     def ctr(self, *arguments, **options):
         return chroot("ctr", "-a", f"/lab/{self.name}/containerd.sock", "-n", self.namespace, *arguments, **options)
 
-    def pull(self, reference, mirror, user=None, check=True):
-        """Run `ctr images pull` with one mirror (HOST:PORT) for every registry; return the CompletedProcess."""
-        credentials = ["--user", user] if user else []
-        return self.ctr("images", "pull", "--hosts-dir", self.hosts(mirror), *credentials, reference, check=check)
+    def pull(self, reference, mirror, user=None, platform=None, check=True):
+        """Run `ctr images pull` with one mirror (HOST:PORT) for every registry; return the CompletedProcess.
+
+        With a platform it pulls what a node of that platform pulls, else the image for all of its platforms.
+        """
+        options = ["--user", user] if user else []
+        if platform:
+            options += ["--local", "--skip-metadata", "--platform", platform]
+        return self.ctr("images", "pull", "--hosts-dir", self.hosts(mirror), *options, reference, check=check)
 
     def fetch(self, reference, mirror):
         """Run `ctr content fetch` with a mirror: a pull without unpacking."""

@@ -476,6 +476,28 @@ class ContainerdStore(EveryEngine):
         self.assertIn("--platform", other.detail)
         self.assertEqual(1, len(program.jobs("pull")))
 
+    def test_one_platform_of_several_cannot_be_imported_but_pulled(self):
+        """Docker has one platform of an index. What `k3d image import` and `kind load` do with it fails at the
+        manifest of another platform. A node gets the image from here, with the digest that its registry gave it."""
+        origin = lab.ORIGINS["open"]
+        index, (mine, foreign) = lab.push_platforms(origin, f"lab/{self.name}", "1", ["amd64", "arm64"])
+        reference = f"{origin.host}/lab/{self.name}:1"
+        self.images.append(reference)
+        self.engine.docker("pull", "-q", reference)
+        archive = self.engine.docker("save", reference, text=False)
+        imported = lab.NODE.ctr("images", "import", "--all-platforms", "-", input=archive, text=False, check=False)
+        self.assertNotEqual(0, imported.returncode)
+        self.assertIn(f"content digest {foreign}: not found", imported.stderr.decode())
+        lab.NODE.forget()
+
+        program = self.program()
+        self.pull(program, reference, platform="linux/amd64")
+        self.assertEqual(index, lab.NODE.digest(reference))
+        manifest = json.loads(lab.NODE.content(mine))
+        for blob in (manifest["config"], *manifest["layers"]):
+            self.assertEqual(blob["digest"], sha256(lab.NODE.content(blob["digest"])))
+        self.assertEqual([], program.jobs("pull"), "it comes out of Docker")
+
     def test_engine_without_content_service(self):
         """The image is exported instead, and the digests stay the same."""
         image_id = self.build("1", None, "--provenance=mode=max")
