@@ -2759,8 +2759,9 @@ class Disk:
     is synced.
 
     Two things are kept apart. A file that is malformed is damaged: it is logged once and treated as absent, so a client
-    pushes it again. If a write needs its name, it is moved to `damaged`. A file that could not be read (no permission,
-    no descriptor left, an error of the disk) is never treated as absent: STORE_FAILED.
+    pushes it again. A folder in place of a file, or a file in place of a folder, is moved to `damaged` when a write
+    needs its name. A file that could not be read (no permission, no descriptor left, an error of the disk) is never
+    treated as absent: STORE_FAILED.
     """
 
     SMALL = 8 * MIB     # bytes of the largest file that read() takes for one of ours
@@ -2778,44 +2779,39 @@ class Disk:
 
     # ---- reading
 
+    def attempt(self, verb: str, path: Path, action: Callable[[], T], absent: T) -> T:
+        """The result of an action on a file, or absent if the file is not there or damaged. STORE_FAILED."""
+        with disk_errors(f"{verb} {path}"):
+            try:
+                return action()
+            except FileNotFoundError:
+                return absent
+            except OSError as e:
+                if not (isinstance(e, IsADirectoryError | NotADirectoryError) or e.errno == errno.ELOOP):
+                    raise
+                self.name_damaged(path, e.strerror or str(e))
+                return absent
+
     def read(self, path: Path) -> bytes | None:
         """The bytes of a small file, or None if there is none."""
-        with disk_errors(f"read {path}"):
-            try:
-                with open_file(path) as file:
-                    data = file.read(self.SMALL + 1)
-            except FileNotFoundError:
-                return None
-            except OSError as e:
-                self.check_damage(path, e)
-                return None
-        if len(data) > self.SMALL:
+
+        def action() -> bytes:
+            with open_file(path) as file:
+                return file.read(self.SMALL + 1)
+
+        data = self.attempt("read", path, action, None)
+        if data is not None and len(data) > self.SMALL:
             self.name_damaged(path, "it is too large")
             return None
         return data
 
     def status(self, path: Path) -> os.stat_result | None:
         """What the system knows of a file, or None if there is none."""
-        with disk_errors(f"read {path}"):
-            try:
-                return path.stat()
-            except FileNotFoundError:
-                return None
-            except OSError as e:
-                self.check_damage(path, e)
-                return None
+        return self.attempt("read", path, path.stat, None)
 
     def entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """What is in a folder, sorted by name; nothing if there is no such folder."""
-        with disk_errors(f"read {folder}"):
-            try:
-                with os.scandir(folder) as found:
-                    return sorted(found, key=lambda entry: entry.name)
-            except FileNotFoundError:
-                return []
-            except OSError as e:
-                self.check_damage(folder, e)
-                return []
+        return self.attempt("read", folder, lambda: sorted(os.scandir(folder), key=lambda entry: entry.name), [])
 
     def names(self, folder: Path) -> list[str]:
         """The names in a folder, sorted, without those of temporary files."""
@@ -2850,7 +2846,7 @@ class Disk:
         self._settled.add(folder)
 
     def begin(self, folder: Path) -> Path:
-        """Create a folder and return a temporary name in it. The caller must call end(). OSError."""
+        """Make a folder and return a temporary name in it. The caller must call end(). OSError."""
         self.make_folder(folder)
         path = folder / f".{secrets.token_hex(8)}"
         with self._change:
@@ -2865,37 +2861,31 @@ class Disk:
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _temporary(self, folder: Path) -> Iterator[Path]:
-        path = self.begin(folder)
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """A temporary name, which becomes this one in the end. OSError."""
+        temporary = self.begin(path.parent)
         try:
-            yield path
+            yield temporary
+            try:
+                temporary.rename(path)
+            except IsADirectoryError:
+                self.move_away(path, lambda: is_folder(path))
+                temporary.rename(path)
         finally:
-            self.end(path)
+            self.end(temporary)
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a small file."""
-        with disk_errors(f"write {path}"), self._temporary(path.parent) as temporary:
-            temporary.write_bytes(data)
-            self.sync(temporary)
-            self._rename(temporary, path)
+        with disk_errors(f"write {path}"):
+            with self._replacing(path) as temporary:
+                temporary.write_bytes(data)
+                self.sync(temporary)
             self.sync(path.parent)
 
     def link(self, source: Path, target: Path) -> None:
         """Give a file a second name, replacing any file of that name. OSError."""
-        self.make_folder(target.parent)
-        try:
-            os.link(source, target)
-        except FileExistsError:
-            with self._temporary(target.parent) as temporary:
-                os.link(source, temporary)
-                self._rename(temporary, target)
-
-    def _rename(self, source: Path, target: Path) -> None:
-        try:
-            source.rename(target)
-        except IsADirectoryError:
-            self.move_away(target, lambda: is_folder(target))
-            source.rename(target)
+        with self._replacing(target) as temporary:
+            os.link(source, temporary)
 
     def sync(self, path: Path) -> None:
         """Wait until a file, or the names in a folder, are on the disk. OSError."""
@@ -2915,25 +2905,16 @@ class Disk:
 
     def remove(self, path: Path, durable: bool = False) -> bool:
         """Remove a file. True if there was one. durable: wait until the removal is on the disk."""
-        with disk_errors(f"remove {path}"):
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                return False
-            except OSError as e:
-                self.check_damage(path, e)
-                return False
+
+        def action() -> bool:
+            path.unlink()
             if durable:
                 self.sync(path.parent)
             return True
 
-    # ---- damage
+        return self.attempt("remove", path, action, False)
 
-    def check_damage(self, path: Path, error: OSError) -> None:
-        """Name something as damaged if an error says that it cannot be right, or else raise the error."""
-        if not (isinstance(error, IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP):
-            raise error
-        self.name_damaged(path, error.strerror or str(error))
+    # ---- damage
 
     def name_damaged(self, path: Path, why: str) -> None:
         """Say once in the log that something is damaged."""
@@ -3135,7 +3116,7 @@ class Links:
 
     def adopt(self, digest: Digest, size: int | None = None, deadline: Deadline | None = None) -> bool:
         """Make content of the store belong here too, as used now. True if the store has it, in this size in bytes."""
-        source = self._store.blob_path(digest)
+        source = self._store.blobs.path(digest)
         with disk_errors(f"link {source}"):
             try:
                 self._store.touch(source)
@@ -3191,12 +3172,12 @@ class Store:
         exports/sha256/<hex>        the record of one exported image, named by the image's ID
         fetched/sha256/<hex>        the record of what Docker lacked of an image, named by its manifest
         repositories/<name>/...     what was pushed: see Repository
-        damaged/...                 what was found to be damaged: see Disk
+        damaged/...                 what was in the place of something else: see Disk
 
     The folder is made at the first write: a program that only reads Docker's containerd image store needs none.
     Content is read and compared with its digest before this process uses it for the first time, and again if its
-    file has changed. If it is damaged, its owners keep their links: they get the good content as soon as anybody brings
-    it.
+    file has changed. If it is damaged, it stays where it is, and nobody gets it: its owners get the good content as
+    soon as anybody brings it.
     """
 
     FOLDERS = ("blobs", "docker", "exports", "fetched", "repositories", "damaged")
@@ -3205,7 +3186,7 @@ class Store:
         """durable says whether what is pushed is on the disk before that is acknowledged; limit is in bytes."""
         self.root, self.repositories = root, root / "repositories"
         self.disk, self.space = Disk(root, durable), Space(root, limit)
-        self.docker = Links(self, root / "docker", durable=False)
+        self.blobs, self.docker = (Links(self, root / name, durable=False) for name in ("blobs", "docker"))
         # The size and the hash of uploads between two requests. Only whoever has reserved the path touches its entry.
         self.hashes: dict[Path, tuple[int, Any]] = {}
         self.jobs = Jobs()
@@ -3219,10 +3200,6 @@ class Store:
         self.disk.close()
 
     # ---- content
-
-    def blob_path(self, digest: Digest) -> Path:
-        """Where content is, if the store has it."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
 
     def remember(self, identity: Identity, digest: Digest) -> None:
         """Remember what was found to be in a file."""
@@ -3243,12 +3220,15 @@ class Store:
                 self.remember(after, known)
 
     def is_intact(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
-        """True if a file is there and has the content of a digest. If it has other content, it is set aside."""
+        """True if a file is there and has the content of a digest. If it has other content, the log names it."""
         # It may have been replaced while it was read, so ask twice. The second answer is remembered.
         if self.has_content(path, digest, deadline) or self.has_content(path, digest, deadline):
             return True
         if self.disk.status(path) is not None:
-            self._set_aside(path, digest)
+            self.disk.name_damaged(path, f"its content is not that of {digest}")
+            if path == self.docker.path(digest):  # it can be had again
+                with contextlib.suppress(OSError):
+                    path.unlink()
         return False
 
     def has_content(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
@@ -3257,22 +3237,23 @@ class Store:
         A large file that has to be read first may take longer than a deadline: then UNAVAILABLE, and the reading goes
         on.
         """
-        with disk_errors(f"read {path}"):
-            try:
-                identity = Identity.of(path)
-                found = self._verified.get(identity)
-                if found is None or found.algorithm != digest.algorithm:
-                    read = functools.partial(self._read, path, digest.algorithm)
-                    found = read() if identity.size <= MANIFEST_LIMIT else self.jobs.start(
-                        (identity, digest.algorithm), read, f"reading {digest}").outcome(deadline or Deadline())
-                return bool(found == digest)
-            except FileNotFoundError:
-                return False
-            except OSError as e:
-                self.disk.check_damage(path, e)
-                return False
-            except RegistryError as e:
-                raise RegistryError("UNAVAILABLE", f"the store is still reading {digest}: ask again") from e
+        return self.disk.attempt("read", path, lambda: self._digest(path, digest, deadline) == digest, False)
+
+    def _digest(self, path: Path, expected: Digest, deadline: Deadline | None) -> Digest:
+        """The digest of a file's content, by the same algorithm as the expected one. OSError, UNAVAILABLE."""
+        identity = Identity.of(path)
+        found = self._verified.get(identity)
+        if found and found.algorithm == expected.algorithm:
+            return found
+        read = functools.partial(self._read, path, expected.algorithm)
+        if identity.size <= MANIFEST_LIMIT:
+            return read()
+        try:
+            job = self.jobs.start((identity, expected.algorithm), read, f"reading {expected}")
+            result: Digest = job.outcome(deadline or Deadline())
+            return result
+        except RegistryError as e:
+            raise RegistryError("UNAVAILABLE", f"the store is still reading {expected}: ask again") from e
 
     def _read(self, path: Path, algorithm: str) -> Digest:
         """Read a file, and return the digest of its content. OSError."""
@@ -3282,43 +3263,22 @@ class Store:
             self.remember(identity, found)
         return found
 
-    def _set_aside(self, path: Path, digest: Digest) -> None:
-        """Move damaged content from blobs/ to damaged/, so that no other owner gets it."""
-        self.disk.name_damaged(path, f"its content is not that of {digest}")
-        with contextlib.suppress(OSError):  # a read-only file system, or another request has done it
-            if is_folder(path):
-                if path == self.blob_path(digest):  # an owner keeps the place: what belongs to it is known from that
-                    self.disk.move_away(path, lambda: is_folder(path))
-            elif path.samefile(self.blob_path(digest)):
-                self.disk.link(path, self._damaged_path(digest))
-                self.blob_path(digest).unlink()
-        with contextlib.suppress(OSError):
-            if path == self.docker.path(digest):  # it can be had again
-                path.unlink()
-
-    def _damaged_path(self, digest: Digest) -> Path:
-        return self.disk.damaged / digest.algorithm / digest.hex
-
     def add(self, file: Path, digest: Digest) -> None:
-        """Add a verified file. If the content was damaged, it is replaced for all owners. OSError."""
-        if self.disk.status(self._damaged_path(digest)) is None:
-            self.disk.link(file, self.blob_path(digest))
-            return
-        inode = file.stat().st_ino
-        self.disk.sync(file)
-        for owner in reversed([*self.owners()]):  # the store's own link comes last: after a kill this is repeated
-            path = owner.path(digest)
-            status = self.disk.status(path)
-            if (status and status.st_ino != inode) or path == self.blob_path(digest):
-                self.disk.link(file, path)
-                self.disk.sync(path.parent)
-        self._damaged_path(digest).unlink(missing_ok=True)
-        log.info("store: %s is whole again", digest)
+        """Add a verified file. If there is damaged content in its place, all owners get the good one. OSError."""
+        if os.path.lexists(self.blobs.path(digest)):
+            self.disk.sync(file)
+            inode = file.stat().st_ino
+            for owner in self.owners():
+                status = self.disk.status(owner.path(digest))
+                if status and status.st_ino != inode and owner is not self.blobs:
+                    self.disk.link(file, owner.path(digest))
+                    self.disk.sync(owner.path(digest).parent)
+            log.info("store: %s is whole again", digest)
+        self.disk.link(file, self.blobs.path(digest))  # the last one: after a kill, the others are repeated
 
     def owners(self) -> Iterator[Links]:
         """All that content may belong to: the store itself, what came from Docker, and each repository."""
-        yield Links(self, self.root / "blobs", durable=False)
-        yield self.docker
+        yield from (self.blobs, self.docker)
         for name in self.repository_names():
             yield from (Links(self, self.repositories / name / kind) for kind in ("_blobs", "_manifests"))
 
@@ -3334,17 +3294,10 @@ class Store:
 
     def release(self, digest: Digest) -> None:
         """Free content that belongs to nobody."""
-        path = self.blob_path(digest)
-        with disk_errors(f"remove {path}"), contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            if status.st_nlink == 1:
-                path.unlink()
-                self.space.free(status.st_size)
-
-    def contents(self) -> dict[Digest, int]:
-        """All content of the store, and its size in bytes."""
-        blobs = Links(self, self.root / "blobs")
-        return {digest: size for digest in blobs.digests() if (size := blobs.size(digest)) is not None}
+        path = self.blobs.path(digest)
+        status = self.disk.status(path)
+        if status and status.st_nlink == 1 and self.disk.remove(path):
+            self.space.free(status.st_size)
 
     # ---- records: what was exported, and what was fetched
 
@@ -3478,8 +3431,8 @@ class Store:
         for path in (path for name in self.FOLDERS for path in self.disk.files(self.root / name)):
             if path.name[0] == "." and self.disk.is_old(path, now, EVICTION_AGE):
                 self.disk.remove(path)
-        for digest in self.contents():
-            if self.disk.is_old(self.blob_path(digest), now, EVICTION_AGE):
+        for digest in self.blobs.digests():
+            if self.disk.is_old(self.blobs.path(digest), now, EVICTION_AGE):
                 self.release(digest)
 
     def _needed(self, kind: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
@@ -6833,7 +6786,7 @@ class Verification:
     """Reads the whole store, and tells what is damaged, and what each repository lacks.
 
     A repair gets what can be had again: from another copy in the store, from Docker, or from a registry that Docker
-    got it from. What remains damaged is moved to the folder of damaged files, so that clients push it again.
+    got it from. What remains damaged counts as absent, so clients push it again.
     """
 
     def __init__(self, store: Store, registry: Front, tell: Callable[[str], None]):
@@ -6901,8 +6854,10 @@ class Verification:
 
     def _repair(self, damaged: Iterable[tuple[Path, Digest]]) -> None:
         for path, digest in damaged:
-            self._store.is_intact(path, digest)  # which sets it aside
+            self._store.is_intact(path, digest)  # or else a copy of Docker's is removed
             self._from_other_copy(digest)
+            if all(links.size(digest) is None for links in self._store.owners() if links is not self._store.blobs):
+                self._move_away(self._store.blobs.path(digest), digest)
         for name in self._registry.hosted.names():
             repository = self._registry.hosted.repository(name)
             named = {digest for _, digest in repository.dangling_tags()}
@@ -6930,6 +6885,11 @@ class Verification:
                     self._store.add(links.path(digest), digest)
                 self._tell(f"repaired: {digest}, from {links.folder}")
                 return
+
+    def _move_away(self, path: Path, digest: Digest) -> None:
+        """Move damaged content that belongs to nobody to the folder of damaged files."""
+        with disk_errors(f"move {path}"):
+            self._store.disk.move_away(path, lambda: os.path.lexists(path) and not self._store.has_content(path, digest))
 
     def _bring_manifest(self, repository: Repository, digest: Digest) -> None:
         manifest = self._registry.mirror.manifest_content(self._client, digest)
