@@ -3186,7 +3186,8 @@ class Store:
         """durable says whether what is pushed is on the disk before that is acknowledged; limit is in bytes."""
         self.root, self.repositories = root, root / "repositories"
         self.disk, self.space = Disk(root, durable), Space(root, limit)
-        self.blobs, self.docker = (Links(self, root / name, durable=False) for name in ("blobs", "docker"))
+        self.blobs, self.docker, self._exports, self._fetched = (
+            Links(self, root / name, durable=False) for name in ("blobs", "docker", "exports", "fetched"))
         # The size and the hash of uploads between two requests. Only whoever has reserved the path touches its entry.
         self.hashes: dict[Path, tuple[int, Any]] = {}
         self.jobs = Jobs()
@@ -3301,9 +3302,6 @@ class Store:
 
     # ---- records: what was exported, and what was fetched
 
-    def _record_path(self, kind: str, digest: Digest) -> Path:
-        return self.root / kind / digest.algorithm / digest.hex
-
     def _read_record(self, path: Path) -> Record | None:
         data = self.disk.read(path)
         try:
@@ -3312,25 +3310,30 @@ class Store:
             self.disk.name_damaged(path, str(e))
             return None
 
+    def _touch_record(self, path: Path, record: Record) -> None:
+        """Mark a record and its content as used now: what is freed depends on the last use."""
+        for used in (path, *map(self.docker.path, record.content)):
+            self.touch(used)
+
     def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
         """Note an exported image: the digest of its manifest, and the content that it needs, which is here."""
         with disk_errors(f"read {self.docker.folder}"):
             sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
-        self.disk.write(self._record_path("exports", image_id), Record(target, sizes).dump())
+        self.disk.write(self._exports.path(image_id), Record(target, sizes).dump())
 
     def noted_target(self, image_id: Digest) -> Digest | None:
         """The digest of the manifest that an image had when it was exported, or None if it never was."""
-        record = self._read_record(self._record_path("exports", image_id))
+        record = self._read_record(self._exports.path(image_id))
         return record.target if record else None
 
     def exported(self, image_id: Digest) -> Digest | None:
         """The digest of an exported image's manifest, or None unless everything it needs is here."""
-        path = self._record_path("exports", image_id)
+        path = self._exports.path(image_id)
         record = self._read_record(path)
         if record is None or not self.docker.find(record.target) or any(
                 self.docker.size(digest) != size for digest, size in record.content.items()):
             return None
-        self.touch(path)  # what is freed depends on the last use
+        self._touch_record(path, record)
         return record.target
 
     def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
@@ -3338,30 +3341,18 @@ class Store:
 
         Content that is not here yet is kept once it arrives.
         """
-        path = self._record_path("fetched", manifest)
+        path = self._fetched.path(manifest)
         with self._recording:
-            record = self._read_record(path)
-            known = record.content if record else {}
-            if record and content.items() <= known.items():
-                self.touch(path)
-            else:
-                self.disk.write(path, Record(manifest, {**known, **content}).dump())
+            known = self._read_record(path)
+            record = Record(manifest, {**(known.content if known else {}), **content})
+            if record != known:
+                self.disk.write(path, record.dump())
+        self._touch_record(path, record)
 
     def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
         """If anything was fetched for a manifest, mark it as used now, and all of its content as needed."""
-        if self.disk.status(self._record_path("fetched", manifest)):
+        if self.disk.status(self._fetched.path(manifest)):
             self.record_fetch(manifest, content)
-
-    def _records(self, kind: str) -> list[tuple[float, Path, Digest, Record]]:
-        """All records of one kind, the oldest first: last use (seconds since the epoch), path, what it is about."""
-        found = []
-        for about in Links(self, self.root / kind).digests():
-            path = self._record_path(kind, about)
-            with disk_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):  # removed a moment ago
-                used, record = path.stat().st_mtime, self._read_record(path)
-                if record:
-                    found.append((used, path, about, record))
-        return sorted(found, key=lambda entry: entry[0])
 
     # ---- room
 
@@ -3395,24 +3386,16 @@ class Store:
         if all of that would not be enough.
         """
         now = time.time()
-        records = sorted(self._records("exports") + self._records("fetched"), key=lambda entry: entry[0])
-        owners = collections.Counter(digest for *_, record in records for digest in record.content)
-        unowned = set(self.docker.digests()) - set(owners)
-        old = [entry for entry in records if self.disk.is_old(entry[1], now, SERVED_AGE)]
-        available = unowned.union(*(record.content for *_, record in old))
-        if sum(self.docker.size(digest) or 0 for digest in available) < self.space.lacking(count):
+        found = {digest: self.disk.status(self.docker.path(digest)) for digest in self.docker.digests()}
+        old = {digest: status for digest, status in found.items()
+               if status and status.st_mtime < now - SERVED_AGE and status.st_nlink == 2}  # the store's own, and this
+        if sum(status.st_size for status in old.values()) < self.space.lacking(count):
             return
-        for digest in unowned:
-            self.docker.drop_unless_used(digest, now, SERVED_AGE)
-        for _, path, about, record in old:
+        for digest in sorted(old, key=lambda digest: old[digest].st_mtime):
             if not self.space.lacking(count):
                 return
-            self.disk.remove(path)
-            owners.subtract(record.content.keys())
-            for digest in record.content:
-                if not owners[digest]:
-                    self.docker.drop_unless_used(digest, now, SERVED_AGE)
-            log.info("store: removed the copy of %s, to make room", about)
+            self.docker.drop_unless_used(digest, now, SERVED_AGE)
+            log.info("store: removed the copy of %s, to make room", digest)
 
     # ---- tidying up
 
@@ -3424,8 +3407,8 @@ class Store:
         last EVICTION_AGE seconds stays: a node may be in the middle of a pull, and an export or a push may still be
         arriving.
         """
-        needed = self._needed("exports", now, EVICTION_AGE, in_docker)
-        needed |= self._needed("fetched", now, FETCHED_AGE, lambda _: False)
+        needed = self._needed(self._exports, now, EVICTION_AGE, in_docker)
+        needed |= self._needed(self._fetched, now, FETCHED_AGE, lambda _: False)
         for digest in set(self.docker.digests()) - needed:
             self.docker.drop_unless_used(digest, now, EVICTION_AGE)
         for path in (path for name in self.FOLDERS for path in self.disk.files(self.root / name)):
@@ -3435,13 +3418,14 @@ class Store:
             if self.disk.is_old(self.blobs.path(digest), now, EVICTION_AGE):
                 self.release(digest)
 
-    def _needed(self, kind: str, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
+    def _needed(self, records: Links, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
         """Remove the old records that nobody needs, and return the content of the others."""
         needed: set[Digest] = set()
-        for _, path, about, record in self._records(kind):
+        for about in records.digests():
+            path = records.path(about)
             if self.disk.is_old(path, now, age) and not is_needed(about):
                 self.disk.remove(path)
-            else:
+            elif record := self._read_record(path):
                 needed.update(record.content)
         return needed
 
@@ -6889,7 +6873,8 @@ class Verification:
     def _move_away(self, path: Path, digest: Digest) -> None:
         """Move damaged content that belongs to nobody to the folder of damaged files."""
         with disk_errors(f"move {path}"):
-            self._store.disk.move_away(path, lambda: os.path.lexists(path) and not self._store.has_content(path, digest))
+            self._store.disk.move_away(path, lambda: self._store.disk.status(path) is not None
+                                       and not self._store.has_content(path, digest))
 
     def _bring_manifest(self, repository: Repository, digest: Digest) -> None:
         manifest = self._registry.mirror.manifest_content(self._client, digest)

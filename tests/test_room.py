@@ -114,9 +114,11 @@ class TestLimit(RoomCase):
         pushed = self.copy_of_docker(b"p" * 20 * KB, 4 * module.SERVED_AGE)  # and it is pushed as well
         self.assertEqual(201, self.put(program, b"p" * 20 * KB).status)
         self.assertEqual(201, self.put(program, b"x" * 30 * KB).status)
-        self.assertIsNone(self.store.exported(pushed))
-        self.assertEqual([None, 20 * KB, 20 * KB], [self.store.docker.size(digest) for digest in (older, old, recent)])
-        self.assertEqual(507, self.put(program, b"y" * 40 * KB).status)
+        self.assertEqual([None] + 3 * [20 * KB], [self.store.docker.size(digest) for digest in (
+            older, old, recent, pushed)])
+        self.assertEqual(507, self.put(program, b"y" * 40 * KB).status)  # more than all that can go
+        self.assertEqual(20 * KB, self.store.docker.size(old))
+        self.assertEqual(201, self.put(program, b"y" * 30 * KB).status)
         self.assertEqual([None, 20 * KB], [self.store.docker.size(digest) for digest in (old, recent)])
         for data in (b"p" * 20 * KB, b"x" * 30 * KB):
             self.assertEqual(data, program.get(f"/v2/a/app/blobs/{digest_of(data)}").body)
@@ -127,6 +129,7 @@ class TestLimit(RoomCase):
         shared = self.copy_of_docker(b"s" * 20 * KB, 3 * module.SERVED_AGE)
         image = module.Digest.of(b"another image")
         self.store.record_export(image, shared, [shared])
+        self.assertEqual(shared, self.store.exported(image))
         self.store.check_room(100 * KB - 20 * KB)
         with self.assertRaises(module.RegistryError) as caught:
             self.store.check_room(90 * KB)
