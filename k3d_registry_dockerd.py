@@ -614,13 +614,16 @@ def manifest_type(data: bytes) -> str | None:
     return OCI_MANIFEST if isinstance(document.get("config"), dict) else None
 
 
-def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the descriptors in the named properties of a parsed manifest or index."""
+def descriptors(document: Mapping[str, Any], *names: str) -> Iterator[tuple[Digest, Mapping[str, Any]]]:
+    """Yield the descriptors in the named properties of a parsed manifest or index, with their digests.
+
+    Malformed ones are ignored: unlike pushed manifests, those of Docker are not validated.
+    """
     for name in names:
-        value = document.get(name)
+        value: Any = document.get(name)
         for descriptor in value if isinstance(value, list) else [value]:
-            if isinstance(descriptor, dict) and isinstance(descriptor.get("digest"), str):
-                yield descriptor
+            with contextlib.suppress(*MALFORMED_ERRORS):
+                yield Digest.parse(descriptor["digest"]), descriptor
 
 
 def platform_of(platform: Any) -> str:
@@ -632,6 +635,11 @@ def platform_of(platform: Any) -> str:
 def same_platform(one: str, other: str) -> bool:
     """Return True if two platforms have the same operating system and architecture, whatever the variant."""
     return one.split("/")[:2] == other.split("/")[:2]
+
+
+def is_size(value: Any) -> bool:
+    """Return True if a value of a parsed document is the size of content in bytes."""
+    return type(value) is int and 0 <= value < SIZE_LIMIT
 
 
 @dataclass(frozen=True)
@@ -681,26 +689,24 @@ class Manifest:
 
     def check(self) -> None:
         """Raise MANIFEST_INVALID if a property that holds descriptors is malformed, or holds too many."""
-        lists = [value for value in map(self.document.get, ("layers", "blobs", "manifests")) if isinstance(value, list)]
-        count = sum(map(len, lists))
+        lists, single = ("layers", "blobs", "manifests"), ("config", "subject")
+        found = {name: self.document[name] for name in (*single, *lists) if self.document.get(name) is not None}
+        for name, value in found.items():
+            if isinstance(value, list) != (name in lists):
+                raise RegistryError("MANIFEST_INVALID", f"{name} is not a {'list' if name in lists else 'descriptor'}")
+        count = sum(len(found.get(name, ())) for name in lists)
         if count > MANIFEST_ENTRIES:
             raise RegistryError("MANIFEST_INVALID", f"the manifest lists {count} descriptors; the limit is "
                                                     f"{MANIFEST_ENTRIES}")
-        for name in ("config", "subject", "layers", "blobs", "manifests"):
-            value = self.document.get(name)
-            many = name in ("layers", "blobs", "manifests")
-            if value is None:
-                continue
-            if isinstance(value, list) != many:
-                raise RegistryError("MANIFEST_INVALID", f"{name} is not {'a list' if many else 'a descriptor'}")
-            for descriptor in value if many else [value]:
+        for name, value in found.items():
+            for descriptor in value if name in lists else [value]:
                 self._check_descriptor(name, descriptor)
         self._check_referrer()
 
     def _check_referrer(self) -> None:
         """Raise MANIFEST_INVALID if a property that lists of referrers show has the wrong type."""
-        config, annotations = self.document.get("config"), self.document.get("annotations")
-        kinds = (self.document.get("artifactType"), config.get("mediaType") if isinstance(config, dict) else None)
+        kinds = (self.document.get("artifactType"), (self.document.get("config") or {}).get("mediaType"))
+        annotations = self.document.get("annotations")
         if not all(kind is None or (isinstance(kind, str) and len(kind) <= ARTIFACT_TYPE_LIMIT) for kind in kinds):
             raise RegistryError("MANIFEST_INVALID", "artifactType or the config's mediaType is not a short string")
         if annotations is not None and not (isinstance(annotations, dict) and all(
@@ -710,77 +716,48 @@ class Manifest:
     @staticmethod
     def _check_descriptor(name: str, descriptor: Any) -> None:
         """Raise MANIFEST_INVALID if a descriptor is malformed (OCI Image Spec v1.1, "Properties")."""
-        fields = descriptor if isinstance(descriptor, dict) else {}
         try:
-            Digest.parse(fields["digest"])
+            Digest.parse(descriptor["digest"])
+            size = descriptor.get("size")
         except MALFORMED_ERRORS as e:
             raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a valid digest: {e}") from None
-        size = fields.get("size")
-        if type(size) is not int or not 0 <= size < SIZE_LIMIT:
+        if not is_size(size):
             raise RegistryError("MANIFEST_INVALID", f"{name} has a descriptor without a valid size: {size!r}")
 
     def sizes(self, *names: str, foreign: bool = False) -> dict[Digest, int]:
-        """Return the digests in the named properties with their sizes in bytes: of distributable content, or the rest.
+        """Return the digests in the named properties with their sizes in bytes.
 
-        Malformed descriptors are ignored: unlike pushed manifests, those of Docker are not validated.
+        foreign selects the layers that a registry need not have, because they have other sources, instead of the rest.
         """
-        found = {}
-        for descriptor in descriptors(self.document, *names):
-            elsewhere = descriptor.get("urls") or NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType")))
-            size = descriptor.get("size")
-            if bool(elsewhere) == foreign and type(size) is int and 0 <= size < SIZE_LIMIT:
-                with contextlib.suppress(ValueError):
-                    found[Digest.parse(descriptor["digest"])] = size
-        return found
+        return {digest: descriptor["size"] for digest, descriptor in descriptors(self.document, *names)
+                if is_size(descriptor.get("size")) and foreign == bool(
+                    descriptor.get("urls") or NON_DISTRIBUTABLE.search(str(descriptor.get("mediaType"))))}
 
-    def undistributed(self) -> dict[Digest, int]:
-        """Return the layers that a registry need not have, because they have other sources, with their sizes."""
-        required = self.sizes("config", "layers", "blobs")
-        return {digest: size for digest, size in self.sizes("layers", "blobs", foreign=True).items()
-                if digest not in required}
+    def platforms(self) -> dict[Digest, Mapping[str, Any]]:
+        """Return the manifests of an index that are images, with their descriptors.
 
-    def platforms(self) -> list[Digest]:
-        """Return the manifests of an index that are images. Attestations have an unknown platform.
-
-        See docs.docker.com/build/metadata/attestations/attestation-storage.
+        Attestations have an unknown platform (docs.docker.com/build/metadata/attestations/attestation-storage).
         """
-        found = []
-        for descriptor in descriptors(self.document, "manifests"):
-            platform = descriptor.get("platform")
-            if not isinstance(platform, dict) or platform.get("os") != "unknown":
-                with contextlib.suppress(ValueError):
-                    found.append(Digest.parse(descriptor["digest"]))
-        return found
+        return {digest: descriptor for digest, descriptor in descriptors(self.document, "manifests")
+                if platform_of(descriptor.get("platform")).split("/")[0] != "unknown"}
 
     def listed(self, *names: str) -> list[Digest]:
-        """Return the digests in the named properties, each once. Malformed ones are ignored."""
-        found: dict[Digest, None] = {}
-        for descriptor in descriptors(self.document, *names):
-            with contextlib.suppress(ValueError):
-                found[Digest.parse(descriptor["digest"])] = None
-        return list(found)
-
-    def child(self, digest: Digest) -> Mapping[str, Any] | None:
-        """Return the descriptor by which an index lists a manifest, or None."""
-        return next((descriptor for descriptor in descriptors(self.document, "manifests")
-                     if descriptor["digest"] == str(digest)), None)
+        """Return the digests in the named properties, each once."""
+        return list(dict(descriptors(self.document, *names)))
 
     @property
     def subject(self) -> Digest | None:
         """The digest of the `subject`, or None."""
-        return next((Digest.parse(descriptor["digest"]) for descriptor in descriptors(self.document, "subject")), None)
+        return next(iter(self.listed("subject")), None)
 
     def referrer(self) -> dict[str, Any]:
         """Return the descriptor for a list of referrers (OCI Distribution Spec v1.1, "Listing Referrers")."""
-        config = self.document.get("config")
+        config, annotations = self.document.get("config"), self.document.get("annotations")
         fallback = config.get("mediaType") if isinstance(config, dict) else None
         artifact_type = self.document.get("artifactType") or fallback
-        descriptor = {"mediaType": self.media_type, "digest": str(self.digest), "size": len(self.data)}
-        if artifact_type:
-            descriptor["artifactType"] = artifact_type
-        if isinstance(self.document.get("annotations"), dict):
-            descriptor["annotations"] = self.document["annotations"]
-        return descriptor
+        return {"mediaType": self.media_type, "digest": str(self.digest), "size": len(self.data),
+                **({"artifactType": artifact_type} if artifact_type else {}),
+                **({"annotations": annotations} if isinstance(annotations, dict) else {})}
 
 
 def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> bytes:
@@ -4788,7 +4765,7 @@ class Unpacking:
 
     def _find_target(self, index: Mapping[str, Any]) -> Digest:
         """The image's ID is the manifest's own digest on the containerd store, its config's on the classic one."""
-        listed = [Digest.parse(descriptor["digest"]) for descriptor in descriptors(index, "manifests")]
+        listed = dict(descriptors(index, "manifests"))
         for digest in listed:
             if digest == self._image_id or (self._has(digest) and self._is_of_config(self._document(digest))):
                 return digest
@@ -4846,13 +4823,13 @@ class Unpacking:
 
     def _collect(self, digest: Digest, document: Mapping[str, Any]) -> bool:
         """Add a manifest and what it needs to the content that is kept, if that has arrived. Returns True if so."""
-        needed = [Digest.parse(d["digest"]) for d in descriptors(document, "config", "layers") if not d.get("urls")]
+        needed = [blob for blob, shown in descriptors(document, "config", "layers") if not shown.get("urls")]
         missing = [str(blob) for blob in needed if not self._has(blob)]
         if missing:
             shown = ", ".join(missing[:self.PROBLEMS_SHOWN])
             self._problems.append(f"the export lacks {len(missing)} of {len(needed)} blobs: {shown}")
             return False
-        platforms = [self._is_whole(Digest.parse(d["digest"])) for d in descriptors(document, "manifests")]
+        platforms = [self._is_whole(child) for child, _ in descriptors(document, "manifests")]
         if platforms and not any(platforms):
             return False
         self._needed.update((digest, *needed))
@@ -6178,8 +6155,8 @@ class Mirror:
         """
         for image in self._images_of(reference, client):
             index = self._content.manifest(image.id)
-            child = index.child(digest) if index else None
-            if child and index and digest in index.platforms() and not self._is_for_docker(child):
+            child = index.platforms().get(digest) if index else None
+            if child and not self._is_for_docker(child):
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image.id} in its repository "
                                     f"{reference.docker_repository()}, but not the platform "
                                     f"{platform_of(child.get('platform')) or digest} of it: "
@@ -6211,7 +6188,7 @@ class Mirror:
         missing = {digest: size for digest, size in manifest.sizes("config", "layers").items()
                    if not (self.pulls.is_bringing(digest) or self._fetches.is_fetching(reference, digest, client)
                            or self._content.has(digest, size))}
-        for digest in dict.fromkeys(manifest.platforms()):
+        for digest in manifest.platforms():
             if self.pulls.is_bringing(digest):
                 return {}
             child = self._content.manifest(digest)
@@ -6304,7 +6281,7 @@ class Mirror:
         """True if an image is a manifest, or lists it, or has some of these blobs, as far as its manifests are here."""
         found = self._content.manifest(image_id)
         children = map(self._content.manifest, found.platforms()) if found else ()
-        return image_id == target or (found is not None and found.child(target) is not None) or any(
+        return image_id == target or (found is not None and target in found.listed("manifests")) or any(
             not blobs.keys().isdisjoint(one.sizes("config", "layers")) for one in (found, *children) if one)
 
     # ---- who has these bytes?
@@ -6472,8 +6449,8 @@ class Adoption:
     def _plan(self, plan: AdoptionPlan, manifest: Manifest, depth: int = 0) -> None:
         """Add what a manifest lacks, and what those that it lists lack, to a plan."""
         required = manifest.sizes("config", "layers", "blobs")
-        lacking = {digest: size for digest, size in {**manifest.undistributed(), **required}.items()
-                   if not plan.has(digest, size)}
+        optional = manifest.sizes("layers", "blobs", foreign=True)
+        lacking = {digest: size for digest, size in {**optional, **required}.items() if not plan.has(digest, size)}
         found = self._mirror.contents(plan.client, plan.reference, lacking) if lacking else {}
         missing = [digest for digest in lacking if digest in required and digest not in found]
         if missing:

@@ -286,7 +286,7 @@ def manifest(data):
     for make in (lambda: module.Manifest.accept(data, None, "sha256"), lambda: module.Manifest(DIGEST, "a/b", data)):
         found = make()
         names = ("config", "layers", "blobs", "manifests")
-        found.sizes(*names), found.listed(*names), found.undistributed(), found.platforms(), found.child(DIGEST)
+        found.sizes(*names), found.listed(*names), found.sizes(*names, foreign=True), found.platforms()
         json.dumps(found.referrer())
 
 

@@ -120,10 +120,12 @@ class TestReferences(unittest.TestCase):
                 self.assertIsNone(module.manifest_type(data))
 
     def test_descriptors(self):
-        good = {"digest": "sha256:1"}
-        document = {"config": good, "layers": [good, {"size": 1}, 7, None], "manifests": "x", "subject": {"digest": 1}}
-        self.assertEqual([good], list(module.descriptors(document, "config")))
-        self.assertEqual([good, good], list(module.descriptors(document, "config", "layers")))
+        good = {"digest": f"sha256:{HEX}"}
+        pair = (Digest("sha256", HEX), good)
+        document = {"config": good, "layers": [good, {"size": 1}, 7, None, {"digest": "sha256:1"}], "manifests": "x",
+                    "subject": {"digest": 1}}
+        self.assertEqual([pair], list(module.descriptors(document, "config")))
+        self.assertEqual([pair, pair], list(module.descriptors(document, "config", "layers")))
         self.assertEqual([], list(module.descriptors(document, "manifests", "subject", "nothing")))
 
 
