@@ -354,9 +354,8 @@ REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(
 TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 NAME_LENGTH = 255
 
-# OCI Image Spec v1.1, "Digests": algorithm ":" encoded, and the registered algorithms.
-DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
-HEX_LENGTH = {"sha256": 64, "sha512": 128}
+# OCI Image Spec v1.1, "Digests": the registered algorithms.
+DIGEST = re.compile(r"(sha256):([0-9a-f]{64})|(sha512):([0-9a-f]{128})")
 MEDIA_TYPE = re.compile(r"[\w.+-]{1,127}/[\w.+-]{1,127}", re.ASCII)
 
 # Layers that a registry need not hold (OCI Image Spec v1.1, "Non-Distributable Layers"; Docker's foreign ones).
@@ -376,13 +375,10 @@ class Digest:
     @classmethod
     def parse(cls, text: str) -> Digest:
         """Parse "sha256:..." or "sha512:...". Raises ValueError."""
-        algorithm, _, encoded = text.partition(":")
-        length = HEX_LENGTH.get(algorithm)
-        if length is None and DIGEST.fullmatch(text):
-            raise ValueError(f"digest algorithm {algorithm!r} is not supported")
-        if length is None or not re.fullmatch(f"[0-9a-f]{{{length}}}", encoded):
-            raise ValueError(f"{text!r} is not a digest")
-        return cls(algorithm, encoded)
+        match = DIGEST.fullmatch(text)
+        if not match:
+            raise ValueError(f"{text!r} is not a digest (sha256 or sha512)")
+        return cls(*filter(None, match.groups()))
 
     @classmethod
     def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
@@ -470,25 +466,19 @@ class Reference:
     written: str | None = None  # the repository as the request has it, if it began with the namespace
 
     @classmethod
-    def parse(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
+    def parse(cls, repository: str, target: str, namespace: str | None = None,
+              bad_tag: str = "MANIFEST_UNKNOWN") -> Reference:
         """Validate the parts of a request for a manifest.
 
-        Raises NAME_INVALID for an invalid repository or namespace, DIGEST_INVALID for an invalid digest, and
-        MANIFEST_UNKNOWN for an invalid tag, because no manifest can have it.
+        Raises NAME_INVALID for an invalid repository or namespace, DIGEST_INVALID for an invalid digest, and bad_tag
+        for an invalid tag: no manifest can have it.
         """
         if ":" in target:
             return cls.parse_digest(repository, target, namespace)
         cls.check_repository(repository, namespace)
         if not TAG.fullmatch(target):
-            raise RegistryError("MANIFEST_UNKNOWN", f"{target!r} is not a tag")
+            raise RegistryError(bad_tag, f"{target!r} is not a tag")
         return cls(repository, target, namespace)
-
-    @classmethod
-    def parse_pushed(cls, repository: str, target: str, namespace: str | None = None) -> Reference:
-        """Validate the parts of a push of a manifest. Like parse(), but MANIFEST_INVALID for an invalid tag."""
-        if ":" not in target and not TAG.fullmatch(target):
-            raise RegistryError("MANIFEST_INVALID", f"{target!r} is not a tag")
-        return cls.parse(repository, target, namespace)
 
     @classmethod
     def parse_digest(cls, repository: str, digest: str, namespace: str | None = None) -> Reference:
@@ -540,18 +530,17 @@ class Reference:
         if self.written:
             yield from Reference(self.written, self.target).aliases(own_name, names)
             return
-        yield from (self.under(host) for host in self._hosts(self.namespace or own_name, own_name, names))
+        name = self.namespace or own_name
+        if name:
+            hosts = [name]
+            if names_us(name, own_name, names):
+                port = re.search(r":\d+$", name)
+                hosts += [f"{loopback}{port[0] if port else ''}" for loopback in LOOPBACK[:2]]
+            if name == own_name or name in names:
+                hosts += names
+            yield from map(self.under, dict.fromkeys(hosts))
         if self.namespace is None:
             yield self
-
-    @staticmethod
-    def _hosts(name: str | None, own_name: str | None, names: tuple[str, ...]) -> Iterator[str]:
-        if name is None:
-            return
-        port = re.search(r":\d+$", name)
-        same_port = [f"{loopback}{port[0] if port else ''}" for loopback in LOOPBACK[:2]]
-        yield from dict.fromkeys((name, *(same_port if names_us(name, own_name, names) else ()),
-                                  *(names if name == own_name or name in names else ())))
 
     def under(self, namespace: str | None) -> Reference:
         """Return the same repository and target in another namespace."""
@@ -7890,7 +7879,7 @@ class Endpoints:
     def put_manifest(self, request: Request) -> Response:
         """end-7, PUT /v2/<name>/manifests/<reference>: push a manifest. By digest, `tag` parameters add tags."""
         repository, target = request.captured
-        reference = Reference.parse_pushed(repository, target, request.namespace)
+        reference = Reference.parse(repository, target, request.namespace, "MANIFEST_INVALID")
         tags = request.query.get("tag", []) if isinstance(reference.target, Digest) else [target]
         if len(tags) > TAG_LIMIT:
             raise RegistryError("TOO_MANY_TAGS", f"{len(tags)} tags in one request; the limit is {TAG_LIMIT}")
