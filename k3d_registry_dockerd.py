@@ -5126,19 +5126,32 @@ class Origin:
 
 # =====================================================================================================================
 # 17. Images: the image stores of Docker
-# Uses: waiting, engine, transfers, store, content service, layers, export.
+# Uses: configuration, waiting, engine, transfers, store, content service, layers, export.
 # =====================================================================================================================
 
 
-def content_folder(root: Path) -> Path | None:
-    """containerd's content folder, or None where it can't be read from here.
+# Where containerd keeps its content if that is not in Docker's data folder: the system's own, and Docker Desktop's.
+SYSTEM_CONTAINERD = Path("/var/lib/containerd")
+DESKTOP_CONTAINERD = Path("/var/lib/desktop-containerd/daemon")
 
-    It is under Docker's data folder, unless Docker uses the system's containerd, or is Docker Desktop.
-    """
-    folders = (root / "containerd/daemon", root, root / "daemon", Path("/var/lib/containerd"),
-               Path("/var/lib/desktop-containerd/daemon"))
+
+def content_folder(root: Path) -> Path | None:
+    """containerd's content folder, or None where it cannot be read from here. root is Docker's data folder."""
+    folders = (root / "containerd/daemon", root, root / "daemon", SYSTEM_CONTAINERD, DESKTOP_CONTAINERD)
     found = (folder / "io.containerd.content.v1.content/blobs" for folder in folders)
     return next((folder for folder in found if os.access(folder / "sha256", os.R_OK | os.X_OK)), None)
+
+
+def content_root(info: EngineInfo) -> Path:
+    """The folder to mount so that the files of an engine's image store can be read: see content_folder."""
+    if info.store == "containerd":
+        containerd = info.details.get("Containerd")
+        address = containerd.get("Address") if isinstance(containerd, dict) else None
+        if info.details.get("OperatingSystem") == "Docker Desktop":
+            return DESKTOP_CONTAINERD
+        if address in ("/run/containerd/containerd.sock", "/var/run/containerd/containerd.sock"):
+            return SYSTEM_CONTAINERD
+    return info.root
 
 
 class Content:
@@ -5245,6 +5258,20 @@ class ImageStore:
     def is_like(self, other: ImageStore) -> bool:
         """True if another one describes the same store, read in the same ways."""
         return (self.info, self.sources, self.problem) == (other.info, other.sources, other.problem)
+
+    def advice(self) -> str | None:
+        """How to make pulls faster by having the files of Docker's image store read, or None if they are."""
+        if self.info.is_podman or any(isinstance(provider, ContentFolder | LayerDirectory)
+                                      for provider in self.providers):
+            return None
+        folder = content_root(self.info)
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            return f"pulls are faster as a user that can read {folder}, like root"
+        mount = f"with -v {folder}:{folder}:ro"
+        if self.info.store == "containerd" and "Containerd" not in self.info.details:  # before API 1.46
+            mount += f" (if Docker uses the system's containerd: -v {SYSTEM_CONTAINERD}:{SYSTEM_CONTAINERD}:ro)"
+        where = "" if in_container() else f"where {folder} is readable; in a container "
+        return f"pulls are faster {where}{mount}"
 
     def target(self, image: EngineImage, deadline: Deadline) -> Digest:
         """The digest of an image's manifest, made or exported if need be."""
@@ -6933,13 +6960,10 @@ class Status:
             self._engine = {**self._engine, "reachable": False, "problem": e.detail}
             return
         info = images.info
-        reads_files = any(name not in ("export", "content service") for name in images.sources)
         self._engine = {
             "reachable": True, "problem": images.problem, "name": "Podman" if info.is_podman else "Docker",
             "version": info.version, "api": ".".join(map(str, info.api)), "image_store": info.store,
-            "content_from": ["store", *images.sources],
-            "advice": None if reads_files or info.is_podman else (
-                f"Pulls are faster if Docker's data folder is mounted: -v {info.root}:{info.root}:ro")}
+            "content_from": ["store", *images.sources], "advice": images.advice()}
 
     def _store(self) -> dict[str, Any]:
         store = self._registry.store
@@ -8555,7 +8579,7 @@ class Server(ThreadingHTTPServer):
 
 # =====================================================================================================================
 # 28. Doctor: the usual causes, one by one
-# Uses: configuration, engine, transfers, layers, images, pulls, server.
+# Uses: engine, images, pulls, server.
 # =====================================================================================================================
 
 GOOD, HINT, BAD = "ok", "--", "!!"
@@ -8664,35 +8688,8 @@ def check_content(setup: Setup) -> Finding:
         return Finding(GOOD, f"Podman's, content from {', '.join(stores.sources)}")
     if stores.problem:
         return Finding(BAD, f"{text}; {stores.problem}")
-    if any(isinstance(provider, ContentFolder | LayerDirectory) for provider in stores.providers):
-        return Finding(GOOD, text)
-    return Finding(HINT, text, f"pulls are faster {folder_advice(info)}")
-
-
-def folder_advice(info: EngineInfo) -> str:
-    """Say how the files of Docker's image store can be read: "with …", or "as …"."""
-    folder = content_root(info)
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-        return f"as a user that can read {folder}, like root"
-    mount = f"with -v {folder}:{folder}:ro"
-    if info.store == "containerd" and "Containerd" not in info.details:  # before API 1.46
-        mount += f" (if Docker uses the system's containerd: -v {SYSTEM_CONTAINERD}:{SYSTEM_CONTAINERD}:ro)"
-    return mount if in_container() else f"where {folder} is readable; in a container {mount}"
-
-
-SYSTEM_CONTAINERD = Path("/var/lib/containerd")
-
-
-def content_root(info: EngineInfo) -> Path:
-    """Return the folder to mount so that an engine's content can be read: see content_folder."""
-    containerd = info.details.get("Containerd")
-    address = containerd.get("Address") if isinstance(containerd, dict) else None
-    if info.store == "containerd" and info.details.get("OperatingSystem") == "Docker Desktop":
-        return Path("/var/lib/desktop-containerd/daemon")
-    if info.store == "containerd" and address in ("/run/containerd/containerd.sock",
-                                                  "/var/run/containerd/containerd.sock"):
-        return SYSTEM_CONTAINERD
-    return info.root
+    advice = stores.advice()
+    return Finding(HINT, text, advice) if advice else Finding(GOOD, text)
 
 
 CLOCK_TOLERANCE = 30  # seconds
