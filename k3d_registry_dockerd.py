@@ -12,7 +12,7 @@ The program is two registries behind one address:
                        |      |
                        +-- Mirror    what Docker has, or gets now. Knows nothing of pushes.
                               |
-                              +-- ContainerdImages    content directory | content service | pulls under way
+                              +-- ImageStore          content directory | content service | pulls under way
                               +-- ClassicImages       layer directory | export | an image's own registry
 
 Everything that a pull needs is two questions, which Mirror answers:
@@ -5237,7 +5237,8 @@ def engine_failures_logged() -> Iterator[None]:
 class ImageStore:
     """One of Docker's image stores: the questions that they answer differently.
 
-    As it stands, this one is the containerd store, where an image's ID is the digest of its manifest or index.
+    As it stands, this one is the containerd store whose content can be read as it is. An image's ID is the digest of
+    its manifest or index.
 
     providers are where content is read from, after our own store; sources names for people where it comes from, and
     problem what could be better, or None. flows says that content can be read while a pull brings it, can_restore that
@@ -5245,7 +5246,7 @@ class ImageStore:
     here.
     """
 
-    flows = False
+    flows = True
     can_restore = False
     made_type: str | None = None
 
@@ -5291,28 +5292,15 @@ class ImageStore:
         """Bring blobs here again that belong to one of these images, if this store can."""
 
     def origins(self, digest: Digest) -> list[str]:
-        """The names of the repositories that Docker got some content from, as far as this store remembers."""
-        return []
-
-
-class ContainerdImages(ImageStore):
-    """Docker's containerd image store, whose content can be read as it is."""
-
-    flows = True
-
-    def __init__(self, info: EngineInfo, content: Content, files: Provider | None, service: ContentService | None,
-                 problem: str | None):
-        super().__init__(info, content, (files, service), problem)
-        self._service = service
-
-    def origins(self, digest: Digest) -> list[str]:
-        """See ImageStore. containerd notes them with the content."""
-        return self._service.origins(digest) if self._service else []
+        """The names of the repositories that Docker got some content from: containerd notes them with the content."""
+        return [name for provider in self.providers if isinstance(provider, ContentService)
+                for name in provider.origins(digest)]
 
 
 class ExportedImages(ImageStore):
     """Docker's containerd image store when its content cannot be read: each image is exported once."""
 
+    flows = False
     can_restore = True
 
     def __init__(self, info: EngineInfo, content: Content, exports: Exports, problem: str | None):
@@ -5338,6 +5326,7 @@ class ClassicImages(ImageStore):
     otherwise from an export.
     """
 
+    flows = False
     can_restore = True
     made_type = OCI_MANIFEST
 
@@ -5381,7 +5370,7 @@ class ImageStores:
         self._engine, self._store, self._exports, self._root = engine, store, exports, root
         self._service = ContentService(engine, store.root)
         self.content = Content(store, lambda: self.current().providers)
-        self._lock = threading.Lock()  # held while _chosen is compared and replaced
+        self._lock = threading.Lock()  # held while _chosen is compared, and replaced or confirmed
         self._chosen: ImageStore | None = None
 
     @property
@@ -5396,14 +5385,14 @@ class ImageStores:
             return known
         chosen = self._choose(info)
         with self._lock:
-            other = self._chosen
-            if other and other is not known and chosen.is_like(other):
-                return other  # of a request at the same time, which may have made manifests with it already
+            known = self._chosen  # perhaps of a request at the same time
+            if known and chosen.is_like(known):
+                known.info = info
+                return known  # it may have made manifests already
             self._chosen = chosen
-        if not known or not chosen.is_like(known):
-            log.info("%s; content from: %s", info, ", ".join(("store", *chosen.sources)))
-            if chosen.problem:
-                log.warning("%s", chosen.problem)
+        log.info("%s; content from: %s", info, ", ".join(("store", *chosen.sources)))
+        if chosen.problem:
+            log.warning("%s", chosen.problem)
         return chosen
 
     def _choose(self, info: EngineInfo) -> ImageStore:
@@ -5416,12 +5405,11 @@ class ImageStores:
         files = ContentFolder(folder) if folder else None
         problem = self._folder_problem(files, root, info)
         unserved = self._service.problem()
-        if unserved is None:
-            return ContainerdImages(info, self.content, None if problem else files, self._service, problem)
-        if files and not problem:
-            return ContainerdImages(info, self.content, files, None, None)
-        return ExportedImages(info, self.content, self._exports, (
-            f"images are exported one by one: Docker's content cannot be read: {unserved}"))
+        if unserved and (problem or not files):
+            return ExportedImages(info, self.content, self._exports, (
+                f"images are exported one by one: Docker's content cannot be read: {unserved}"))
+        return ImageStore(info, self.content, (
+            None if problem else files, None if unserved else self._service), problem)
 
     def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
         """Why files that may be this engine's are not used, or None if they are (or if there are none by default).
