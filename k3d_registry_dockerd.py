@@ -148,6 +148,7 @@ __version__ = "0.9"
 __all__ = ["Digest", "Engine", "EngineHost", "Front", "Hosted", "Mirror", "Reference", "RegistryError", "Server",
            "Store", "main"]
 
+K = TypeVar("K")
 T = TypeVar("T")
 W = TypeVar("W")
 
@@ -256,6 +257,15 @@ def printable(text: str, limit: int = 1000) -> str:
     """Escape control characters in text from outside, and shorten it to limit characters. Good text stays as it is."""
     text = text if len(text) <= limit else f"{text[:limit]}…"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class Memory(dict[K, T]):
+    """What is remembered for a while. When it is too much, all of it is forgotten. Each operation needs no lock."""
+
+    def __setitem__(self, key: K, value: T) -> None:
+        if len(self) >= MEMORY_LIMIT:
+            self.clear()
+        super().__setitem__(key, value)
 
 
 def call_engine(name: str, text: str) -> str:
@@ -5159,9 +5169,8 @@ class Content:
 
     def __init__(self, store: Store, providers: Callable[[], Iterable[Provider]]):
         self._store, self._providers = store.docker, providers
-        self._lock = threading.Lock()  # guards what follows
-        self._seen: dict[Digest, tuple[float, int]] = {}  # content that was here: until when that holds, and its size
-        self._manifests: dict[Digest, Manifest] = {}
+        self._seen: Memory[tuple[Digest, int], float] = Memory()  # content that was here in a size: until when it holds
+        self._manifests: Memory[Digest, Manifest] = Memory()
 
     def find(self, digest: Digest, size: int | None = None) -> Blob | None:
         """The content, from the first provider that has it in this size, in bytes: a crash may have cut a file short.
@@ -5184,43 +5193,29 @@ class Content:
         an inspect.
         """
         now = time.monotonic()
-        with self._lock:
-            until, known = self._seen.get(digest, (0.0, 0))
-        if now < until and known == size:
+        if now < self._seen.get((digest, size), 0):
             return True
-        if self.find(digest, size) is None:
-            return False
-        self._remember(self._seen, digest, (now + PRESENCE_FRESH, size))
-        return True
-
-    def _remember(self, memory: dict[Digest, T], digest: Digest, value: T) -> None:
-        with self._lock:
-            if len(memory) >= MEMORY_LIMIT:
-                memory.clear()
-            memory[digest] = value
+        found = self.find(digest, size) is not None
+        if found:
+            self._seen[digest, size] = now + PRESENCE_FRESH
+        return found
 
     def manifest(self, digest: Digest) -> Manifest | None:
         """The manifest or index with a digest; None if there is none, or if the content is something else."""
-        with self._lock:
-            known = self._manifests.get(digest)
+        known = self._manifests.get(digest)
         if known and self.has(digest, len(known.data)):
             return known
-        manifest = self._read_manifest(digest)
-        if manifest and len(manifest.data) <= MANIFEST_REMEMBERED:
-            self._remember(self._manifests, digest, manifest)
-        return manifest
-
-    def _read_manifest(self, digest: Digest) -> Manifest | None:
         blob = self.find(digest)
-        if blob is None or blob.size > MANIFEST_LIMIT:
-            return None
-        data = read_blob(blob, MANIFEST_LIMIT)
+        data = read_blob(blob, MANIFEST_LIMIT) if blob and blob.size <= MANIFEST_LIMIT else b""
         media_type = manifest_type(data)
         if media_type is None:
             return None
         if Digest.of(data, digest.algorithm) != digest:
             raise RegistryError("ENGINE_FAILED", f"the bytes of the manifest {digest} do not match its digest")
-        return Manifest(digest, media_type, data)
+        manifest = Manifest(digest, media_type, data)
+        if len(data) <= MANIFEST_REMEMBERED:
+            self._manifests[digest] = manifest
+        return manifest
 
 
 @contextlib.contextmanager
@@ -5953,7 +5948,7 @@ class Mirror:
         self.pulls = Pulls(engine, self.images, self._policy, self.activity)
         self._fetches = Fetches(engine, store, self._policy, self.activity)
         self._jobs = Jobs(PULLS_LIMIT)  # recoveries
-        self._warned: set[Digest] = set()  # images for another platform that the log has named; needs no lock
+        self._warned: Memory[Digest, bool] = Memory()  # images for another platform that the log has named
 
     def introduce(self) -> None:
         """Log which Docker this is, and where content comes from."""
@@ -6038,9 +6033,7 @@ class Mirror:
         """Warn once of an image for another platform than Docker's own: its containers may not run on the nodes."""
         ours = self.engine.info().platform
         if image.platform and ours and not same_platform(image.platform, ours) and image.id not in self._warned:
-            if len(self._warned) >= MEMORY_LIMIT:
-                self._warned.clear()
-            self._warned.add(image.id)
+            self._warned[image.id] = True
             log.warning("the image %s is for %s, and this Docker is %s: on a node like that its containers end with "
                         "\"exec format error\"; get the other with docker pull --platform %s", image.id,
                         image.platform, ours, ours)
@@ -6531,7 +6524,7 @@ class Front:
         self.warming = Warming(mirror.pulls, warm)
         self._adoption = Adoption(store, hosted, mirror)
         self._jobs = Jobs(PULLS_LIMIT)
-        self._hidden: set[tuple[Digest, Digest]] = set()  # pairs that the log has named; one operation each: no lock
+        self._hidden: Memory[tuple[Digest, Digest], bool] = Memory()  # pairs that the log has named
 
     def close(self) -> None:
         """Remove what is half-written."""
@@ -6596,9 +6589,7 @@ class Front:
             return
         if same or image is None or (image.id, manifest.digest) in self._hidden:
             return
-        if len(self._hidden) >= MEMORY_LIMIT:
-            self._hidden.clear()
-        self._hidden.add((image.id, manifest.digest))
+        self._hidden[image.id, manifest.digest] = True
         log.warning("%s is served as it was pushed, %s, and not as Docker's image of that name, %s: push it again, or "
                     "delete the tag here", reference, manifest.digest, image.id)
 
@@ -6903,7 +6894,7 @@ class Status:
         self._jobs = Jobs()
         self._images: list[ShownImage] = []             # replaced whole, as the next two
         self._engine: dict[str, Any] = {"reachable": False, "problem": "not asked yet"}
-        self._details: dict[Digest, tuple[int, tuple[str, ...]]] = {}  # size and platforms; used by one job at a time
+        self._details: Memory[Digest, tuple[int, tuple[str, ...]]] = Memory()  # size and platforms
 
     def _refresh(self, *reads: Callable[[], None]) -> None:
         """Let something be read again, by one job for all who ask, and wait a moment for that."""
@@ -7016,11 +7007,10 @@ class Status:
 
     def _remembered(self, digest: Digest, describe: Callable[[], tuple[int, tuple[str, ...]]]
                     ) -> tuple[int, tuple[str, ...]]:
-        if digest not in self._details:
-            if len(self._details) >= MEMORY_LIMIT:
-                self._details.clear()
-            self._details[digest] = describe()
-        return self._details[digest]
+        details = self._details.get(digest)
+        if details is None:
+            details = self._details[digest] = describe()
+        return details
 
     def _inspect(self, image_id: Digest) -> tuple[int, tuple[str, ...]]:
         image = self._registry.mirror.engine.image(str(image_id))
