@@ -7115,7 +7115,7 @@ progress { width: 100%; height: .6rem; accent-color: var(--bar); display: block;
   font-size: .85rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { overflow-wrap: anywhere; } code, pre { font: .85rem/1.45 ui-monospace, monospace; }
+td { overflow-wrap: anywhere; } code, pre, .code { font: .85rem/1.45 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto; }
 summary { cursor: pointer; } .number { text-align: right; white-space: nowrap; }
 @media (max-width: 40rem) { .less { display: none; } .layers { grid-template-columns: 7rem 1fr; }
@@ -7143,6 +7143,7 @@ const refresh = async () => {
 setTimeout(refresh, 1000);
 """
 
+WELCOME = "No node has asked yet. Is your cluster pointed here?"
 MIRRORS_YAML = """\
 mirrors:
   "*":
@@ -7158,117 +7159,46 @@ def page_policy() -> str:
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-class Page:
-    """The facts of Status as HTML. All text from outside is escaped."""
+# ---- both forms
 
-    def __init__(self, facts: Mapping[str, Any], host: str):
-        """host is by what name the browser knows this registry."""
-        self._facts, self._host = facts, host
+Facts = Mapping[str, Any]
+Row = tuple[tuple[str, str], ...]  # of a table: the text of each cell, and its classes in STYLE
 
-    def render(self) -> str:
-        """The whole page."""
-        facts = self._facts
-        sections = "".join(f'<section id="{name}" aria-label="{title}">{body}</section>' for name, title, body in (
-            ("engine", "Engine and store", self._head()), ("welcome", "Configuration", self._welcome()),
-            ("under-way", "Under way", self._under_way()), ("errors", "Errors", self._errors()),
-            ("images", "Images", self._images()), ("requests", "Requests", self._requests())))
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>k3d-registry-dockerd</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            '<noscript><meta http-equiv="refresh" content="5"></noscript>'
-            f"<style>{STYLE}</style></head><body><main><h1>k3d-registry-dockerd "
-            f'<span class="soft">{html.escape(facts["version"])}</span></h1>'
-            "<p>An OCI registry that serves the images of the local Docker daemon, and what is pushed to it.</p>"
-            '<p id="lost" class="bad" role="status" hidden>This registry does not answer any more.</p>'
-            f"{sections}</main><script>{SCRIPT}</script></body></html>")
 
-    def _head(self) -> str:
-        engine, store = self._facts["engine"], self._facts["store"]
-        if engine["reachable"]:
-            state = (f'<span class="good">{html.escape(engine["name"])} {html.escape(engine["version"])}</span>, '
-                     f'{html.escape(engine["image_store"])} image store; content from: '
-                     f'{html.escape(", ".join(engine["content_from"]))}')
-        else:
-            state = '<span class="bad">Docker cannot be reached</span>'
-        advice = "".join(f'<p class="{kind}">{html.escape(engine[name])}</p>' for kind, name in (
-            ("bad", "problem"), ("soft", "advice")) if engine.get(name))
-        return (f"<p>{state}</p>{advice}<p class=soft>Store: {html.escape(describe_store(store))}. Up for "
-                f"{human_duration(self._facts['uptime_seconds'])}. The same as <a href=/status>JSON</a>.</p>")
+def head_lines(facts: Facts) -> Row:
+    """The engine and the store, and what could be better."""
+    engine, store = facts["engine"], facts["store"]
+    about = (f"{engine['name']} {engine['version']}, {engine['image_store']} image store; content from: "
+             f"{', '.join(engine['content_from'])}" if engine["reachable"] else "Docker cannot be reached")
+    limit = f" of {human_bytes(store['limit_bytes'])}" if store["limit_bytes"] else ""
+    free = f", {human_bytes(store['free_bytes'])} of the disk are free" if store["free_bytes"] is not None else ""
+    return ((about, "good" if engine["reachable"] else "bad"), (engine.get("problem") or "", "bad"),
+            (engine.get("advice") or "", "soft"),
+            (f"store: {store['path']}, {human_bytes(store['used_bytes'])}{limit} used{free}; "
+             f"up for {human_duration(facts['uptime_seconds'])}", "soft"))
 
-    def _welcome(self) -> str:
-        if self._facts["nodes"]:
-            return ""
-        return ("<h2>No node has asked yet. Is your cluster pointed here?</h2><p>In the <code>registries.yaml</code> "
-                "of k3d or k3s (the name by which the <em>nodes</em> reach this registry may be another one):</p>"
-                f"<pre tabindex=0>{html.escape(MIRRORS_YAML.format(address=self._host))}</pre>")
 
-    def _under_way(self) -> str:
-        tasks = "".join(map(self._task, self._facts["under_way"]))
-        ended = "".join(
-            f'<tr><td class=name>{task["kind"]} {html.escape(task["what"])}<td>'
-            + (f'<span class=bad>failed: {html.escape(task["error"])}</span>' if task["error"] else "done")
-            + f'<td class="number less">{human_bytes(task["bytes"])}<td class=number>{human_seconds(task["seconds"])}'
-            f'<td class="less soft">{task["ended"]}</tr>' for task in self._facts["ended"])
-        ended = ended and (f"<details data-key=ended><summary>The last that have ended ({len(self._facts['ended'])})"
-                           f"</summary><div class=wide><table>{ended}</table></div></details>")
-        return f"<h2>Under way</h2>{tasks or '<p class=soft>Nothing is being pulled, fetched or exported.</p>'}{ended}"
+def image_row(image: Facts) -> Row:
+    """An image that can be pulled."""
+    served = image["last_served"]
+    return ((f"{image['repository']}:{image['tag']}", "name"), (image["source"], ""),
+            (human_bytes(image["size_bytes"]), "number"), (", ".join(image["platforms"]), "less"),
+            (image["digest"][:19], "less code"), (f"{served['to']}, {served['time']}" if served else "never", "soft"))
 
-    def _task(self, task: Mapping[str, Any]) -> str:
-        name = f'{task["kind"]} {html.escape(task["what"])}'
-        waiting = f'<p class=soft>Waiting: {html.escape(", ".join(task["waiting"]))}</p>' if task["waiting"] else ""
-        parts = task["parts"] if len(task["parts"]) > 1 else ()
-        layers = "".join(f'<code>{html.escape(part["name"][:12])}</code>{self._bar(part, part["name"])}'
-                         f'<span class=number>{describe_bytes(part)}</span>' for part in parts)
-        return (f'<div class=card><p class=name>{name}</p>{self._bar(task, task["what"])}'
-                f"<p class=soft>{html.escape(describe_progress(task))}</p>{waiting}"
-                f"<div class=layers>{layers}</div></div>")
 
-    @staticmethod
-    def _bar(part: Mapping[str, Any], label: str) -> str:
-        value = f'max={part["total_bytes"]} value={part["done_bytes"]}' if part["total_bytes"] else ""
-        return f'<progress {value} aria-label="{html.escape(label)}"></progress>'
+def visit_row(visit: Facts) -> Row:
+    """A request."""
+    return ((visit["method"], ""), (visit["target"][:80], "code"),
+            (str(visit["status"]), "bad" if visit["status"] >= 400 else "good"),
+            (human_bytes(visit["bytes"]), "number less"), (human_seconds(visit["seconds"]), "number"),
+            (visit["client"], ""), (visit["time"], "less soft"))
 
-    def _errors(self) -> str:
-        rows = "".join(
-            f'<tr><td class=bad>{error["status"]}<td>{html.escape(error["message"])}'
-            + (f' <span class=soft>({error["count"]} times)</span>' if error["count"] > 1 else "")
-            + f'<td class=less>{html.escape(error["client"])}<td class="less soft">{error["time"]}</tr>'
-            for error in self._facts["errors"])
-        head = "<tr><th>Status<th>What went wrong, and what to do<th class=less>For<th class=less>Last at</tr>"
-        return rows and f"<h2>Errors</h2><div class=wide><table>{head}{rows}</table></div>"
 
-    def _images(self) -> str:
-        images = self._facts["images"]
-        head = ("<tr><th>Image<th>From<th class=number>Size<th class=less>Platforms<th class=less>Digest"
-                "<th>Last served to</tr>")
-        table = f"<div class=wide><table>{head}{''.join(map(self._image, images))}</table></div>"
-        return f"<h2>Images ({len(images)})</h2>{table if images else '<p class=soft>There are none.</p>'}"
-
-    @staticmethod
-    def _image(image: Mapping[str, Any]) -> str:
-        served, name = image["last_served"], f"{image['repository']}:{image['tag']}"
-        last = (f'{html.escape(served["to"])} <span class="soft less">{served["time"]}</span>' if served
-                else "<span class=soft>never</span>")
-        return (f'<tr><td class=name>{html.escape(name)}<td>{image["source"]}'
-                f'<td class=number>{human_bytes(image["size_bytes"])}'
-                f'<td class=less>{html.escape(", ".join(image["platforms"]))}'
-                f'<td class=less><code>{image["digest"][:19]}</code><td>{last}</tr>')
-
-    def _requests(self) -> str:
-        groups = "".join(
-            f'<details data-key="{html.escape(group["repository"])}"><summary><span class=name>'
-            f'{html.escape(group["repository"])}</span> <span class=soft>{group["last"][0]["time"]}</span></summary>'
-            f"<div class=wide><table>{''.join(map(self._visit, group['last']))}</table></div></details>"
-            for group in self._facts["requests"])
-        return f"<h2>Last requests</h2>{groups or '<p class=soft>There were none.</p>'}"
-
-    @staticmethod
-    def _visit(visit: Mapping[str, Any]) -> str:
-        kind = "bad" if visit["status"] >= 400 else "good"
-        return (f'<tr><td>{html.escape(visit["method"])}<td><code>{html.escape(visit["target"][:80])}</code>'
-                f'<td class={kind}>{visit["status"]}<td class="number less">{human_bytes(visit["bytes"])}'
-                f'<td class=number>{human_seconds(visit["seconds"])}<td>{html.escape(visit["client"])}'
-                f'<td class="less soft">{visit["time"]}</tr>')
+def error_row(error: Facts) -> Row:
+    """What went wrong with requests."""
+    times = f" ({error['count']} times)" if error["count"] > 1 else ""
+    return ((str(error["status"]), "bad"), (error["message"] + times, ""), (error["client"], "less"),
+            (error["time"], "less soft"))
 
 
 def human_duration(seconds: float) -> str:
@@ -7279,13 +7209,13 @@ def human_duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def describe_bytes(part: Mapping[str, Any]) -> str:
+def describe_bytes(part: Facts) -> str:
     """The bytes of a task or a part of it: "4.5 MB of 10.0 MB"."""
     total = f" of {human_bytes(part['total_bytes'])}" if part["total_bytes"] else ""
     return human_bytes(part["done_bytes"]) + total
 
 
-def describe_progress(task: Mapping[str, Any]) -> str:
+def describe_progress(task: Facts) -> str:
     """The progress of a task, in a line."""
     left = task["seconds_left"]
     return ", ".join(filter(None, (
@@ -7293,42 +7223,101 @@ def describe_progress(task: Mapping[str, Any]) -> str:
         None if left is None else f"{human_duration(left)} left", task["status"])))
 
 
-def describe_store(store: Mapping[str, Any]) -> str:
-    """The store's folder and its use, in a line."""
-    limit = f" of {human_bytes(store['limit_bytes'])}" if store["limit_bytes"] else ""
-    free = f", {human_bytes(store['free_bytes'])} of the disk are free" if store["free_bytes"] is not None else ""
-    return f"{store['path']}, {human_bytes(store['used_bytes'])}{limit} used{free}"
+# ---- HTML
 
 
-def status_text(facts: Mapping[str, Any], host: str) -> str:
-    """The facts of Status as plain text, for terminals."""
-    engine = facts["engine"]
-    about = (f"{engine['name']} {engine['version']}, {engine['image_store']} image store; content from: "
-             f"{', '.join(engine['content_from'])}" if engine["reachable"] else "Docker cannot be reached")
-    lines = [f"k3d-registry-dockerd {facts['version']}, up for {human_duration(facts['uptime_seconds'])}", about,
-             *(engine[name] for name in ("problem", "advice") if engine.get(name)),
-             f"store: {describe_store(facts['store'])}", "its API is under /v2/ (OCI Distribution Specification)"]
+def page_html(facts: Facts, host: str) -> str:
+    """The facts of Status as a page for browsers, which know this registry by the name `host`."""
+    images = facts["images"]
+    ended = details_html("ended", f"The last that have ended ({len(facts['ended'])})", (
+        ((f"{task['kind']} {task['what']}", "name"),
+         (f"failed: {task['error']}", "bad") if task["error"] else ("done", ""),
+         (human_bytes(task["bytes"]), "number less"), (human_seconds(task["seconds"]), "number"),
+         (task["ended"], "less soft")) for task in facts["ended"]))
+    errors = table_html(map(error_row, facts["errors"]), "Status", "What went wrong, and what to do", "For", "Last at")
+    requests = "".join(
+        details_html(group["repository"], f"{group['repository']}, {group['last'][0]['time']}",
+                     map(visit_row, group["last"])) for group in facts["requests"])
+    sections = {
+        "engine": "".join(f'<p class="{kind}">{html.escape(line)}</p>' for line, kind in head_lines(facts) if line),
+        "welcome": "" if facts["nodes"] else (
+            f"<h2>{WELCOME}</h2><p>In the <code>registries.yaml</code> of k3d or k3s (the name by which the "
+            "<em>nodes</em> reach this registry may be another one):</p>"
+            f"<pre tabindex=0>{html.escape(MIRRORS_YAML.format(address=host))}</pre>"),
+        "under-way": "<h2>Under way</h2>" + ("".join(map(task_html, facts["under_way"])) or (
+            "<p class=soft>Nothing is being pulled, fetched or exported.</p>")) + ended,
+        "errors": errors and f"<h2>Errors</h2>{errors}",
+        "images": f"<h2>Images ({len(images)})</h2>" + (table_html(
+            map(image_row, images), "Image", "From", "Size", "Platforms", "Digest", "Last served to")
+            or "<p class=soft>There are none.</p>"),
+        "requests": f"<h2>Last requests</h2>{requests or '<p class=soft>There were none.</p>'}"}
+    body = "".join(f'<section id="{name}" aria-label="{name.replace("-", " ")}">{content}</section>'
+                   for name, content in sections.items())
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>k3d-registry-dockerd</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        '<noscript><meta http-equiv="refresh" content="5"></noscript>'
+        f"<style>{STYLE}</style></head><body><main><h1>k3d-registry-dockerd "
+        f'<span class="soft">{html.escape(facts["version"])}</span></h1>'
+        "<p>An OCI registry that serves the images of the local Docker daemon, and what is pushed to it. "
+        "The same as <a href=/status>JSON</a>.</p>"
+        '<p id="lost" class="bad" role="status" hidden>This registry does not answer any more.</p>'
+        f"{body}</main><script>{SCRIPT}</script></body></html>")
+
+
+def task_html(task: Facts) -> str:
+    """A task under way, with a bar for all of it and one for each of its parts."""
+    parts = task["parts"] if len(task["parts"]) > 1 else ()
+    layers = "".join(f"<code>{html.escape(part['name'][:12])}</code>{bar_html(part, part['name'])}"
+                     f"<span class=number>{describe_bytes(part)}</span>" for part in parts)
+    waiting = f"<p class=soft>Waiting: {html.escape(', '.join(task['waiting']))}</p>" if task["waiting"] else ""
+    return (f"<div class=card><p class=name>{task['kind']} {html.escape(task['what'])}</p>"
+            f"{bar_html(task, task['what'])}<p class=soft>{html.escape(describe_progress(task))}</p>{waiting}"
+            f"<div class=layers>{layers}</div></div>")
+
+
+def bar_html(part: Facts, label: str) -> str:
+    """The bar of a task or a part of it; without a value if its size is not known."""
+    value = f"max={part['total_bytes']} value={part['done_bytes']}" if part["total_bytes"] else ""
+    return f'<progress {value} aria-label="{html.escape(label)}"></progress>'
+
+
+def details_html(key: str, summary: str, rows: Iterable[Row]) -> str:
+    """A table that a person may open, or nothing if it has no rows."""
+    table = table_html(rows)
+    return table and (
+        f'<details data-key="{html.escape(key)}"><summary>{html.escape(summary)}</summary>{table}</details>')
+
+
+def table_html(rows: Iterable[Row], *headings: str) -> str:
+    """A table, or nothing if it has no rows."""
+    body, head = "", ""
+    for row in rows:
+        body += "<tr>" + "".join(f'<td class="{kind}">{html.escape(text)}' for text, kind in row)
+        head = "".join(f'<th class="{kind}">{heading}' for heading, (_, kind) in zip(headings, row, strict=False))
+    return body and f"<div class=wide><table><tr>{head}{body}</table></div>"
+
+
+# ---- plain text
+
+
+def page_text(facts: Facts, host: str) -> str:
+    """The same for terminals."""
+    lines = [f"k3d-registry-dockerd {facts['version']}; its API is under /v2/ (OCI Distribution Specification)",
+             *(line for line, _ in head_lines(facts) if line)]
     if not facts["nodes"]:
-        lines += ["", "No node has asked yet. Is your cluster pointed here? In registries.yaml:", "",
-                  *MIRRORS_YAML.format(address=host).splitlines()]
+        lines += ["", f"{WELCOME} In registries.yaml:", "", *MIRRORS_YAML.format(address=host).splitlines()]
     if facts["under_way"]:
-        lines += ["", "UNDER WAY", *(line for task in facts["under_way"] for line in task_lines(task))]
-    if facts["errors"]:
-        lines += ["", "ERRORS", *(f"{error['time']}  {error['status']}  {error['message']}"
-                                  for error in facts["errors"])]
-    if facts["images"]:
-        lines += ["", "IMAGES", *(
-            f"{image['repository']}:{image['tag']}  {image['source']}  {human_bytes(image['size_bytes'])}  "
-            f"{','.join(image['platforms'])}  {image['digest'][:19]}" for image in facts["images"])]
-    if facts["requests"]:
-        lines += ["", "LAST REQUESTS", *(
-            f"{visit['time']}  {visit['status']}  {visit['method']} {group['repository']} {visit['target'][:30]}  "
-            f"{human_bytes(visit['bytes'])}  {human_seconds(visit['seconds'])}  {visit['client']}"
-            for group in facts["requests"] for visit in group["last"][:1])]
+        lines += ["", "UNDER WAY", *itertools.chain.from_iterable(map(task_lines, facts["under_way"]))]
+    last = [((group["repository"], ""), *visit_row(group["last"][0])) for group in facts["requests"]]
+    for title, rows in (("ERRORS", [*map(error_row, facts["errors"])]), ("IMAGES", [*map(image_row, facts["images"])]),
+                        ("LAST REQUESTS", last)):
+        if rows:
+            lines += ["", title, *("  ".join(text for text, _ in row) for row in rows)]
     return "\n".join([*map(printable, lines), ""])
 
 
-def task_lines(task: Mapping[str, Any], width: int = 30) -> Iterator[str]:
+def task_lines(task: Facts, width: int = 30) -> Iterator[str]:
     """Yield the lines of a task under way, with a bar of so many characters if its size is known."""
     done, total = task["done_bytes"], task["total_bytes"]
     filled = min(width * done // total, width) if total else 0
@@ -7733,9 +7722,9 @@ class Endpoints:
         """GET /: the status for people, as HTML or as plain text."""
         facts, host = self._status.document(), request.client.own_name or "localhost:5000"
         if "text/html" not in request.client.accept:
-            return Response(200, {"Content-Type": TEXT_TYPE, **UNCACHED}, status_text(facts, host).encode())
+            return Response(200, {"Content-Type": TEXT_TYPE, **UNCACHED}, page_text(facts, host).encode())
         return Response(200, {"Content-Type": HTML_TYPE, "Content-Security-Policy": page_policy(), **UNCACHED},
-                        Page(facts, host).render().encode())
+                        page_html(facts, host).encode())
 
     def status(self, request: Request) -> Response:
         """GET /status: the same facts as JSON. See Status.document."""
