@@ -5834,23 +5834,18 @@ class Warming:
     """Has Docker pull what it lacks of a list of images, a few at a time, and tries again what failed."""
 
     def __init__(self, pulls: Pulls, wanted: Iterable[Reference] = ()):
-        self._pulls, self._lock = pulls, threading.Lock()  # the lock guards _missing
-        self._missing = dict.fromkeys(wanted, "it was not looked for yet")
+        self._pulls = pulls
+        self._missing = dict.fromkeys(wanted, "it was not looked for yet")  # each operation needs no lock
 
     def missing(self) -> dict[Reference, str]:
         """Return the images that Docker may lack, each with the reason, in the order of the list."""
-        with self._lock:
-            return dict(self._missing)
-
-    def is_done(self) -> bool:
-        """True if Docker had, or has got, each image of the list."""
-        return not self.missing()
+        return dict(self._missing)
 
     def run(self) -> None:
         """Work until the list is done. Failures are logged."""
-        count, tries = len(self.missing()), 0
-        while not self.is_done():
-            waiting = collections.deque(self.missing())
+        count = len(self._missing)
+        for pause in itertools.chain(WARMING_PAUSES, itertools.repeat(WARMING_PAUSES[-1])):
+            waiting = collections.deque(self._missing)
             threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True)
                        for _ in range(min(WARMING_PULLS, len(waiting)))]
             for thread in threads:
@@ -5858,12 +5853,11 @@ class Warming:
             for thread in threads:
                 thread.join()
             missing = self.missing()
-            if missing:
-                pause = WARMING_PAUSES[min(tries, len(WARMING_PAUSES) - 1)]
-                log.warning("warm: Docker lacks %d of %d images, which are tried again in %d s: %s", len(missing),
-                            count, pause, some_of(f"{reference} ({reason})" for reference, reason in missing.items()))
-                time.sleep(pause)
-            tries += 1
+            if not missing:
+                break
+            log.warning("warm: Docker lacks %d of %d images, which are tried again in %d s: %s", len(missing), count,
+                        pause, some_of(f"{reference} ({reason})" for reference, reason in missing.items()))
+            time.sleep(pause)
         if count:
             log.info("warm: Docker has all images of the list, %d", count)
 
@@ -5873,20 +5867,13 @@ class Warming:
                 self._get(waiting.popleft())
 
     def _get(self, reference: Reference) -> None:
-        self._note(reference, "it is being looked for, or pulled")
+        self._missing[reference] = "it is being looked for, or pulled"
         try:
             self._pulls.complete(reference)
-        except RegistryError as e:
-            self._note(reference, e.detail)
         except Exception as e:  # a boundary: it is tried again
-            self._note(reference, repr(e))
+            self._missing[reference] = e.detail if isinstance(e, RegistryError) else repr(e)
         else:
-            with self._lock:
-                del self._missing[reference]
-
-    def _note(self, reference: Reference, reason: str) -> None:
-        with self._lock:
-            self._missing[reference] = reason
+            del self._missing[reference]
 
 
 # =====================================================================================================================
@@ -6867,16 +6854,7 @@ class Verification:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class ShownImage:
-    """An image that can be pulled, as people see it. size is in bytes: compressed if it was pushed."""
-
-    repository: str
-    tag: str
-    digest: Digest
-    source: str                     # "pushed" or "docker"
-    size: int = 0
-    platforms: tuple[str, ...] = ()
+Details = tuple[int, tuple[str, ...]]  # of an image: its size in bytes, compressed if it was pushed, and its platforms
 
 
 class Status:
@@ -6892,9 +6870,9 @@ class Status:
         """address is where the registry listens."""
         self._registry, self._activity, self._address = registry, activity, address
         self._jobs = Jobs()
-        self._images: list[ShownImage] = []             # replaced whole, as the next two
+        self._images: list[dict[str, Any]] = []         # replaced whole, as the next one
         self._engine: dict[str, Any] = {"reachable": False, "problem": "not asked yet"}
-        self._details: Memory[Digest, tuple[int, tuple[str, ...]]] = Memory()  # size and platforms
+        self._details: Memory[tuple[str, Digest], Details] = Memory()  # by source and digest
 
     def _refresh(self, *reads: Callable[[], None]) -> None:
         """Let something be read again, by one job for all who ask, and wait a moment for that."""
@@ -6907,8 +6885,8 @@ class Status:
         """Raise UNAVAILABLE, or what Engine raises, unless Docker answers within a deadline and has the warm list."""
         ask(deadline, lambda _: self._registry.mirror.engine.info())
         missing = self._registry.warming.missing()
-        if not self._registry.warming.is_done():
-            raise RegistryError("UNAVAILABLE", f"Docker is still to pull {some_of(missing) or 'the images of -warm'}")
+        if missing:
+            raise RegistryError("UNAVAILABLE", f"Docker is still to pull {some_of(missing)}")
 
     def document(self) -> dict[str, Any]:
         """All facts, as /status gives them. Sizes are in bytes, times in seconds, or since the epoch as RFC 3339."""
@@ -6924,7 +6902,7 @@ class Status:
             "ended": [{"kind": task.kind, "what": task.subject, "ended": rfc3339(moment),
                        "seconds": round(task.seconds or 0, 3), "bytes": task.progress()[0], "error": task.error}
                       for moment, task in self._activity.ended_tasks()],
-            "images": [self._image(image) for image in self._images],
+            "images": [{**image, "last_served": self._last_served(image["digest"])} for image in self._images],
             "requests": [{"repository": name, "last": [self._visit(visit) for visit in visits]}
                          for name, visits in self._activity.past().items()],
             "errors": [{"message": visit.note, "count": count, "repository": visit.repository,
@@ -6963,11 +6941,9 @@ class Status:
                           for name, (done, total) in task.parts.items()],
                 "waiting": self._activity.waiting_for(task.repository) if task.repository else []}
 
-    def _image(self, image: ShownImage) -> dict[str, Any]:
-        visit = self._activity.served(str(image.digest))
-        return {"repository": image.repository, "tag": image.tag, "digest": str(image.digest),
-                "size_bytes": image.size, "platforms": list(image.platforms), "source": image.source,
-                "last_served": visit and {"time": rfc3339(visit.time), "to": visit.client}}
+    def _last_served(self, digest: str) -> dict[str, Any] | None:
+        visit = self._activity.served(digest)
+        return {"time": rfc3339(visit.time), "to": visit.client} if visit else None
 
     @staticmethod
     def _visit(visit: Visit) -> dict[str, Any]:
@@ -6981,42 +6957,38 @@ class Status:
         try:
             docker = list(itertools.islice(self._docker_images(), self.IMAGES))
         except RegistryError:  # the engine's part of the page says why
-            docker = [image for image in self._images if image.source == "docker"]
+            docker = [image for image in self._images if image["source"] == "docker"]
         self._images = [*pushed, *docker]
 
-    def _pushed_images(self) -> Iterator[ShownImage]:
-        hosted = self._registry.hosted
-        for name in hosted.names():
-            repository = hosted.repository(name)
+    def _pushed_images(self) -> Iterator[dict[str, Any]]:
+        for name in self._registry.hosted.names():
+            repository = self._registry.hosted.repository(name)
             for tag in repository.tags():
                 manifest = repository.manifest(tag)
                 if manifest:
-                    size, platforms = self._remembered(manifest.digest, functools.partial(
+                    yield self._image(name, tag, "pushed", manifest.digest, functools.partial(
                         self._describe, repository, manifest))
-                    yield ShownImage(name, tag, manifest.digest, "pushed", size, platforms)
 
-    def _docker_images(self) -> Iterator[ShownImage]:
-        engine = self._registry.mirror.engine
-        for listed in engine.listed():
+    def _docker_images(self) -> Iterator[dict[str, Any]]:
+        for listed in self._registry.mirror.engine.listed():
             for name in listed.tags:
                 repository, _, tag = name.rpartition(":")
-                if "@" in repository:  # an image without a tag
-                    continue
-                size, platforms = self._remembered(listed.id, functools.partial(self._inspect, listed.id))
-                yield ShownImage(printable(repository), printable(tag), listed.id, "docker", size, platforms)
+                if "@" not in repository:  # it has a tag
+                    yield self._image(printable(repository), printable(tag), "docker", listed.id, functools.partial(
+                        self._inspect, listed.id))
 
-    def _remembered(self, digest: Digest, describe: Callable[[], tuple[int, tuple[str, ...]]]
-                    ) -> tuple[int, tuple[str, ...]]:
-        details = self._details.get(digest)
-        if details is None:
-            details = self._details[digest] = describe()
-        return details
+    def _image(self, repository: str, tag: str, source: str, digest: Digest, describe: Callable[[], Details]
+               ) -> dict[str, Any]:
+        size, platforms = self._details.get((source, digest)) or describe()
+        self._details[source, digest] = size, platforms
+        return {"repository": repository, "tag": tag, "source": source, "digest": str(digest), "size_bytes": size,
+                "platforms": list(platforms)}
 
-    def _inspect(self, image_id: Digest) -> tuple[int, tuple[str, ...]]:
+    def _inspect(self, image_id: Digest) -> Details:
         image = self._registry.mirror.engine.image(str(image_id))
         return (image.size, (printable(image.platform),)) if image else (0, ())
 
-    def _describe(self, repository: Repository, manifest: Manifest) -> tuple[int, tuple[str, ...]]:
+    def _describe(self, repository: Repository, manifest: Manifest) -> Details:
         """The size and the platforms of a manifest that was pushed. An index has those of its images."""
         children = [repository.manifest(digest) for digest in manifest.platforms()]
         if not children:
@@ -7042,28 +7014,34 @@ class Status:
         """The numbers in Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats)."""
         self._refresh(self._read_engine)
         activity, engine, store = self._activity, self._engine, self._store()
-        labels = {"version": __version__, "engine": f"{engine.get('name', '')} {engine.get('version', '')}".strip(),
-                  "store": engine.get("image_store", "")}
-        with activity.lock:
-            lines = [
-                *metric("info", "gauge", "This program and its engine.", [(labels, 1)]),
-                *metric("engine_up", "gauge", "1 if the engine answers.", [({}, int(engine["reachable"]))]),
-                *metric("http_requests_total", "counter", "Requests that got an answer.", [
-                    ({"method": method, "code": code}, count) for (method, code), count in activity.requests.items()]),
-                *histogram("http_request_duration_seconds", "Time from a request to the end of its answer.",
-                           activity.request_seconds, activity.sums["request_microseconds"] / 1e6),
-                *metric("response_bytes_total", "counter", "Bytes of the bodies of answers.",
-                        [({}, activity.sums["response_bytes"])]),
-                *metric("pulls_total", "counter", "Pulls by the engine that have ended.", [
-                    ({"registry": registry, "result": result}, count)
-                    for (registry, result), count in activity.pulls.items()]),
-                *histogram("pull_duration_seconds", "Duration of pulls by the engine.", activity.pull_seconds,
-                           activity.sums["pull_microseconds"] / 1e6)]
+        name = f"{engine.get('name', '')} {engine.get('version', '')}".strip()
         pulls = sum(task.kind == "pull" for task in activity.tasks())
-        sizes = [({"kind": kind}, store[f"{kind}_bytes"]) for kind in ("used", "free", "limit")
-                 if store[f"{kind}_bytes"] is not None]
-        return "\n".join([*lines, *metric("pulls_in_progress", "gauge", "Pulls by the engine now.", [({}, pulls)]),
-                          *metric("store_bytes", "gauge", "The store on the disk.", sizes), ""])
+        with activity.lock:
+            metrics = (
+                ("info", "gauge", "This program and its engine.", {
+                    labelled(version=__version__, engine=name, store=engine.get("image_store", "")): 1}),
+                ("engine_up", "gauge", "1 if the engine answers.", {"": int(engine["reachable"])}),
+                ("http_requests_total", "counter", "Requests that got an answer.", {
+                    labelled(method=method, code=code): count for (method, code), count in activity.requests.items()}),
+                ("http_request_duration_seconds", "histogram", "Time from a request to the end of its answer.",
+                 histogram(activity.request_seconds, activity.sums["request_microseconds"] / 1e6)),
+                ("response_bytes_total", "counter", "Bytes of the bodies of answers.", {
+                    "": activity.sums["response_bytes"]}),
+                ("pulls_total", "counter", "Pulls by the engine that have ended.", {
+                    labelled(registry=registry, result=result): count
+                    for (registry, result), count in activity.pulls.items()}),
+                ("pull_duration_seconds", "histogram", "Duration of pulls by the engine.",
+                 histogram(activity.pull_seconds, activity.sums["pull_microseconds"] / 1e6)),
+                ("pulls_in_progress", "gauge", "Pulls by the engine now.", {"": pulls}),
+                ("store_bytes", "gauge", "The store on the disk.", {
+                    labelled(kind=kind): store[f"{kind}_bytes"] for kind in ("used", "free", "limit")
+                    if store[f"{kind}_bytes"] is not None}))
+        lines = []
+        for name, kind, purpose, samples in metrics:
+            full = f"k3d_registry_dockerd_{name}"
+            lines += [f"# HELP {full} {purpose}", f"# TYPE {full} {kind}",
+                      *(f"{full}{sample} {value}" for sample, value in samples.items())]
+        return "\n".join([*lines, ""])
 
 
 def rfc3339(moment: float) -> str:
@@ -7071,27 +7049,18 @@ def rfc3339(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
-def metric(name: str, kind: str, purpose: str, values: Iterable[tuple[Mapping[str, object], float]],
-           suffix: str = "", head: bool = True) -> Iterator[str]:
-    """Yield the lines of one metric: each value has labels."""
-    full = f"k3d_registry_dockerd_{name}"
-    if head:
-        yield f"# HELP {full} {purpose}"
-        yield f"# TYPE {full} {kind}"
-    for labels, value in values:
-        quoted = ",".join(f"{key}={json.dumps(str(label), ensure_ascii=False)}" for key, label in labels.items())
-        yield f"{full}{suffix}{{{quoted}}} {value}" if quoted else f"{full}{suffix} {value}"
+def labelled(**values: object) -> str:
+    """The labels of a sample in Prometheus' text format."""
+    return "{" + ",".join(f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in values.items()) + "}"
 
 
-def histogram(name: str, purpose: str, buckets: Mapping[float, int], total: float) -> Iterator[str]:
-    """Yield the lines of a histogram of seconds, whose buckets are those of Activity.DURATIONS."""
-    count, values = 0, []
-    for bound in (*Activity.DURATIONS, math.inf):
-        count += buckets.get(bound, 0)
-        values.append(({"le": "+Inf" if bound == math.inf else bound}, count))
-    yield from metric(name, "histogram", purpose, values, "_bucket")
-    yield from metric(name, "", "", [({}, total)], "_sum", head=False)
-    yield from metric(name, "", "", [({}, count)], "_count", head=False)
+def histogram(buckets: Mapping[float, int], total: float) -> dict[str, float]:
+    """The samples of a histogram of seconds, whose buckets are those of Activity.DURATIONS."""
+    bounds = (*Activity.DURATIONS, math.inf)
+    counts = itertools.accumulate(buckets.get(bound, 0) for bound in bounds)
+    found: dict[str, float] = {"_bucket" + labelled(le="+Inf" if bound == math.inf else bound): count
+                               for bound, count in zip(bounds, counts, strict=True)}
+    return {**found, "_sum": total, "_count": sum(buckets.values())}
 
 
 # =====================================================================================================================

@@ -77,14 +77,14 @@ class TestWarming(unittest.TestCase):
 
     def test_nothing_wanted(self):
         warming = self.warming([])
-        self.assertTrue(warming.is_done())
+        self.assertEqual({}, warming.missing())
         warming.run()
 
     def test_two_at_a_time(self):
         warming = self.warming(["r.io/pair1", "r.io/pair2", "r.io/pair3", "r.io/pair4", "r.io/pair1"])
-        self.assertFalse(warming.is_done())
+        self.assertTrue(warming.missing())
         warming.run()
-        self.assertTrue(warming.is_done())
+        self.assertEqual({}, warming.missing())
         self.assertEqual(2, self.pulls.most)
 
     def test_failures_are_tried_again_with_growing_pauses(self):
@@ -101,7 +101,7 @@ class TestWarming(unittest.TestCase):
                           (10, {"r.io/a:1": "Docker is away"})], seen)
         self.assertIn("lacks 2 of 3 images, which are tried again in 5 s: r.io/a:1 (Docker is away)", logged.output[0])
         self.assertIn("warm: Docker has all images of the list, 3", logged.output[-1])
-        self.assertTrue(warming.is_done())
+        self.assertEqual({}, warming.missing())
 
     def test_pauses_end_at_some_minutes(self):
         self.assertEqual(sorted(module.WARMING_PAUSES), list(module.WARMING_PAUSES))
