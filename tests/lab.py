@@ -108,12 +108,16 @@ class Daemon:
             return None
         return None if state == "Z" else pid
 
+    def entry(self):
+        """Return the command that enters the root; the daemon's own command follows it."""
+        return ["chroot", str(self.root)]
+
     def start(self):
         if self.pid():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
-            process = subprocess.Popen(["chroot", str(self.root), *self.command()], stdin=subprocess.DEVNULL,
+            process = subprocess.Popen([*self.entry(), *self.command()], stdin=subprocess.DEVNULL,
                                        stdout=log, stderr=log, start_new_session=True)
         self.pidfile.write_text(str(process.pid))
         process.returncode = 0  # no ResourceWarning: it is meant to outlive this process
@@ -160,7 +164,8 @@ class Engine(Daemon):
         super().__init__(name, root)
         self.containerd_store, self.mirrors = containerd_store, mirrors
         self.socket = self.folder / "docker.sock"
-        self.host = f"unix:///lab/{name}/docker.sock"  # as seen from inside the roots
+        self.inside = f"/lab/{name}"  # the folder as seen from inside the roots
+        self.host = f"unix://{self.inside}/docker.sock"
 
     def command(self):
         inside = f"/lab/{self.name}"
@@ -215,6 +220,85 @@ class Engine(Daemon):
         """Build an image with one layer per file on top of base. With add, the files are tars to be unpacked there."""
         self.docker("build", "-q", "-t", name, *options, "-", input=context_of(files, base, add), text=False)
         return self.inspect(name)["Id"]
+
+
+class Stage(Daemon):
+    """Namespaces for mounts, processes and the network, in which an engine can do all that it does on a machine.
+
+    A dockerd in a chroot runs `docker exec` and health checks in the machine's own root; here `/` is the root itself.
+    Bridges, iptables and published ports are here alone. With its first process, all that was started in it ends.
+    """
+
+    SCRIPT = """
+        mount -t proc proc "$0/proc"
+        mount -t sysfs sysfs "$0/sys"
+        mount --rbind /sys/fs/cgroup "$0/sys/fs/cgroup"
+        mount -t tmpfs tmpfs "$0/run"
+        chroot "$0" busybox ip link set lo up
+        cd "$0"
+        pivot_root . .
+        umount -l .
+        exec "$@"
+    """
+
+    def entry(self):
+        return ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--propagation", "private",
+                "sh", "-ec", self.SCRIPT, str(self.root)]
+
+    def command(self):
+        return ["docker-init", "sleep", "infinity"]  # tini, which reaps the processes that are left behind
+
+    def enter(self):
+        """Return the command that enters the namespaces; another command follows it."""
+        pid = self.pid()
+        return ["nsenter", f"--target={pid}", "--mount", "--net", f"--pid=/proc/{pid}/ns/pid_for_children"]
+
+    def run(self, *command, **options):
+        """Run a command inside, and return the CompletedProcess."""
+        return run(*self.enter(), *command, **options)
+
+    def answers(self):
+        return self.run("test", "-d", "/lab", check=False).returncode == 0
+
+    def stop(self, how=signal.SIGKILL):  # unshare leaves all others to its child
+        super().stop(how)
+
+
+class StageEngine(Engine):
+    """A dockerd on a stage of its own, with bridges. The tests that use it start it, and clear it away.
+
+    options are more arguments of dockerd.
+    """
+
+    def __init__(self, name, containerd_store):
+        super().__init__(name, "forky", containerd_store)
+        self.stage, self.options = Stage(f"{name}-stage"), []
+
+    def entry(self):
+        return self.stage.enter()
+
+    def command(self):
+        withheld = ("--iptables", "--ip6tables", "--bridge")
+        return [*(word for word in super().command() if not word.startswith(withheld)), *self.options]
+
+    def start(self):
+        """Start dockerd, on a new stage if there is none: then without images and containers."""
+        if not self.stage.pid():
+            self.clear()
+        self.stage.start()
+        super().start()
+
+    def stop(self, how=signal.SIGTERM):
+        """Stop dockerd. What runs on the stage stays, as far as Docker leaves it."""
+        if self.pid():
+            self.stage.run("busybox", "kill", f"-{int(how)}", (self.folder / "dockerd.pid").read_text())
+            wait_for(f"the end of {self.name}", lambda: not self.pid())
+
+    def clear(self):
+        """End everything on the stage, and remove all data of the engine."""
+        self.stage.stop()
+        wait_for(f"the end of {self.name}", lambda: not self.pid())
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Podman(Engine):
@@ -272,15 +356,28 @@ def context_of(files, base, add):
     return tar_of({"Dockerfile": dockerfile.encode(), **files})
 
 
-def python_image(engine):
-    """Make `python:3-slim` from the clients' root: an interpreter, its library, and the libraries that it links to."""
+def python_image(engine, name):
+    """Make a stand-in for an image of Docker Hub like python:3-slim, from the clients' root.
+
+    It has Python with the libraries that it links to, busybox as a shell, and some folders that Debian has.
+    """
     libraries = chroot("sh", "-c", "ldd /usr/bin/python3 $(ls /usr/lib/python3.*/lib-dynload/_*ssl*.so "
                                    "/usr/lib/python3.*/lib-dynload/_hash*.so) | grep -o '/[^ :]*lib[^ :]*'")
     paths = {path.lstrip("/") for path in libraries.stdout.split() if "dynload" not in path}
     paths |= {"usr/bin/python3", *(f"usr/lib/{path.name}" for path in CLIENT_ROOT.glob("usr/lib/python3.*"))}
-    archive = run("tar", "-C", CLIENT_ROOT, "--dereference", "--exclude=__pycache__", "--exclude=sitecustomize.py",
-                  "-c", *sorted(paths), text=False).stdout
-    engine.docker("import", "-", "python:3-slim", input=archive, text=False)
+    archive = io.BytesIO(run("tar", "-C", CLIENT_ROOT, "--dereference", "--exclude=__pycache__",
+                             "--exclude=sitecustomize.py", "-c", *sorted(paths), text=False).stdout)
+    with tarfile.open(fileobj=archive, mode="a") as added:
+        for path, mode in (("run", 0o755), ("tmp", 0o1777), ("var/lib", 0o755)):
+            folder = tarfile.TarInfo(path)
+            folder.type, folder.mode = tarfile.DIRTYPE, mode
+            added.addfile(folder)
+        link = tarfile.TarInfo("var/run")
+        link.type, link.linkname = tarfile.SYMTYPE, "/run"
+        added.addfile(link)
+        added.add(CLIENT_ROOT / "bin/busybox", "bin/sh")
+        added.add(CLIENT_ROOT / "etc/passwd", "etc/passwd")
+    engine.docker("import", "-", name, input=archive.getvalue(), text=False)
 
 
 # --- registries to pull from -------------------------------------------------------------------
@@ -678,6 +775,10 @@ ENGINES = {
     "mirrors": Engine("mirrors", "forky", containerd_store=True,
                       mirrors=[f"http://{FIRST_MIRROR}", f"http://127.0.0.1:{OPEN_PORT}"]),
 }
+STAGES = {
+    "stage": StageEngine("stage", containerd_store=True),
+    "stage-classic": StageEngine("stage-classic", containerd_store=False),
+}
 ORIGINS = {
     "open": Origin("origin-open", OPEN_PORT, private=False),
     "private": Origin("origin-private", PRIVATE_PORT, private=True),
@@ -771,6 +872,8 @@ def up():
 
 
 def down():
+    for stage in STAGES.values():
+        stage.clear()  # there is none, unless tests were killed
     for daemon in reversed(DAEMONS):
         daemon.stop()
     for suite in SUITES:

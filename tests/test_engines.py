@@ -362,49 +362,6 @@ class EveryEngine:
         return manifest
 
 
-class InContainer:
-    """The image of the Dockerfile, on an engine that can run it."""
-
-    def is_healthy(self, image, address):
-        """Run the image's health check: in a separate container, because Docker's exec enters the wrong root
-        when dockerd runs in a chroot, as it does in the lab."""
-        kind, command, *arguments = self.engine.inspect(image)["Config"]["Healthcheck"]["Test"]
-        self.assertEqual("CMD", kind)
-        return self.engine.docker("run", "--rm", "--no-healthcheck", "--network", "host", "--entrypoint", command,
-                                  "-e", f"REGISTRY_HTTP_ADDR={address}", image, *arguments) == "healthy"
-
-    def test_container_image(self):
-        """Build the image, run it as PID 1 with the socket mounted, check its health, pull from it, and stop it."""
-        lab.python_image(self.engine)
-        self.build()
-        ours = f"{self.name}-ours"
-        self.images += [ours, "python:3-slim"]
-        context = lab.tar_of({"Dockerfile": (MODULE.parent / "Dockerfile").read_bytes(),
-                              MODULE.name: MODULE.read_bytes()})
-        self.engine.docker("build", "-q", "-t", ours, "-", input=context, text=False)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.addCleanup(self.engine.docker, "rm", "-f", "-v", ours, check=False)
-        self.engine.docker("run", "-d", "--name", ours, "--network", "host", "--no-healthcheck",
-                           "-v", f"/lab/{self.engine.name}/docker.sock:/var/run/docker.sock",
-                           "-e", f"REGISTRY_HTTP_ADDR={address}", "-e", "REGISTRY_PROXY_REMOTEURL=*",
-                           "-e", "REGISTRY_STORAGE_DELETE_ENABLED=true", ours)
-
-        def state(what):
-            return self.engine.docker("inspect", "-f", f"{{{{.State.{what}}}}}", ours)
-
-        lab.wait_for("the registry in its container", lambda: state("Running") == "true" and self.is_healthy(
-            ours, address))
-        reference = f"docker.io/library/{self.name}:1"
-        lab.NODE.pull(reference, address)
-        self.assertTrue(lab.NODE.digest(reference))
-        self.engine.docker("stop", ours)
-        log = lab.chroot("docker", "-H", self.engine.host, "logs", ours).stderr
-        self.assertIn("listening on 127.0.0.1", log)
-        self.assertIn("store: /var/lib/registry", log)
-        self.assertEqual("0", state("ExitCode"), log)
-
-
 class ContainerdStore(EveryEngine):
     """Tests for the containerd image store: the node gets exactly the manifests that Docker has."""
 
@@ -589,7 +546,7 @@ class ClassicStore(EveryEngine):
         self.assertEqual((200, image_id), (answer.status, answer.json["config"]["digest"]), answer.body)
 
 
-class TestContainerd(InContainer, ContainerdStore, EngineCase):
+class TestContainerd(ContainerdStore, EngineCase):
     engine = lab.ENGINES["containerd"]
 
 
@@ -597,7 +554,7 @@ class TestContainerd26(ContainerdStore, EngineCase):
     engine = lab.ENGINES["containerd-26"]
 
 
-class TestClassic(InContainer, ClassicStore, EngineCase):
+class TestClassic(ClassicStore, EngineCase):
     engine = lab.ENGINES["classic"]
 
 

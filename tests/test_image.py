@@ -1,0 +1,149 @@
+"""The image of the Dockerfile, and a cluster that uses it, on an engine that can do what Docker does on a machine."""
+
+import json
+import os
+import sys
+import unittest
+import uuid
+
+import cluster
+import lab
+from cluster import Container, as_k3d
+from program import MODULE
+
+sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
+
+
+class TestDockerfile(unittest.TestCase):
+    def test_version(self):
+        self.assertIn(f'org.opencontainers.image.version="{module.__version__}"', cluster.DOCKERFILE.read_text())
+
+    def test_base(self):
+        """A new minor version of Python comes with a commit here, not by itself."""
+        self.assertRegex(cluster.base_of_image(), r"^python:3\.\d+-slim$")
+
+
+class StageCase(unittest.TestCase):
+    """Tests on a stage. The first class starts it and builds the image; it is cleared away after the last."""
+
+    engine: lab.StageEngine
+
+    @classmethod
+    def setUpClass(cls):
+        lab.require()
+        if not cls.engine.pid():
+            unittest.addModuleCleanup(cls.engine.clear)
+            cls.engine.start()
+            lab.base_image(cls.engine)
+            cluster.build_image(cls.engine)
+
+    def setUp(self):
+        self.name = f"t{uuid.uuid4().hex[:10]}"
+
+    def run_container(self, name, *arguments):
+        container = Container(self.engine, name, *arguments)
+        self.addCleanup(container.__exit__)
+        return container
+
+    def build(self, *names):
+        """Build an image with content of its own under some names. Returns the digest of its config."""
+        self.engine.build(names[0], {"file": os.urandom(1000)})
+        for name in names[1:]:
+            self.engine.docker("tag", names[0], name)
+        self.addCleanup(self.engine.remove, *names)
+        return self.config_of(names[0])
+
+    def config_of(self, image):
+        """Return the digest of an image's config, which nodes take for its ID."""
+        image_id = self.engine.inspect(image)["Id"]
+        if not self.engine.containerd_store:
+            return image_id
+        document = json.loads(self.engine.content(image_id))
+        if "manifests" in document:
+            document = json.loads(self.engine.content(document["manifests"][0]["digest"]))
+        return document["config"]["digest"]
+
+    def check_health(self):
+        """Run the health check now, as Docker does from time to time, and return what it prints."""
+        kind, *command = self.engine.inspect(cluster.IMAGE)["Config"]["Healthcheck"]["Test"]
+        self.assertEqual("CMD", kind)
+        return self.engine.docker("exec", self.name, *command, check=False)
+
+
+class Image(StageCase):
+    """Containers of the image, on both image stores."""
+
+    def test_as_k3d_starts_it(self):
+        """With another port than 5000, as the check has to find it; without any settings that k3d does not make."""
+        with Container(self.engine, self.name, *as_k3d(self.engine, 5102, inside=5102)) as container:
+            lab.wait_for("a good health check", lambda: container.state("Health.Status") == "healthy")
+            config = self.build(f"localhost:5102/{self.name}:1")
+            self.engine.docker("push", "-q", f"localhost:5102/{self.name}:1")
+            self.engine.remove(f"localhost:5102/{self.name}:1")
+            self.engine.docker("pull", "-q", f"localhost:5102/{self.name}:1")
+            self.assertEqual(config, self.config_of(f"localhost:5102/{self.name}:1"))
+            self.engine.docker("stop", self.name)
+            self.assertEqual("0", container.state("ExitCode"), container.log())
+
+    def test_read_only_without_privileges(self):
+        """Every restriction at once. What was pushed is still there in another container on the same volume."""
+        socket = self.engine.folder / "docker.sock"
+        os.chown(socket, 0, 4711)
+        socket.chmod(0o660)
+        volume, image = f"{self.name}-volume", f"localhost:5104/{self.name}:1"
+        self.addCleanup(self.engine.docker, "volume", "rm", volume)
+        arguments = ("--read-only", "--user", "12345:12345", "--group-add", "4711", "--cap-drop", "ALL",
+                     "--security-opt", "no-new-privileges", "-p", "5104:5000", "-v", f"{volume}:/var/lib/registry",
+                     "-v", f"{self.engine.inside}/docker.sock:/var/run/docker.sock", cluster.IMAGE)
+        with Container(self.engine, self.name, *arguments) as container:
+            container.wait_for_line(f"image store; content from: store, {self.provider}")
+            self.assertEqual("healthy", self.check_health())
+            config = self.build(image)
+            self.engine.docker("push", "-q", image)
+        self.engine.remove(image)
+        with Container(self.engine, self.name, *arguments) as container:
+            container.wait_for_line("listening on")
+            self.engine.docker("pull", "-q", image)
+            self.assertEqual(config, self.config_of(image))
+
+
+class TestImage(Image):
+    engine = lab.STAGES["stage"]
+    provider = "content service"
+
+    def test_settings_file(self):
+        (self.engine.folder / "settings.env").write_text(
+            "K3D_REGISTRY_DOCKERD_PULL=never\nREGISTRY_HTTP_ADDR=:5103\nREGISTRY_LOG_FORMATTER=json\n")
+        container = self.run_container(self.name, *as_k3d(
+            self.engine, 5103, "-v", f"{self.engine.inside}/settings.env:/etc/k3d-registry-dockerd.env:ro"))
+        container.wait_for_line("listening on [::]:5103 (from REGISTRY_HTTP_ADDR")
+        self.assertEqual("healthy", self.check_health())
+        for line in container.log().splitlines():
+            self.assertIn("message", json.loads(line))
+
+    def test_stop_during_an_upload(self):
+        """The upload goes on, but the program, which is the first process, ends by itself."""
+        container = self.run_container(self.name, cluster.IMAGE)
+        container.wait_for_line("listening on")
+        upload = ("import http.client, time; c = http.client.HTTPConnection('localhost', 5000);"
+                  "c.request('POST', '/v2/app/blobs/uploads/'); r = c.getresponse(); r.read();"
+                  "c.putrequest('PATCH', r.headers['Location']); c.putheader('Content-Length', '100');"
+                  "c.endheaders(b'the first bytes'); print('sent', flush=True); time.sleep(100)")
+        self.engine.docker("exec", "-d", self.name, "sh", "-c", f'python3 -c "{upload}" > /tmp/client')
+        lab.wait_for("the upload", lambda: self.engine.docker(
+            "exec", self.name, "sh", "-c", "read line < /tmp/client && echo $line", check=False) == "sent")
+        self.engine.docker("stop", self.name)
+        self.assertEqual("0", container.state("ExitCode"), container.log())
+
+
+class TestImageClassic(Image):
+    engine = lab.STAGES["stage-classic"]
+    provider = "export"
+
+
+del Image
+
+
+if __name__ == "__main__":
+    unittest.main()
