@@ -3198,14 +3198,14 @@ class Store:
 
     def is_intact(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
         """True if a file is there and has the content of a digest. If it has other content, the log names it."""
-        # It may have been replaced while it was read, so ask twice. The second answer is remembered.
-        if self.has_content(path, digest, deadline) or self.has_content(path, digest, deadline):
-            return True
-        if self.disk.status(path) is not None:
-            self.disk.name_damaged(path, f"its content is not that of {digest}")
-            if path == self.docker.path(digest):  # it can be had again
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        for _ in range(2):  # it may have been replaced while it was read; the second answer is remembered
+            found = self._found(path, digest, deadline)
+            if found is None or found == digest:  # absent, and then it may arrive at any moment: that is no damage
+                return found is not None
+        self.disk.name_damaged(path, f"its content is not that of {digest}")
+        if path == self.docker.path(digest):  # it can be had again
+            with contextlib.suppress(OSError):
+                path.unlink()
         return False
 
     def has_content(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
@@ -3214,7 +3214,11 @@ class Store:
         A large file that has to be read first may take longer than a deadline: then UNAVAILABLE, and the reading goes
         on.
         """
-        return self.disk.attempt("read", path, lambda: self._digest(path, digest, deadline) == digest, False)
+        return self._found(path, digest, deadline) == digest
+
+    def _found(self, path: Path, expected: Digest, deadline: Deadline | None) -> Digest | None:
+        """The digest of a file's content, or None if there is no file. STORE_FAILED, UNAVAILABLE."""
+        return self.disk.attempt("read", path, lambda: self._digest(path, expected, deadline), None)
 
     def _digest(self, path: Path, expected: Digest, deadline: Deadline | None) -> Digest:
         """The digest of a file's content, by the same algorithm as the expected one. OSError, UNAVAILABLE."""

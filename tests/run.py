@@ -54,7 +54,7 @@ def failed_tests(output):
 
 
 def run(name, cases):
-    """Run the tests of a lane. Return the names of those that fail: all of them if the process itself came to an end."""
+    """Run the tests of a lane. Return the names of those that fail, or all if the process crashed."""
     begin = time.monotonic()
     result = subprocess.run([sys.executable, "-c", COMMAND, *cases], cwd=TESTS, check=False, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

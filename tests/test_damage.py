@@ -330,6 +330,20 @@ class TestCopies(unittest.TestCase):
             self.assertEqual(entry["digest"], digest_of(blob.body))
 
 
+class TestArriving(unittest.TestCase):
+    def test_content_that_arrives_while_it_is_looked_for(self):
+        """It is absent to whoever looked too early. It is not damaged, and stays."""
+        with tempfile.TemporaryDirectory() as folder:
+            store = module.Store(Path(folder))
+            with module.BlobWriter(store) as writer:
+                writer.write(b"layer")
+                digest = writer.keep(store.docker)
+            for owner in (store.blobs, store.docker):
+                with mock.patch.object(module.Identity, "of", side_effect=FileNotFoundError), self.assertNoLogs():
+                    self.assertIsNone(owner.find(digest))
+                self.assertIsNotNone(owner.find(digest))
+
+
 class TestWalk(DamageCase):
     def test_walk_after_repair(self):
         """The real program on a mended store, without Docker: everything is there."""
