@@ -2945,12 +2945,11 @@ class Disk:
 
 
 class Space:
-    """How much of the disk the store takes, and may take."""
+    """How much of the disk the store takes, and may take, in bytes."""
 
     def __init__(self, root: Path, limit: int | None = None):
-        """limit is in bytes."""
         self._root, self.limit = root, limit
-        self._lock = threading.Lock()  # guards what follows: numbers of bytes
+        self._lock = threading.Lock()  # guards the numbers
         self.measured = False
         self.used = 0       # on the disk
         self._reserved = 0  # about to be written
@@ -2962,45 +2961,20 @@ class Space:
             return shutil.disk_usage(next(path for path in (self._root, *self._root.absolute().parents)
                                           if is_folder(path))).free
 
-    def _lacking(self, count: int, free: int) -> int:
-        wanted = count + self._reserved
-        return max(wanted + MINIMUM_FREE - free, self.used + wanted - self.limit if self.limit else 0, 0)
+    def lacking(self) -> int:
+        """How many bytes have to be freed before everything that is reserved can be written."""
+        return max(self._reserved + MINIMUM_FREE - self.available(),
+                   self.used + self._reserved - self.limit if self.limit else 0, 0)
 
-    def lacking(self, count: int) -> int:
-        """How many bytes have to be freed before this many more can be written."""
-        return self._lacking(count, self.available())
-
-    def reserve(self, count: int) -> None:
-        """Reserve bytes that are about to be written. STORE_FULL if there are not so many."""
-        free = self.available()
+    def count(self, used: int = 0, reserved: int = 0) -> None:
+        """Change the numbers of used and of reserved bytes."""
         with self._lock:
-            if not self._lacking(count, free):
-                self._reserved += count
-                return
-        raise RegistryError("STORE_FULL", (
-            f"no room for {human_bytes(count)}: {self}, and {human_bytes(MINIMUM_FREE)} of the disk have to stay free. "
-            "Delete images that are not needed any more"))
-
-    def written(self, count: int, used: bool = True) -> None:
-        """Turn reserved bytes into used ones, or into free ones if they are not used after all."""
-        with self._lock:
-            self._reserved -= count
-            self.used += count if used else 0
+            self.used, self._reserved = self.used + used, self._reserved + reserved
 
     def free(self, count: int) -> None:
-        """Count bytes as freed."""
+        """Count used bytes as freed."""
         with self._lock:
             self.used, self.freed = self.used - count, self.freed + count
-
-    def discard(self, count: int) -> None:
-        """Count bytes as not used: what was written is not kept."""
-        with self._lock:
-            self.used -= count
-
-    def measured_as(self, used: int) -> None:
-        """Set the number of used bytes to a measured value."""
-        with self._lock:
-            self.measured, self.used = True, used
 
     def __str__(self) -> str:
         limit = f" of the limit of {human_bytes(self.limit)}" if self.limit else ""
@@ -3340,15 +3314,20 @@ class Store:
         """Count bytes that are about to be written, and make room for them if need be. STORE_FULL if there is none."""
         if self.space.limit and not self.space.measured:
             self.measure()
-        if self.space.lacking(count):
-            self._evict(count)
-        self.space.reserve(count)
+        self.space.count(reserved=count)
+        with on_failure(lambda: self.space.count(reserved=-count)):
+            if self.space.lacking():
+                self._evict()
+            if self.space.lacking():
+                raise RegistryError("STORE_FULL", (
+                    f"no room for {human_bytes(count)}: {self.space}, and {human_bytes(MINIMUM_FREE)} of the disk have "
+                    "to stay free. Delete images that are not needed any more"))
 
     def check_room(self, count: int) -> None:
         """Make room for some bytes if need be, before anything is written. STORE_FULL if there is none."""
         if count:
             self.reserve(count)
-            self.space.written(count, used=False)
+            self.space.count(reserved=-count)
 
     def measure(self) -> None:
         """Count what the store has on the disk. What is written meanwhile may be miscounted until the next time."""
@@ -3357,10 +3336,10 @@ class Store:
         for path in (path for folder in (self.root / "blobs", *uploads) for path in self.disk.files(folder)):
             with contextlib.suppress(OSError):
                 used += path.stat().st_size
-        self.space.measured_as(used)
+        self.space.used, self.space.measured = used, True
 
-    def _evict(self, count: int) -> None:
-        """Free what can be had again, the least recently used first, until there is room for some bytes.
+    def _evict(self) -> None:
+        """Free what can be had again, the least recently used first, until there is room for what is reserved.
 
         What was used within the last SERVED_AGE seconds stays: a node may be in the middle of a pull. Nothing is freed
         if all of that would not be enough.
@@ -3369,10 +3348,10 @@ class Store:
         found = {digest: self.disk.status(self.docker.path(digest)) for digest in self.docker.digests()}
         old = {digest: status for digest, status in found.items()
                if status and status.st_mtime < now - SERVED_AGE and status.st_nlink == 2}  # the store's own, and this
-        if sum(status.st_size for status in old.values()) < self.space.lacking(count):
+        if sum(status.st_size for status in old.values()) < self.space.lacking():
             return
         for digest in sorted(old, key=lambda digest: old[digest].st_mtime):
-            if not self.space.lacking(count):
+            if not self.space.lacking():
                 return
             self.docker.drop_unless_used(digest, now, SERVED_AGE)
             log.info("store: removed the copy of %s, to make room", digest)
@@ -3425,18 +3404,19 @@ class Store:
 
 
 class Writer:
-    """A file of the store that grows. Its bytes are hashed as they arrive, and brought to the disk meanwhile."""
+    """A file of the store that grows. Its bytes are hashed as they arrive. It has to be kept or discarded in the end."""
 
     STEP = 16 * MIB     # bytes after which they are brought to the disk
 
-    def __init__(self, store: Store, path: Path):
-        self._store, self.path = store, path
+    def __init__(self, store: Store, path: Path, content: Any, durable: bool):
+        """content is the hashlib object of the bytes so far. durable: bring bytes to the disk while others arrive."""
+        self._store, self.path, self._hash = store, path, content
         with disk_errors(f"write {path}"):
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
             self.size = self._file.tell()
-        self._hash: Any = None
         self._reserved = 0
-        self._synced, self._syncing = self.size, Job("writing")
+        self._ended = False
+        self._synced, self._syncing = self.size if durable else math.inf, Job("writing")
         self._syncing.done.set()
 
     def expect(self, count: int) -> None:
@@ -3445,18 +3425,20 @@ class Writer:
         self._reserved += count
 
     def write(self, data: Data) -> None:
-        """Append bytes. Readers of the file see them immediately. STORE_FAILED, STORE_FULL."""
-        if len(data) > self._reserved:
-            self.expect(len(data))
-        with disk_errors(f"write {self.path}"):
-            for part in write_all(self._file.write, data):
-                self._hash.update(part)
-                self.size += len(part)
-                self._reserved -= len(part)
-                self._store.space.written(len(part))
-
-    def sync_meanwhile(self) -> None:
-        """Sync what has arrived, in the background; one job at a time."""
+        """Append bytes. Readers of the file see them immediately. STORE_FAILED; STORE_FULL, and all is discarded."""
+        try:
+            if len(data) > self._reserved:
+                self.expect(len(data))
+            with disk_errors(f"write {self.path}"):
+                for part in write_all(self._file.write, data):
+                    self._hash.update(part)
+                    self.size += len(part)
+                    self._reserved -= len(part)
+                    self._store.space.count(used=len(part), reserved=-len(part))
+        except RegistryError as e:
+            if e.code == "STORE_FULL":
+                self.discard()
+            raise
         if self.size - self._synced >= self.STEP and self._syncing.done.is_set():
             self._check_sync()
             self._synced = self.size
@@ -3471,52 +3453,65 @@ class Writer:
 
     def close(self) -> None:
         """Close the file. STORE_FAILED, STORE_FULL."""
-        self._store.space.written(self._reserved, used=False)
+        self._store.space.count(reserved=-self._reserved)
         self._reserved = 0
         with disk_errors(f"write {self.path}"):
             self._file.close()
         self._check_sync()
 
+    def finish(self, algorithm: str | None = None) -> Digest:
+        """Close the file, and return the digest of everything that was written."""
+        self.close()
+        content = self._hash
+        if algorithm not in (None, content.name):
+            with disk_errors(f"read {self.path}"):
+                content, _ = hash_file(self.path, algorithm)
+        return Digest(content.name, content.hexdigest())
+
+    def keep(self, owner: Links, expected: Digest | None = None) -> Digest:
+        """Finish, and make the content belong to an owner under its digest, which is returned.
+
+        DIGEST_INVALID if it is not the expected one. After an error nothing is kept.
+        """
+        is_new = False
+        try:
+            digest = self.finish(expected.algorithm if expected else None)
+            if expected not in (None, digest):
+                raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest {digest}, "
+                                                      f"not {expected}")
+            is_new = owner.take(self.path, digest)
+        finally:
+            self._end(is_new)
+        return digest
+
+    def discard(self) -> None:
+        """Forget the content, unless it was kept."""
+        with contextlib.suppress(RegistryError):  # a full disk says so again
+            Writer.close(self)
+        self._end(False)
+
+    def _end(self, is_new: bool) -> None:
+        if not self._ended:  # the first end counts
+            self._ended = True
+            self._store.space.count(used=0 if is_new else -self.size)
+            self._store.disk.end(self.path)
+
 
 class BlobWriter(Writer):
-    """Content that is being written to a store. Unless it is kept, nothing of it remains."""
+    """New content. Unless it is kept, nothing of it remains."""
 
     def __init__(self, store: Store, algorithm: str = "sha256"):
         folder = store.root / "blobs" / algorithm
         with disk_errors(f"write to {folder}"):
             path = store.disk.begin(folder)
         with on_failure(lambda: store.disk.end(path)):
-            super().__init__(store, path)
-        self._hash = hashlib.new(algorithm)
-        self._is_new = False
+            super().__init__(store, path, hashlib.new(algorithm), durable=False)
 
     def __enter__(self) -> BlobWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.discard()
-
-    def finish(self) -> Digest:
-        """Close the file, and return the digest of everything that was written."""
-        self.close()
-        return Digest(self._hash.name, self._hash.hexdigest())
-
-    def keep(self, owner: Links) -> Digest:
-        """Finish, and make the content belong to an owner under its digest, which is returned."""
-        try:
-            digest = self.finish()
-            self._is_new = owner.take(self.path, digest)
-        finally:
-            self.discard()
-        return digest
-
-    def discard(self) -> None:
-        """Forget the content, unless it was kept."""
-        with contextlib.suppress(RegistryError):  # a full disk says so again
-            self.close()
-        self._store.disk.end(self.path)
-        self._store.space.discard(0 if self._is_new else self.size)
-        self.size = 0
 
 
 class Upload(Writer):
@@ -3527,54 +3522,22 @@ class Upload(Writer):
     """
 
     def __init__(self, store: Store, path: Path):
-        super().__init__(store, path)
-        size, self._hash = store.hashes.pop(path, (0, None))
-        if self._hash is None or size != self.size:
-            self._hash = self._hash_file("sha256")
-
-    def _hash_file(self, algorithm: str) -> Any:
-        with disk_errors(f"read {self.path}"):
-            return hash_file(self.path, algorithm)[0]
-
-    def write(self, data: Data) -> None:
-        """See Writer. If there is no room, the upload is cancelled, which frees its bytes."""
-        try:
-            super().write(data)
-        except RegistryError as e:
-            if e.code == "STORE_FULL":
-                self.cancel()
-            raise
-        self.sync_meanwhile()
-
-    def keep(self, expected: Digest, owner: Links) -> None:
-        """End the upload, and make its content belong to an owner. DIGEST_INVALID, and then nothing of it is kept."""
-        algorithm, is_new = expected.algorithm, False
-        content = self._hash if algorithm == self._hash.name else self._hash_file(algorithm)
-        try:
-            if content.hexdigest() != expected.hex:
-                raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest "
-                                                      f"{algorithm}:{content.hexdigest()}, not {expected}")
-            self._check_sync()
-            is_new = owner.take(self.path, expected)
-        finally:
-            self._end(is_new)
-
-    def cancel(self) -> None:
-        """End the upload, and forget what has arrived."""
-        self._end(False)
-
-    def _end(self, is_kept: bool) -> None:
-        if self._hash is not None:  # the first end counts
-            self._hash = None
-            self._store.space.discard(0 if is_kept else self.size)
-            self._store.disk.remove(self.path)
+        size, content = store.hashes.pop(path, (0, None))
+        super().__init__(store, path, content, durable=True)
+        if content is None or size != self.size:
+            with disk_errors(f"read {path}"):
+                self._hash, _ = hash_file(path, "sha256")
 
     def close(self) -> None:
         """Close the file, at the end of each request. What could not be synced is not kept."""
-        with on_failure(self.cancel):
+        with on_failure(self.discard):
             super().close()
-        if self._hash is not None:
+        if not self._ended:
             self._store.hashes[self.path] = (self.size, self._hash)
+
+    def _end(self, is_new: bool) -> None:
+        super()._end(is_new)
+        self._store.hashes.pop(self.path, None)
 
 
 # =====================================================================================================================
@@ -3889,11 +3852,11 @@ class Hosted:
         DIGEST_INVALID, and then nothing of it is kept.
         """
         repository = self.repository(reference.repository)
-        with repository.upload(repository.begin_upload()) as upload, on_failure(upload.cancel):
+        with repository.upload(repository.begin_upload()) as upload, on_failure(upload.discard):
             upload.expect(size or 0)
             for piece in pieces:
                 upload.write(piece)
-            upload.keep(reference.digest, repository.blobs)
+            upload.keep(repository.blobs, reference.digest)
 
     def mount(self, reference: Reference, source: str | None) -> bool:
         """Make a blob of another repository belong to this one too. True if that repository has it.
@@ -7805,13 +7768,13 @@ class Endpoints:
         expected = requested_digest(request.parameter("digest"))
         with repository.upload(session) as upload:
             self._receive(request, repository, session, upload)
-            upload.keep(expected, repository.blobs)
+            upload.keep(repository.blobs, expected)
         return self._created(repository, str(expected))
 
     def cancel_upload(self, request: Request) -> Response:
         """end-14, DELETE /v2/<name>/blobs/uploads/<session>: cancel an upload."""
         with self._repository(request).upload(request.captured[1]) as upload:
-            upload.cancel()
+            upload.discard()
         return Response(204, {})
 
     def _repository(self, request: Request) -> Repository:

@@ -153,7 +153,7 @@ class TestLimit(RoomCase):
         self.store.measure()
         with self.assertRaises(module.RegistryError):
             self.store.reserve(60 * KB)
-        self.store.space.written(60 * KB, used=False)
+        self.store.space.count(reserved=-60 * KB)
         self.store.reserve(60 * KB)
         free = self.store.space.available() - module.MINIMUM_FREE
         with mock.patch.object(self.store.space, "limit", None), self.assertRaises(module.RegistryError):

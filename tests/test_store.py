@@ -503,7 +503,7 @@ class TestRepository(StoreCase):
         for algorithm in ("sha512", "sha256"):
             expected = Digest.of(b"one two three", algorithm)
             with Hosted(store).repository("some/app").upload(session) as upload:
-                upload.keep(expected, self.repository.blobs)
+                upload.keep(self.repository.blobs, expected)
             self.assertEqual(13, self.repository.blobs.size(expected))
             session = self.repository.begin_upload()
             with Hosted(store).repository("some/app").upload(session) as upload:
@@ -512,9 +512,9 @@ class TestRepository(StoreCase):
     def test_upload_cannot_be_reused_after_kill(self):
         """The process was killed before it removed the upload. The session must not write to the finished blob."""
         session = self.repository.begin_upload()
-        with self.repository.upload(session) as upload, mock.patch.object(upload, "cancel"):
+        with self.repository.upload(session) as upload, mock.patch.object(self.store.disk, "end"):
             upload.write(b"content")
-            upload.keep(Digest.of(b"content"), self.repository.blobs)
+            upload.keep(self.repository.blobs)
         store = Store(self.root)
         with self.assertRaises(RegistryError) as caught, Hosted(store).repository("some/app").upload(session) as upload:
             upload.write(b"more")
