@@ -2863,6 +2863,12 @@ class Disk:
         with self._replacing(target) as temporary:
             os.link(source, temporary)
 
+    def flush(self, file: BinaryIO, start: int, count: int) -> None:
+        """Have the system begin to write some bytes of a file to the disk, so that sync() takes a tenth of the time."""
+        if self._durable and hasattr(os, "posix_fadvise"):  # macOS has none
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
+
     def sync(self, path: Path) -> None:
         """Wait until a file, or the names in a folder, are on the disk. OSError."""
         if not self._durable:
@@ -3406,18 +3412,16 @@ class Store:
 class Writer:
     """A file of the store that grows. Its bytes are hashed as they arrive. It has to be kept or discarded in the end."""
 
-    STEP = 16 * MIB     # bytes after which they are brought to the disk
+    STEP = 16 * MIB     # bytes after which the system begins to bring them to the disk
 
-    def __init__(self, store: Store, path: Path, content: Any, durable: bool):
-        """content is the hashlib object of the bytes so far. durable: bring bytes to the disk while others arrive."""
+    def __init__(self, store: Store, path: Path, content: Any):
+        """content is the hashlib object of the bytes so far."""
         self._store, self.path, self._hash = store, path, content
         with disk_errors(f"write {path}"):
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
             self.size = self._file.tell()
         self._reserved = 0
         self._ended = False
-        self._synced, self._syncing = self.size if durable else math.inf, Job("writing")
-        self._syncing.done.set()
 
     def expect(self, count: int) -> None:
         """Reserve room for so many more bytes. STORE_FULL if there is none."""
@@ -3426,6 +3430,7 @@ class Writer:
 
     def write(self, data: Data) -> None:
         """Append bytes. Readers of the file see them immediately. STORE_FAILED; STORE_FULL, and all is discarded."""
+        step = self.size // self.STEP * self.STEP
         try:
             if len(data) > self._reserved:
                 self.expect(len(data))
@@ -3439,17 +3444,8 @@ class Writer:
             if e.code == "STORE_FULL":
                 self.discard()
             raise
-        if self.size - self._synced >= self.STEP and self._syncing.done.is_set():
-            self._check_sync()
-            self._synced = self.size
-            sync = functools.partial(self._store.disk.sync, self.path)
-            with contextlib.suppress(RegistryError):  # no thread can be started: it is done at the end
-                self._syncing = self._store.jobs.start(("sync", self.path), sync, "writing")
-
-    def _check_sync(self) -> None:
-        """Raise the error of the last job, if there was one: the system tells of an error of the disk only once."""
-        with disk_errors(f"write {self.path}"):
-            self._syncing.outcome(Deadline())
+        if self.size - step >= self.STEP:
+            self._store.disk.flush(self._file, step, self.size - step)
 
     def close(self) -> None:
         """Close the file. STORE_FAILED, STORE_FULL."""
@@ -3457,7 +3453,6 @@ class Writer:
         self._reserved = 0
         with disk_errors(f"write {self.path}"):
             self._file.close()
-        self._check_sync()
 
     def finish(self, algorithm: str | None = None) -> Digest:
         """Close the file, and return the digest of everything that was written."""
@@ -3505,7 +3500,7 @@ class BlobWriter(Writer):
         with disk_errors(f"write to {folder}"):
             path = store.disk.begin(folder)
         with on_failure(lambda: store.disk.end(path)):
-            super().__init__(store, path, hashlib.new(algorithm), durable=False)
+            super().__init__(store, path, hashlib.new(algorithm))
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -3523,13 +3518,13 @@ class Upload(Writer):
 
     def __init__(self, store: Store, path: Path):
         size, content = store.hashes.pop(path, (0, None))
-        super().__init__(store, path, content, durable=True)
+        super().__init__(store, path, content)
         if content is None or size != self.size:
             with disk_errors(f"read {path}"):
                 self._hash, _ = hash_file(path, "sha256")
 
     def close(self) -> None:
-        """Close the file, at the end of each request. What could not be synced is not kept."""
+        """Close the file, at the end of each request. If that fails, the upload is discarded."""
         with on_failure(self.discard):
             super().close()
         if not self._ended:
