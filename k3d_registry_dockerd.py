@@ -3410,7 +3410,7 @@ class Store:
 
 
 class Writer:
-    """A file of the store that grows. Its bytes are hashed as they arrive. It has to be kept or discarded in the end."""
+    """A file of the store that grows, and is hashed meanwhile. It has to be kept or discarded in the end."""
 
     STEP = 16 * MIB     # bytes after which the system begins to bring them to the disk
 
@@ -3509,6 +3509,13 @@ class BlobWriter(Writer):
         self.discard()
 
 
+def keep_content(store: Store, data: bytes, owner: Links, algorithm: str = "sha256") -> Digest:
+    """Write some content that is in memory, and make it belong to an owner under its digest, which is returned."""
+    with BlobWriter(store, algorithm) as writer:
+        writer.write(data)
+        return writer.keep(owner)
+
+
 class Upload(Writer):
     """An upload during one request. It has to be closed.
 
@@ -3561,8 +3568,8 @@ class Repository:
     def __init__(self, store: Store, name: str):
         self._store, self._disk, self.name = store, store.disk, name
         self.folder = store.repositories / name
-        self.blobs = Links(store, self.folder / "_blobs")
-        self.manifests = Links(store, self.folder / "_manifests")
+        self.blobs, self.manifests = Links(store, self.folder / "_blobs"), Links(store, self.folder / "_manifests")
+        self._tags, self._uploads = self.folder / "_tags", self.folder / "_uploads"
 
     def _changing(self) -> contextlib.AbstractContextManager[None]:
         """Hold this while a manifest is pushed or deleted: it is several files, and two such changes must not mix."""
@@ -3594,27 +3601,24 @@ class Repository:
 
     def put_manifest(self, manifest: Manifest, tags: Iterable[str]) -> None:
         """Keep a manifest, and then its tags. STORE_FAILED, STORE_FULL."""
-        digest = manifest.digest
+        digest, types = manifest.digest, self._path("_types", manifest.digest)
         self._store.check_room(len(manifest.data))
         with self._changing():
             self._forget_tags(digest)
             if manifest.media_type != manifest_type(manifest.data):
-                self._disk.write(self._path("_types", digest), manifest.media_type.encode())
+                self._disk.write(types, manifest.media_type.encode())
             else:
-                self._disk.remove(self._path("_types", digest))  # of an earlier push of the same bytes
+                self._disk.remove(types)  # of an earlier push of the same bytes
             if manifest.subject:
                 self._disk.write(self._path("_referrers", manifest.subject) / str(digest), b"")
-            with BlobWriter(self._store, digest.algorithm) as writer:
-                writer.write(manifest.data)
-                writer.keep(self.manifests)
+            keep_content(self._store, manifest.data, self.manifests, digest.algorithm)
             for tag in tags:
                 self._touch_tagged(tag)
-                self._disk.write(self.folder / "_tags" / tag, str(digest).encode())
+                self._disk.write(self._tags / tag, str(digest).encode())
 
     def _touch_tagged(self, tag: str) -> None:
         """Mark the manifest that a tag names until now as used: its time without a tag begins."""
-        digest = self._tagged(tag)
-        if digest:
+        if digest := self._tagged(tag):
             self.manifests.touch(digest)
 
     def delete_manifest(self, digest: Digest) -> bool:
@@ -3638,9 +3642,9 @@ class Repository:
         deleted = self._path("_deleted", digest)
         if self._disk.status(deleted):
             is_deleted = self.manifests.size(digest) is None  # or the process was killed before that
-            for tag in self._disk.names(self.folder / "_tags") if is_deleted else ():
+            for tag in self._disk.names(self._tags) if is_deleted else ():
                 if self._tagged(tag) == digest:
-                    self._disk.remove(self.folder / "_tags" / tag)
+                    self._disk.remove(self._tags / tag)
             self._disk.remove(deleted)
 
     def referrers(self, subject: Digest, after: str = "") -> Iterator[Manifest]:
@@ -3665,7 +3669,7 @@ class Repository:
 
     def _tagged(self, tag: str) -> Digest | None:
         """The digest that a tag's file has, or None."""
-        path = self.folder / "_tags" / tag
+        path = self._tags / tag
         data = self._disk.read(path)
         try:
             return Digest.parse(data.decode()) if data is not None else None
@@ -3680,50 +3684,43 @@ class Repository:
 
     def dangling_tags(self) -> Iterator[tuple[str, Digest]]:
         """The tags whose manifest is not there, though it was not deleted, with its digest."""
-        for tag in self._disk.names(self.folder / "_tags"):
+        for tag in self._disk.names(self._tags):
             digest = self._tagged(tag)
             if digest and self.manifests.size(digest) is None and not self._disk.status(self._path("_deleted", digest)):
                 yield tag, digest
 
     def tags(self, after: str = "") -> Iterator[str]:
         """The tags behind a name, sorted. Each is read when it is taken, so a page costs as much as its own tags."""
-        return (tag for tag in self._disk.names(self.folder / "_tags")
-                if tag > after and TAG.fullmatch(tag) and self.tag(tag))
+        return (tag for tag in self._disk.names(self._tags) if tag > after and TAG.fullmatch(tag) and self.tag(tag))
 
     def delete_tag(self, tag: str) -> bool:
         """Remove a tag. True if there was one. Its manifest stays."""
         with self._changing():
             self._touch_tagged(tag)
-            return self.tag(tag) is not None and self._disk.remove(self.folder / "_tags" / tag, durable=True)
+            return self.tag(tag) is not None and self._disk.remove(self._tags / tag, durable=True)
 
     # ---- uploads
-
-    def _upload_path(self, session: str) -> Path:
-        return self.folder / "_uploads" / session
 
     def begin_upload(self) -> str:
         """Begin an upload, and return its session: a name that nobody can guess."""
         session = secrets.token_hex(16)
-        path = self._upload_path(session)
-        with disk_errors(f"write {path}"):
-            self._disk.make_folder(path.parent)
-            path.touch()
+        with disk_errors(f"write to {self._uploads}"):
+            self._disk.make_folder(self._uploads)
+            (self._uploads / session).touch()
         return session
 
     def upload_size(self, session: str) -> int:
         """The bytes of an upload that have arrived, even while a request writes to it. BLOB_UPLOAD_UNKNOWN."""
-        path = self._upload_path(session)
-        with disk_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
-            if re.fullmatch(r"[0-9a-f]{32}", session):
-                status = path.stat()
-                if status.st_nlink == 1:  # or it is a blob already: the process was killed before it removed this name
-                    return status.st_size
-        raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+        is_valid = re.fullmatch(r"[0-9a-f]{32}", session)
+        status = self._disk.status(self._uploads / session) if is_valid else None
+        if status is None or status.st_nlink > 1:  # a blob already: the process was killed before it removed this name
+            raise RegistryError("BLOB_UPLOAD_UNKNOWN", f"{self.name} has no upload {session!r}")
+        return status.st_size
 
     @contextlib.contextmanager
     def upload(self, session: str) -> Iterator[Upload]:
         """An upload to write to, for one request at a time. BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
-        path = self._upload_path(session)
+        path = self._uploads / session
         with self._disk.reserved(path, wait=False):
             self.upload_size(session)
             with contextlib.closing(Upload(self._store, path)) as upload:
@@ -3734,11 +3731,10 @@ class Repository:
     def tidy_up(self, now: float, untagged_age: float | None) -> None:
         """Remove abandoned uploads, blobs that no manifest here refers to any more, and, if an age in seconds is given,
         manifests that have had no tag for so long."""
-        for path in (self.folder / "_uploads" / name for name in self._disk.names(self.folder / "_uploads")):
+        for path in (self._uploads / name for name in self._disk.names(self._uploads)):
             status = self._disk.status(path)
-            if status and self._disk.is_old(path, now, UPLOAD_AGE):
-                if self._disk.remove(path):
-                    self._store.space.free(status.st_size)
+            if status and self._disk.is_old(path, now, UPLOAD_AGE) and self._disk.remove(path):
+                self._store.space.free(status.st_size)
                 self._store.hashes.pop(path, None)
         for digest in Links(self._store, self.folder / "_deleted").digests():
             with self._changing():
@@ -3769,7 +3765,7 @@ class Repository:
 
     def _tagged_with(self, related: Mapping[Digest, Iterable[Digest]]) -> set[Digest]:
         """All manifests that have a tag, and those related to them."""
-        rest = [digest for tag in self._disk.names(self.folder / "_tags") if (digest := self._tagged(tag))]
+        rest = [digest for tag in self._disk.names(self._tags) if (digest := self._tagged(tag))]
         found: set[Digest] = set()
         while rest:
             digest = rest.pop()
@@ -3832,8 +3828,7 @@ class Hosted:
 
         They are read one at a time, in the order of their digests, from behind one on.
         """
-        for manifest in self.repository(reference.repository).referrers(reference.digest, after):
-            yield manifest.referrer()
+        return map(Manifest.referrer, self.repository(reference.repository).referrers(reference.digest, after))
 
     def catalog(self) -> list[str]:
         """The names of the repositories that have tags, sorted."""
@@ -4845,11 +4840,8 @@ class Exports:
         Docker gives the config of an image only as part of an export, so a config with the same meaning is made.
         """
         config = image.bare_config()
-        kept = []
-        for data in (config, make_manifest((Digest.of(config), len(config)))):
-            with BlobWriter(self._store) as writer:
-                writer.write(data)
-                kept.append(writer.keep(self._store.docker))
+        kept = [keep_content(self._store, data, self._store.docker)
+                for data in (config, make_manifest((Digest.of(config), len(config))))]
         self._store.record_export(image.id, kept[-1], kept)
         return kept[-1]
 
@@ -5529,9 +5521,7 @@ class Fetches:
                 raise PullFailed("ORIGIN_UNAVAILABLE", f"{reference.namespace} answered with something else")
         except PullFailed as e:
             raise pull_error(e, reference, credentials) from None
-        with BlobWriter(self._store, digest.algorithm) as writer:
-            writer.write(data)
-            writer.keep(self._store.docker)
+        keep_content(self._store, data, self._store.docker, digest.algorithm)
         self._store.record_fetch(digest, {digest: len(data)})
         return Manifest(digest, media_type, data)
 
