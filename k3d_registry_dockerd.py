@@ -8638,9 +8638,14 @@ def check_origin(setup: Setup) -> Finding | None:
 # ---- this program
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that exists. Raises OSError."""
+    return next(existing for existing in (path.absolute(), *path.absolute().parents) if existing.exists())
+
+
 def check_store(setup: Setup) -> Finding:
     """Can the store be written to, and is there room?"""
-    existing = next(path for path in (setup.store.absolute(), *setup.store.absolute().parents) if path.exists())
+    existing = nearest_existing(setup.store)
     try:
         with tempfile.TemporaryFile(dir=existing):
             free = shutil.disk_usage(existing).free
@@ -9039,11 +9044,10 @@ def configuration_for(kind: str, place: Place) -> str:
 
 # =====================================================================================================================
 # 30. Settings: flags, variables, the settings file
-# Uses: configuration, pulls, requests, admission, server.
+# Uses: configuration, pulls, requests, admission, server, doctor.
 # =====================================================================================================================
 
-DEFAULT_ADDRESS = ":5000"
-DEFAULT_SETTINGS_FILE = "/etc/k3d-registry-dockerd.env"
+DEFAULT_SETTINGS_FILE = Path("/etc/k3d-registry-dockerd.env")
 SETTINGS_FILE_LIMIT = MIB  # bytes
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 OWN_VARIABLE = "K3D_REGISTRY_DOCKERD_"  # how the variables begin that the official registry does not have
@@ -9096,6 +9100,23 @@ def parse_age(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(SETTINGS_FILE_LIMIT + 1)
+        lines = data.decode().splitlines()
+    except FileNotFoundError:
+        raise ValueError("does not exist") from None
+    except IsADirectoryError:
+        raise ValueError("is a folder: Docker makes one if the file to mount does not exist") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if len(data) > SETTINGS_FILE_LIMIT:
+        raise ValueError(f"is larger than {SETTINGS_FILE_LIMIT} bytes")
+    return lines
+
+
 def boolean(text: str) -> bool:
     """Parse a boolean like Go's strconv.ParseBool."""
     if text.lower() not in ("true", "false", "1", "0", "t", "f"):
@@ -9116,8 +9137,8 @@ def one_word_of(*choices: str) -> Callable[[str], str]:
 class Setting:
     """One setting: its flag without the dash (or None), its variable, and what a value looks like.
 
-    default is for people. If nothing sets it, its value is None, False for a switch, () for one that can be repeated;
-    in a variable, repeated values are separated by commas. A live one can be changed while the program runs.
+    default is for people, unset is the value if nothing sets it. Repeated values may also be separated by commas.
+    A live one can be changed while the program runs.
     """
 
     flag: str | None
@@ -9126,6 +9147,7 @@ class Setting:
     help: str
     default: str
     parse: Callable[[str], Any] = str
+    unset: Any = None
     repeatable: bool = False
     live: bool = False
 
@@ -9134,89 +9156,65 @@ class Setting:
         """What it is called in the log."""
         return f"-{self.flag}" if self.flag else self.variable
 
-    @property
-    def is_switch(self) -> bool:
-        """True if its flag needs no value."""
-        return self.parse is boolean
-
     def argument(self) -> Mapping[str, Any]:
         """Return what argparse has to know of the flag."""
         text = {"help": f"{self.help} (default: {self.default}; variable: {self.variable})".replace("%", "%%")}
-        if self.is_switch:
+        if self.parse is boolean:
             return {**text, "nargs": "?", "const": "true", "metavar": "true|false"}
         return {**text, "metavar": self.metavar, **({"action": "append"} if self.repeatable else {})}
 
-    def unset(self) -> Any:
-        """The value if nothing sets it."""
-        return False if self.is_switch else () if self.repeatable else None
-
 
 def warm_list(text: str) -> tuple[Reference, ...]:
-    """Read a file with the name of an image on each line. Raises ValueError."""
-    try:
-        with Path(text).open("rb") as file:
-            lines = file.read(SETTINGS_FILE_LIMIT).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{text} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    return tuple(docker_reference(name) for name in (line.partition("#")[0].strip() for line in lines) if name)
+    """Read a file with the name of an image on each line."""
+    lines = (line.partition("#")[0].strip() for line in read_lines(Path(text)))
+    return tuple(docker_reference(name) for name in lines if name)
 
 
 SETTINGS = (
     Setting("addr", "REGISTRY_HTTP_ADDR", "HOST:PORT", "listen on this address, or on all interfaces without HOST",
-            DEFAULT_ADDRESS, Address.parse),
+            ":5000", Address.parse, Address("", 5000)),
     Setting("pull", OWN_VARIABLE + "PULL", "missing|always|never", (
         "when Docker pulls an image: if it does not have it; also if the tag has moved in its registry, which is asked "
-        "each time; or never"), "missing", one_word_of(*PullPolicy.POLICIES), live=True),
+        "each time; or never"), "missing", one_word_of(*PullPolicy.POLICIES), "missing", live=True),
     Setting("warm", OWN_VARIABLE + "WARM", "IMAGE", (
         "have Docker pull this image at the start if it lacks it, like alpine or quay.io/a/b:1; can be repeated"),
-            "none", docker_reference, repeatable=True),
+            "none", docker_reference, (), repeatable=True),
     Setting("warm-file", OWN_VARIABLE + "WARM_FILE", "FILE", "the same with each line of a file; # begins a comment",
-            "none", warm_list),
+            "none", warm_list, ()),
     Setting("docker-root", OWN_VARIABLE + "DOCKER_ROOT", "DIR", "read images from this data folder of Docker",
-            "the folder that Docker reports, if it can be read"),
+            "the folder that Docker reports, if it can be read", Path),
     Setting("allow", OWN_VARIABLE + "ALLOW", "PATTERN", (
         "only pull from registries that match, like docker.io or *.corp.example; can be repeated"), "pull from all",
-            registry_pattern, repeatable=True, live=True),
+            registry_pattern, (), repeatable=True, live=True),
     Setting("read-only", "REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED", "", "refuse pushes and deletions", "false",
-            boolean, live=True),
-    Setting(None, "REGISTRY_STORAGE_DELETE_ENABLED", "", "false refuses deletions", "true", boolean, live=True),
+            boolean, False, live=True),
+    Setting(None, "REGISTRY_STORAGE_DELETE_ENABLED", "", "false refuses deletions", "true", boolean, True, live=True),
     Setting("tls-certificate", "REGISTRY_HTTP_TLS_CERTIFICATE", "FILE", (
         "listen with TLS and this certificate chain in PEM"), "plain HTTP"),
     Setting("tls-key", "REGISTRY_HTTP_TLS_KEY", "FILE", "the private key of the certificate, in PEM", "plain HTTP"),
     Setting("store", "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", "DIR", "the folder for pushed and exported images",
-            "a folder in the user's cache"),
+            "a folder in the user's cache", Path),
     Setting("store-limit", OWN_VARIABLE + "STORE_LIMIT", "SIZE", (
         "refuse pushes when the store takes more than this, like 20GB; what can be had again goes first"), "none",
             parse_size),
     Setting("untagged-age", OWN_VARIABLE + "UNTAGGED_AGE", "AGE", (
         "remove pushed manifests that have had no tag and were not used for this long, like 7d"), "never", parse_age),
     Setting("no-sync", OWN_VARIABLE + "NO_SYNC", "", (
-        "answer a push before it is on the disk: a bit faster, but lost if the machine loses power"), "false", boolean),
+        "answer a push before it is on the disk: a bit faster, but lost if the machine loses power"), "false", boolean,
+            False),
     Setting("max-connections", OWN_VARIABLE + "MAX_CONNECTIONS", "N", (
         "the most connections of clients at a time; more have to wait"), (
         f"a third of the descriptors that this process may have, at most {CONNECTIONS_LIMIT}"), positive),
     Setting("allow-origin", OWN_VARIABLE + "ALLOW_ORIGIN", "ORIGIN", (
         "let web pages of this origin use the registry, like http://localhost:8080; can be repeated"),
-            "what is opened in a browser on localhost or an IP address", web_origin, repeatable=True, live=True),
+            "what is opened in a browser on localhost or an IP address", web_origin, (), repeatable=True, live=True),
     Setting("log-level", "REGISTRY_LOG_LEVEL", "|".join(LOG_LEVELS), "the least that is logged", "info",
-            one_word_of(*LOG_LEVELS), live=True),
+            one_word_of(*LOG_LEVELS), "info", live=True),
     Setting("log-format", "REGISTRY_LOG_FORMATTER", "text|json", "how it is logged", "text",
-            one_word_of("text", "json"), live=True),
+            one_word_of("text", "json"), "text", live=True),
     Setting("env-file", OWN_VARIABLE + "ENV_FILE", "FILE", "read settings from this file of NAME=value lines",
-            f"{DEFAULT_SETTINGS_FILE}, if it is there"),
+            f"{DEFAULT_SETTINGS_FILE}, if it is there", Path),
 )
-
-
-class Given(NamedTuple):
-    """A value as somebody wrote it, several if repeated, and where: a flag or a variable, and the file's line."""
-
-    name: str
-    texts: tuple[str, ...]
-    place: str = ""  # begins with a space
-    is_flag: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name}={','.join(self.texts)}{self.place}"
 
 
 class Value(NamedTuple):
@@ -9227,26 +9225,15 @@ class Value(NamedTuple):
     origin: str
 
 
-def read_settings_file(path: Path, must_exist: bool) -> dict[str, tuple[int, str]]:
+def read_settings_file(path: Path) -> dict[str, tuple[int, str]]:
     """Return the values of a file of NAME=value lines, each with its line's number. Raises ValueError.
 
     Lines may begin with `export`, and values may be in quotes. Nothing is expanded.
     """
     try:
-        with path.open("rb") as file:
-            lines = file.read(SETTINGS_FILE_LIMIT + 1).decode().splitlines()
-            too_large = file.tell() > SETTINGS_FILE_LIMIT
-    except FileNotFoundError:
-        if not must_exist:
-            return {}
-        raise ValueError(f"the settings file {path} does not exist") from None
-    except IsADirectoryError:
-        raise ValueError(f"the settings file {path} is a folder: Docker makes one if the file to mount does not "
-                         "exist") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"the settings file {path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    if too_large:
-        raise ValueError(f"the settings file {path} is larger than {SETTINGS_FILE_LIMIT} bytes")
+        lines = read_lines(path)
+    except ValueError as e:
+        raise ValueError(f"the settings file {path} {e}") from None
     found = {}
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][\w.-]*)=(.*)", line.strip(), re.ASCII)
@@ -9265,43 +9252,38 @@ class Sources:
         """Reads the file. Raises ValueError."""
         self._arguments = arguments
         self._environ = {name: text for name, text in environ.items() if text}
-        self._path, self._file = Path(DEFAULT_SETTINGS_FILE), dict[str, tuple[int, str]]()
+        self._path, self._file = DEFAULT_SETTINGS_FILE, dict[str, tuple[int, str]]()
         path = self.value(next(setting for setting in SETTINGS if setting.flag == "env-file")).value
-        self._path = Path(path or self._path)
-        self._file = read_settings_file(self._path, path is not None)
+        if path or self._path.exists():
+            self._path = path or self._path
+            self._file = read_settings_file(self._path)
 
     @property
     def variables(self) -> dict[str, str]:
         """Return the variables of both, the environment's first."""
         return {**{name: text for name, (_, text) in self._file.items() if text}, **self._environ}
 
-    def _given(self, setting: Setting) -> Iterator[Given]:
-        """Yield all that sets a setting, the one that wins first."""
-        flag = getattr(self._arguments, (setting.flag or "-").replace("-", "_"), None)
-        if flag is not None:
-            yield Given(setting.name, tuple(flag) if isinstance(flag, list) else (flag,), is_flag=True)
-        number, text = self._file.get(setting.variable, (0, ""))
-        for value, place in ((self._environ.get(setting.variable), ""), (text, f" (line {number} of {self._path})")):
-            if value:
-                yield Given(setting.variable, tuple(part.strip() for part in value.split(",") if part.strip())
-                            if setting.repeatable else (value,), place)
-
     def value(self, setting: Setting) -> Value:
         """Return the value of a setting. Raises ValueError."""
-        given = [*self._given(setting)]
+        flag = getattr(self._arguments, (setting.flag or "-").replace("-", "_"), None)
+        number, line = self._file.get(setting.variable, (0, ""))
+        given = [(name, text, place) for name, text, place in (
+            (setting.name, ",".join(flag) if isinstance(flag, list) else flag, ""),
+            (setting.variable, self._environ.get(setting.variable), ""),
+            (setting.variable, line or None, f" (line {number} of {self._path})")) if text is not None]
+        ignored = "".join(f", {name}={text}{place} is ignored" for name, text, place in given[1:])
         if not given:
-            return Value(setting.unset(), "", "from the default")
+            return Value(setting.unset, "", "from the default")
+        name, text, place = given[0]
+        if not text:
+            raise ValueError(f"{name} is empty")
         parsed = []
-        first, *others = given
-        for text in first.texts:
-            if not text:
-                raise ValueError(f"{first.name} is empty")
+        for part in filter(None, map(str.strip, text.split(","))) if setting.repeatable else [text]:
             try:
-                parsed.append(setting.parse(text))
+                parsed.append(setting.parse(part))
             except ValueError as e:
-                raise ValueError(f"{first.name}{' ' if first.is_flag else '='}{text!r}{first.place} {e}") from None
-        origin = ", ".join([f"from {first.name}{first.place}", *(f"{other} is ignored" for other in others)])
-        return Value(tuple(parsed) if setting.repeatable else parsed[0], ",".join(first.texts), origin)
+                raise ValueError(f"{name}{' ' if name[0] == '-' else '='}{part!r}{place} {e}") from None
+        return Value(tuple(parsed) if setting.repeatable else parsed[0], text, f"from {name}{place}{ignored}")
 
     def unknown(self) -> Iterator[str]:
         """Yield warnings about variables that mean nothing here."""
@@ -9314,16 +9296,15 @@ class Sources:
                 yield f"{name} is not a setting of this program"
 
 
-def yaml_strings(text: str) -> tuple[str, ...]:
-    """Parse a YAML list in brackets, or a single string. Raises ValueError."""
-    text = text.strip()
-    scalar = r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|\'\')*'|[^\s,'"\[\]{}][^,\[\]{}"]*|)\s*"""
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
-    if not re.fullmatch(scalar if inner is None else rf"{scalar}(?:,{scalar})*", text if inner is None else inner):
+def yaml_strings(text: str) -> list[str]:
+    """Parse a YAML list in brackets, or a single string."""
+    scalar = r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^\s,'"\[\]{}][^,\[\]{}"]*|)\s*"""
+    match = re.fullmatch(rf"\s*\[({scalar}(?:,{scalar})*)\]\s*|{scalar}", text)
+    if not match:
         raise ValueError('is not a list: use ["value"]')
-    found = [text] if inner is None else re.findall(rf"{scalar}(?:,|$)", inner)
-    return tuple(json.loads(part) if part[0] == '"' else part[1:-1].replace("''", "'") if part[0] == "'" else
-                 part.strip() for part in found if part)
+    found = re.findall(rf"{scalar}(?:,|$)", match[1]) if match[1] else [match[4]]
+    return [json.loads(part) if part[0] == '"' else part[1:-1].replace("''", "'") if part[0] == "'" else part.strip()
+            for part in found if part]
 
 
 def extra_headers(variables: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
@@ -9332,81 +9313,61 @@ def extra_headers(variables: Mapping[str, str]) -> tuple[list[tuple[str, str]], 
     The name of a header follows, the value is a list in YAML, as for the official registry. What this program sends
     itself is not replaced.
     """
-    headers, origins, notes = [], [], []
+    headers, origins, notes = [], list[str](), []
+    if HEADERS_VARIABLE in variables:
+        raise ValueError(f"{HEADERS_VARIABLE} is not supported: use {HEADERS_VARIABLE}_NAME='[\"value\"]' for each")
     for variable, text in sorted(variables.items()):
-        name = variable.removeprefix(HEADERS_VARIABLE + "_").replace("_", "-").title()
-        if name == HEADERS_VARIABLE.replace("_", "-").title():
-            raise ValueError(f"{HEADERS_VARIABLE} is not supported: use {HEADERS_VARIABLE}_NAME='[\"value\"]' for each")
         if not variable.startswith(HEADERS_VARIABLE + "_"):
             continue
+        name = variable.removeprefix(HEADERS_VARIABLE + "_").replace("_", "-").title()
         try:
             values = yaml_strings(text)
+            if not TOKEN.fullmatch(name) or not all(value.isascii() and value.isprintable() for value in values):
+                raise ValueError("is not a header: use printable characters only")
+            if name == "Access-Control-Allow-Origin" and "*" not in values:
+                origins += map(web_origin, values)
+                continue
         except ValueError as e:
             raise ValueError(f"{variable}={text!r} {e}") from None
-        if not TOKEN.fullmatch(name) or not all(value.isascii() and value.isprintable() for value in values):
-            raise ValueError(f"{variable}={text!r} is not a header: use printable characters only")
-        if name == "Access-Control-Allow-Origin" and "*" not in values:
-            try:
-                origins += [web_origin(value) for value in values]
-            except ValueError as e:
-                raise ValueError(f"{variable}={text!r} {e}") from None
-        elif name.startswith(("Access-Control-", "Docker-", "Oci-")) or name in Browsers.RESERVED:
-            if [*values] != [Browsers.HEADERS.get(name)]:
-                notes.append(f"{variable} is ignored: this program sends that header itself" + (
-                    ", for the web pages of -allow-origin" if name.startswith("Access-") else ""))
-        else:
+        if name not in Browsers.RESERVED and not name.startswith(("Access-Control-", "Docker-", "Oci-")):
             headers += [(name, value) for value in values]
+        elif values != [Browsers.HEADERS.get(name)]:
+            notes.append(f"{variable} is ignored: this program sends that header itself" + (
+                ", for the web pages of -allow-origin" if name.startswith("Access-") else ""))
     return headers, origins, notes
 
 
-@dataclass(frozen=True)
 class Settings:
-    """All settings, validated."""
+    """All settings, validated. values has each as it was given, by the settings' names."""
 
-    address: Address
-    address_origin: str
-    store: Path
-    store_origin: str
-    store_limit: int | None
-    untagged_age: float | None
-    durable: bool
-    engine: EngineHost
-    pulls: PullPolicy
-    warm: tuple[Reference, ...]
-    docker_root: Path | None
-    policy: Policy
-    tls: ssl.SSLContext | None
-    max_connections: int | None
-    allowed_origins: tuple[str, ...]
-    headers: tuple[tuple[str, str], ...]
-    log_level: str
-    log_format: str
-    values: Mapping[str, Value]  # by the settings' names
-    notes: tuple[str, ...]
-
-    @classmethod
-    def read(cls, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    def __init__(self, arguments: argparse.Namespace, environ: Mapping[str, str]):
         """Read flags, the environment, the settings file, then defaults. Raises ValueError with a message of a line."""
         sources = Sources(arguments, environ)
-        values = {setting.name: sources.value(setting) for setting in SETTINGS}
-        given, variables = {name: found.value for name, found in values.items()}, sources.variables
-        cache = variables.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        store, store_origin = Path(given["-store"] or Path(cache) / "k3d-registry-dockerd"), values["-store"].origin
-        store_note = cls._check_store(store, store_origin)
+        self.values = {setting.name: sources.value(setting) for setting in SETTINGS}
+        given, variables = {name: found.value for name, found in self.values.items()}, sources.variables
         headers, origins, header_notes = extra_headers(variables)
-        deletes = values["REGISTRY_STORAGE_DELETE_ENABLED"]
-        return cls(
-            given["-addr"] or Address.parse(DEFAULT_ADDRESS), values["-addr"].origin, store, store_origin,
-            given["-store-limit"], given["-untagged-age"], not given["-no-sync"],
-            EngineHost.from_environment(variables),
-            PullPolicy(given["-allow"], given["-pull"] or "missing", DockerConfig(docker_folder(variables))),
-            (*given["-warm"], *(given["-warm-file"] or ())),
-            Path(given["-docker-root"]) if given["-docker-root"] else None,
-            Policy(given["-read-only"], deletes.value or not deletes.text),
-            cls._tls(given["-tls-certificate"], given["-tls-key"]), given["-max-connections"],
-            (*given["-allow-origin"], *origins), tuple(headers), given["-log-level"] or "info",
-            given["-log-format"] or "text", values,
-            tuple(filter(None, [store_note, *cls._proxy_notes(variables), *header_notes, *sources.unknown()])))
+        self.address: Address = given["-addr"]
+        self.store: Path = given["-store"] or Path(
+            variables.get("XDG_CACHE_HOME") or Path.home() / ".cache", "k3d-registry-dockerd")
+        self.store_limit: int | None = given["-store-limit"]
+        self.untagged_age: float | None = given["-untagged-age"]
+        self.durable = not given["-no-sync"]
+        self.engine = EngineHost.from_environment(variables)
+        self.pulls = PullPolicy(given["-allow"], given["-pull"], DockerConfig(docker_folder(variables)))
+        self.warm: tuple[Reference, ...] = given["-warm"] + given["-warm-file"]
+        self.docker_root: Path | None = given["-docker-root"]
+        self.policy = Policy(given["-read-only"], given["REGISTRY_STORAGE_DELETE_ENABLED"])
+        self.tls = tls_context(given["-tls-certificate"], given["-tls-key"])
+        self.max_connections: int | None = given["-max-connections"]
+        self.allowed_origins: tuple[str, ...] = (*given["-allow-origin"], *origins)
+        self.headers = headers
+        self.log_level: str = given["-log-level"]
+        self.log_format: str = given["-log-format"]
+        self.notes = [*self._store_notes(), *proxy_notes(variables), *header_notes, *sources.unknown()]
+
+    def origin(self, name: str) -> str:
+        """Say where the value of a setting is from."""
+        return self.values[name].origin
 
     def described(self) -> Iterator[str]:
         """Yield a line about each setting that is not the default, but for the address and the store."""
@@ -9429,47 +9390,45 @@ class Settings:
         if str(self.engine) != str(new.engine):
             yield f"Docker: {self.engine} is now {new.engine}, after a restart"
 
-    @staticmethod
-    def _tls(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
-        if not certificate and not key:
-            return None
-        if not certificate or not key:
-            raise ValueError("TLS needs both -tls-certificate and -tls-key, or both REGISTRY_HTTP_TLS_CERTIFICATE and "
-                             "REGISTRY_HTTP_TLS_KEY")
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    def _store_notes(self) -> Iterator[str]:
+        """Yield a warning if the store is not writable. Raises ValueError if it is no folder, and cannot become one."""
+        name = f"the store {self.store} ({self.origin('-store')})"
         try:
-            context.load_cert_chain(certificate, key)
-        except OSError as e:  # includes ssl.SSLError
-            raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: "
-                             f"{e.strerror or e}") from None
-        return context
-
-    @staticmethod
-    def _check_store(store: Path, origin: str) -> str | None:
-        """Return a warning, or None. Raises ValueError if the store is not a folder and cannot be created."""
-        try:
-            existing = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
+            existing = nearest_existing(self.store)
             if not existing.is_dir():
-                raise ValueError(f"the store {store} ({origin}) cannot be created: {existing} is not a folder")
+                raise ValueError(f"{name} cannot be created: {existing} is not a folder")
         except OSError as e:
-            raise ValueError(f"the store {store} ({origin}) cannot be used: {e.strerror or e}") from None
+            raise ValueError(f"{name} cannot be used: {e.strerror or e}") from None
         if not os.access(existing, os.W_OK | os.X_OK):
-            return f"the store {store} ({origin}) is not writable: pushes and exports will fail"
-        return None
+            yield f"{name} is not writable: pushes and exports will fail"
 
-    @staticmethod
-    def _proxy_notes(environ: Mapping[str, str]) -> Iterator[str]:
-        """Yield warnings about variables that k3d sets for the official registry image."""
-        url = environ.get("REGISTRY_PROXY_REMOTEURL", "")
-        if url and url != "*":
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("REGISTRY_PROXY_REMOTEURL must be * or the URL of a registry")
-            yield ("REGISTRY_PROXY_REMOTEURL is not used: this registry serves the images of all registries, "
-                   "and each request names one")
-        if environ.get("REGISTRY_PROXY_USERNAME") or environ.get("REGISTRY_PROXY_PASSWORD"):
-            yield ("REGISTRY_PROXY_USERNAME and _PASSWORD are not used: each pull sends its own credentials "
-                   "(imagePullSecrets)")
+
+def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    """Return what the server needs for TLS, or None if it is not wanted. Raises ValueError."""
+    if not certificate and not key:
+        return None
+    if not certificate or not key:
+        raise ValueError("TLS needs both -tls-certificate and -tls-key, or both REGISTRY_HTTP_TLS_CERTIFICATE and "
+                         "REGISTRY_HTTP_TLS_KEY")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as e:  # includes ssl.SSLError
+        raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: {e.strerror or e}") from None
+    return context
+
+
+def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
+    """Yield warnings about variables that k3d sets for the official registry image. Raises ValueError."""
+    url = variables.get("REGISTRY_PROXY_REMOTEURL", "*")
+    if origin_of(url) is None and url != "*":
+        raise ValueError("REGISTRY_PROXY_REMOTEURL must be * or the URL of a registry")
+    if url != "*":
+        yield ("REGISTRY_PROXY_REMOTEURL is not used: this registry serves the images of all registries, and each "
+               "request names one")
+    if "REGISTRY_PROXY_USERNAME" in variables or "REGISTRY_PROXY_PASSWORD" in variables:
+        yield ("REGISTRY_PROXY_USERNAME and _PASSWORD are not used: each pull sends its own credentials "
+               "(imagePullSecrets)")
 
 
 # =====================================================================================================================
@@ -9667,7 +9626,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> int:
                         settings.allowed_origins, settings.headers,
                         lambda text: call_engine(registry.mirror.engine.name, text), registry.mirror.activity)
     except OSError as e:
-        log.error("cannot listen on %s (%s): %s", settings.address, settings.address_origin, e.strerror or e)
+        log.error("cannot listen on %s (%s): %s", settings.address, settings.origin("-addr"), e.strerror or e)
         return 1
     introduce(settings, server)
     start_thread(server.serve_forever, 0.1)  # seconds that the end may wait for
@@ -9688,7 +9647,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> int:
 def reload(settings: Settings, arguments: argparse.Namespace, server: Server) -> Settings:
     """Read the settings again, log what changed, apply what can be, and return them. Invalid ones change nothing."""
     try:
-        new = Settings.read(arguments, os.environ)
+        new = Settings(arguments, os.environ)
     except ValueError as e:
         log.error("SIGHUP: the settings stay as they are: %s", e)
         return settings
@@ -9698,13 +9657,14 @@ def reload(settings: Settings, arguments: argparse.Namespace, server: Server) ->
     configure_log(new.log_level, new.log_format)
     for line in lines or ["nothing has changed"]:
         log.info("SIGHUP: %s", line)
-    return dataclasses.replace(new, pulls=settings.pulls)
+    new.pulls = settings.pulls
+    return new
 
 
 def introduce(settings: Settings, server: Server) -> None:
     """Log the version and the settings, then "listening on", which k3d waits for."""
     log.info("k3d-registry-dockerd %s, Python %s", __version__, sys.version.split()[0])
-    log.info("store: %s (%s)", settings.store, settings.store_origin)
+    log.info("store: %s (%s)", settings.store, settings.origin("-store"))
     for line in settings.described():
         log.info("%s", line)
     config = settings.pulls.config
@@ -9713,7 +9673,7 @@ def introduce(settings: Settings, server: Server) -> None:
     log.info("Docker is at %s (%s)", settings.engine, settings.engine.origin)
     for note in settings.notes:
         log.warning("%s", note)
-    log_always("listening on %s (%s)%s", server.address, settings.address_origin, " with TLS" if settings.tls else "")
+    log_always("listening on %s (%s)%s", server.address, settings.origin("-addr"), " with TLS" if settings.tls else "")
 
 
 @dataclass(frozen=True)
@@ -9789,7 +9749,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = COMMANDS[name].parser(name)
     arguments = parser.parse_args(words)
     try:
-        settings = Settings.read(arguments, os.environ)
+        settings = Settings(arguments, os.environ)
     except ValueError as e:
         parser.error(printable(str(e)))
     configure_log(settings.log_level, settings.log_format)
