@@ -9444,11 +9444,6 @@ class ArgumentParser(argparse.ArgumentParser):
         """Print the message and exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
 
-    def add_flag(self, name: str, **options: Any) -> None:
-        """Add a flag that takes one dash or two, like Go's."""
-        self.add_argument(f"-{name}", **options)
-        self.add_argument(f"--{name}", **{**options, "help": argparse.SUPPRESS})
-
 
 class JsonFormatter(logging.Formatter):
     """Makes each message of the log a JSON object on a line of its own: time, level, message."""
@@ -9497,20 +9492,20 @@ def server_address(settings: Settings, arguments: argparse.Namespace) -> Address
     return reachable(found[0] if len(found) == 1 else settings.address)
 
 
-def check(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Check that the registry answers, print the result, and return 0 if it is healthy, 1 if not."""
+def check(settings: Settings, arguments: argparse.Namespace) -> bool:
+    """Check that the registry answers, and print the result."""
     address = server_address(settings, arguments)
     try:
         status, *_ = ask_server(address, settings.tls is not None, "/v2/")
     except (OSError, http.client.HTTPException) as e:
         print(f"no answer from {address}: {e}")
-        return 1
+        return False
     print("healthy" if status == 200 else "unhealthy")
-    return 0 if status == 200 else 1
+    return status == 200
 
 
-def show_status(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Print what the registry does, and return 0, or 1 if it does not answer. -watch redraws that on a terminal."""
+def show_status(settings: Settings, arguments: argparse.Namespace) -> bool:
+    """Print what the registry does. False if it does not answer. -watch redraws that on a terminal."""
     address = server_address(settings, arguments)
     watches = arguments.watch and sys.stdout.isatty()
     try:
@@ -9518,58 +9513,52 @@ def show_status(settings: Settings, arguments: argparse.Namespace) -> int:
             status, _, body = ask_server(address, settings.tls is not None, "/")
             if status != 200:
                 raise http.client.HTTPException(f"status {status}")
-            text = "\n".join(printable(line) for line in body.decode(errors="replace").splitlines())
+            text = "\n".join(map(printable, body.decode(errors="replace").splitlines()))
             print(f"\033[H\033[J{text}" if watches else text, flush=True)
             if not watches:
-                return 0
+                return True
             time.sleep(WATCH_INTERVAL)
     except (OSError, http.client.HTTPException) as e:
         print(f"no answer from {address}: {e}")
-        return 1
+        return False
     except KeyboardInterrupt:
-        return 0
+        return True
 
 
-def raise_descriptor_limit() -> int:
-    """Let this process have more descriptors, if the system allows it, and return how many it may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS_LIMIT if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_LIMIT)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+def connection_limit(wanted: int | None) -> int:
+    """Return how many connections of clients there may be: as many as are wanted, if there are descriptors for them.
+
+    This process gets more descriptors before, if the system allows it.
+    """
+    soft, hard = (DESCRIPTORS_LIMIT if limit == resource.RLIM_INFINITY else limit
+                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < min(hard, DESCRIPTORS_LIMIT):
         with contextlib.suppress(OSError, ValueError):  # macOS has another limit besides
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return DESCRIPTORS_LIMIT if soft == resource.RLIM_INFINITY else soft
-
-
-def connection_limit(settings: Settings) -> int:
-    """The most connections of clients at a time: as many as are set, if there are descriptors for them."""
-    wanted, descriptors = settings.max_connections or CONNECTIONS_LIMIT, raise_descriptor_limit()
-    limit = min(wanted, max(descriptors // DESCRIPTORS_EACH, 1))
-    if settings.max_connections and limit < wanted:
-        log.warning("-max-connections is %d and not %d: this process may have only %d descriptors", limit, wanted,
-                    descriptors)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS_LIMIT), hard))
+            soft = min(hard, DESCRIPTORS_LIMIT)
+    limit = min(wanted or CONNECTIONS_LIMIT, max(soft // DESCRIPTORS_EACH, 1))
+    if wanted and limit < wanted:
+        log.warning("-max-connections is %d and not %d: this process may have only %d descriptors", limit, wanted, soft)
     return limit
 
 
-def make_registry(settings: Settings) -> tuple[Store, Front]:
-    """Return the registry as it is set, and its store."""
+def make_registry(settings: Settings) -> Front:
+    """Return the registry as it is set."""
     store = Store(settings.store, settings.durable, settings.store_limit)
     mirror = Mirror(Engine(settings.engine, settings.address.port), store, settings.pulls, settings.docker_root)
-    return store, Front(Hosted(store, settings.untagged_age), mirror, store, settings.warm)
+    return Front(Hosted(store, settings.untagged_age), mirror, store, settings.warm)
 
 
-def verify(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Verify the store, print the result, and return 0 if all of it is right in the end, 1 if not."""
-    store, registry = make_registry(settings)
-    try:
-        right = Verification(store, registry, print).run(arguments.repair)
-    except RegistryError as e:
-        print(f"the store could not be verified: {e.detail}")
-        return 1
-    finally:
-        registry.close()
+def verify(settings: Settings, arguments: argparse.Namespace) -> bool:
+    """Verify the store, and print the result. True if all of it is right in the end."""
+    with contextlib.closing(make_registry(settings)) as registry:
+        try:
+            right = Verification(registry.store, registry, print).run(arguments.repair)
+        except RegistryError as e:
+            print(f"the store could not be verified: {e.detail}")
+            return False
     print("the store is complete and undamaged" if right else "the store has damaged or missing content")
-    return 0 if right else 1
+    return right
 
 
 def make_setup(settings: Settings, registry: Front, server: Address) -> Setup:
@@ -9579,28 +9568,23 @@ def make_setup(settings: Settings, registry: Front, server: Address) -> Setup:
                  settings.pulls, os.environ)
 
 
-def doctor(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Go through the usual causes, print a line for each, and return 0 if nothing is wrong, 1 if something is."""
+def doctor(settings: Settings, arguments: argparse.Namespace) -> bool:
+    """Go through the usual causes, and print a line for each. True if nothing is wrong."""
     log.setLevel(logging.CRITICAL)  # the lines say it
-    _, registry = make_registry(settings)
-    try:
-        return 0 if run_doctor(make_setup(settings, registry, server_address(settings, arguments)), print) else 1
-    finally:
-        registry.close()
+    with contextlib.closing(make_registry(settings)) as registry:
+        return run_doctor(make_setup(settings, registry, server_address(settings, arguments)), print)
 
 
-def print_configuration(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Print a configuration for this registry, and return 0. Without Docker, what Docker knows is not filled in."""
+def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bool:
+    """Print a configuration for this registry. Without Docker, what Docker knows is not filled in."""
     log.setLevel(logging.CRITICAL)
-    engine = Engine(settings.engine)
-    names: tuple[str, ...] = ()
-    root = Path("/var/lib/docker")
+    names, root = tuple[str, ...](), Path("/var/lib/docker")
     with contextlib.suppress(RegistryError):
-        info = engine.info()
+        info = Engine(settings.engine).info()
         names, root = info.names, info.root
     place = Place.find(str(server_address(settings, arguments)), names, settings.engine, root)
     print(configuration_for(arguments.kind, place), end="")
-    return 0
+    return True
 
 
 def work_in_background(settings: Settings, registry: Front, address: Address) -> None:
@@ -9610,8 +9594,8 @@ def work_in_background(settings: Settings, registry: Front, address: Address) ->
     registry.keep_tidy()
 
 
-def serve(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Run the registry until SIGTERM or SIGINT, and return the exit status."""
+def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
+    """Run the registry until SIGTERM or SIGINT. False if it cannot listen."""
     if arguments.check:
         return check(settings, arguments)
     # The signals are blocked in all threads and taken by sigwait. A handler would not do: it runs in this thread,
@@ -9619,15 +9603,15 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> int:
     # handler only receives signals that are blocked.
     endings, on_terminal = {signal.SIGTERM, signal.SIGINT}, sys.stderr.isatty()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*endings, signal.SIGHUP})
-    _, registry = make_registry(settings)
+    registry = make_registry(settings)
     log.addFilter(EngineName(registry.mirror.engine))
     try:
-        server = Server(settings.address, registry, settings.policy, settings.tls, connection_limit(settings),
-                        settings.allowed_origins, settings.headers,
+        server = Server(settings.address, registry, settings.policy, settings.tls,
+                        connection_limit(settings.max_connections), settings.allowed_origins, settings.headers,
                         lambda text: call_engine(registry.mirror.engine.name, text), registry.mirror.activity)
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.origin("-addr"), e.strerror or e)
-        return 1
+        return False
     introduce(settings, server)
     start_thread(server.serve_forever, 0.1)  # seconds that the end may wait for
     start_thread(work_in_background, settings, registry, reachable(server.address))
@@ -9641,7 +9625,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> int:
     server.server_close()
     server.connections.finish_requests(STOP_GRACE)
     registry.close()
-    return 0
+    return True
 
 
 def reload(settings: Settings, arguments: argparse.Namespace, server: Server) -> Settings:
@@ -9680,12 +9664,12 @@ def introduce(settings: Settings, server: Server) -> None:
 class Command:
     """A subcommand.
 
-    run gets the settings and the arguments, and returns the exit status. summary is a sentence for -h, example its
-    arguments in an example. flags are those of SETTINGS that it takes; own are flags that are no settings, and words
-    without a dash, with what argparse has to know of each. Settings that it has no flag for come from elsewhere.
+    run gets the settings and the arguments, and returns True if all is well: that is the exit status. example is its
+    arguments in an example. flags are those of SETTINGS that it takes; own are its other flags and words, as argparse
+    wants them. Settings that it has no flag for come from elsewhere.
     """
 
-    run: Callable[[Settings, argparse.Namespace], int]
+    run: Callable[[Settings, argparse.Namespace], bool]
     summary: str
     example: str
     flags: tuple[str, ...] = ()
@@ -9693,18 +9677,19 @@ class Command:
 
     def parser(self, name: str) -> ArgumentParser:
         """Return the parser of the arguments that follow the name."""
-        others = [f"  {other:8} {command.summary}" for other, command in COMMANDS.items()]
-        parser = ArgumentParser(
-            prog=f"{PROGRAM} {name}" if name != DEFAULT_COMMAND else PROGRAM, allow_abbrev=False,
-            description=self.summary, formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="\n".join([f"example: {PROGRAM} {self.example}", *(
-                ["", "Docker is found as by the docker command: DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH",
-                 "", "commands, each with its own -h:", *others] if name == DEFAULT_COMMAND else [])]))
-        for own, options in self.own.items():
-            parser.add_flag(own[1:], **options) if own.startswith("-") else parser.add_argument(own, **options)
-        for setting in SETTINGS:
-            if setting.flag and setting.flag in self.flags:
-                parser.add_flag(setting.flag, **setting.argument())
+        program, epilog = f"{PROGRAM} {name}", f"example: {PROGRAM} {self.example}"
+        if name == DEFAULT_COMMAND:
+            program = PROGRAM
+            epilog += ("\n\nDocker is found as by the docker command: DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH"
+                       "\n\ncommands, each with its own -h:" +
+                       "".join(f"\n  {other:8} {command.summary}" for other, command in COMMANDS.items()))
+        parser = ArgumentParser(prog=program, allow_abbrev=False, description=self.summary, epilog=epilog,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        flags = {f"-{each.flag}": each.argument() for each in SETTINGS if each.flag in self.flags}
+        for flag, options in {**self.own, **flags}.items():
+            parser.add_argument(flag, **options)
+            if flag.startswith("-"):  # one dash or two, like Go's
+                parser.add_argument(f"-{flag}", **{**options, "help": argparse.SUPPRESS})
         return parser
 
 
@@ -9753,7 +9738,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         parser.error(printable(str(e)))
     configure_log(settings.log_level, settings.log_format)
-    return COMMANDS[name].run(settings, arguments)
+    return 0 if COMMANDS[name].run(settings, arguments) else 1
 
 
 if __name__ == "__main__":
