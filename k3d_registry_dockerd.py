@@ -1941,9 +1941,10 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker's answer is malformed: {e!r}") from e
 
     @contextlib.contextmanager
-    def _request(self, method: str, path: str, headers: Mapping[str, str] | None, timeout: float,
-                 response_class: type[http.client.HTTPResponse] = http.client.HTTPResponse
-                 ) -> Iterator[http.client.HTTPResponse]:
+    def request(self, method: str, path: str, headers: Mapping[str, str] | None = None,
+                timeout: float = ENGINE_TIMEOUT,
+                response_class: type[http.client.HTTPResponse] = http.client.HTTPResponse
+                ) -> Iterator[http.client.HTTPResponse]:
         """Send a request. The response must be read within the `with`. timeout is in seconds, per read."""
         connection = EngineConnection(self.host, timeout)
         connection.response_class = response_class
@@ -1973,7 +1974,7 @@ class Engine:
 
     def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
         """Return the status and the parsed JSON of a GET."""
-        with self._request("GET", path, headers, ENGINE_TIMEOUT, PunctualResponse) as response:
+        with self.request("GET", path, headers, ENGINE_TIMEOUT, PunctualResponse) as response:
             data = response.read(JSON_LIMIT)
             if response.length:  # read(limit) does not detect a body that is too short
                 raise http.client.IncompleteRead(data, response.length)
@@ -2157,7 +2158,7 @@ class Engine:
         repository = reference.docker_repository()
         query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
         headers = {"Content-Length": "0", **self._authorization(reference, credentials)}
-        with self._request("POST", self._path(f"/images/create?{query}"), headers, PULL_TIMEOUT) as response:
+        with self.request("POST", self._path(f"/images/create?{query}"), headers, PULL_TIMEOUT) as response:
             for message in self._good_messages(response, repository):
                 tell(message)
 
@@ -2202,7 +2203,7 @@ class Engine:
     @contextlib.contextmanager
     def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
         """Stream the tar of `docker save`. It must be read within the `with`."""
-        with self._request("GET", self._path(f"/images/{image_id}/get"), None, PULL_TIMEOUT) as response:
+        with self.request("GET", self._path(f"/images/{image_id}/get"), None, PULL_TIMEOUT) as response:
             if response.status != 200:
                 reason = response.read(500).decode(errors="replace")
                 raise RegistryError("ENGINE_FAILED", f"Docker cannot export {image_id}: {reason}")
@@ -8547,25 +8548,14 @@ CALLS = (("GET", "/images/json"), ("GET", f"/images/{NO_IMAGE}/json"), ("GET", f
 
 def check_calls(setup: Setup) -> Finding:
     """Does a proxy in front of the socket forbid calls?"""
-    refused = [(method, path) for method, path in CALLS if is_refused(setup.engine, method, path)]
-    if not refused:
-        return Finding(GOOD, "Docker takes those that pulls need")
-    calls = ", ".join(f"{method} {path.partition('?')[0].replace(NO_IMAGE, 'NAME')}" for method, path in refused)
-    post = " POST=1" if any(method == "POST" for method, _ in refused) else ""
-    return Finding(BAD, f"a proxy in front of Docker's socket refuses {calls}", (
-        f"allow them (docker-socket-proxy: IMAGES=1{post})"))
-
-
-def is_refused(engine: Engine, method: str, path: str) -> bool:
-    """Return True if something in front of Docker refuses a call. Raises RegistryError if there is no answer."""
-    connection = EngineConnection(engine.host, ENGINE_TIMEOUT)
-    with engine.connection_errors(), contextlib.closing(connection):
-        connection.request(method, path, None, {"User-Agent": engine.user_agent})
-        response = connection.getresponse()
-        with contextlib.suppress(RegistryError):
-            engine.check_refusal(method, path, response.status, response.headers.get("Content-Type", ""))
-            return False
-        return True
+    problems = []
+    for method, path in CALLS:
+        try:
+            with setup.engine.request(method, path):
+                pass
+        except RegistryError as e:
+            problems.append(e.detail)
+    return Finding(BAD, "; ".join(problems)) if problems else Finding(GOOD, "Docker takes those that pulls need")
 
 
 def check_content(setup: Setup) -> Finding:
@@ -8663,22 +8653,20 @@ def ask_server(address: Address, tls: bool, path: str) -> tuple[int, Message, by
 
     tls is a guess: it may have been set on the server's command line only. Raises OSError and HTTPException.
     """
-    try:
-        return ask_with(tls, address, path)
-    except (ssl.SSLError, http.client.HTTPException, ConnectionResetError):
-        return ask_with(not tls, address, path)
-
-
-def ask_with(tls: bool, address: Address, path: str) -> tuple[int, Message, bytes]:
-    """Do what ask_server() does, with TLS or without."""
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
-    if tls:  # the certificate need not name this address
-        connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
-                                                 context=ssl._create_unverified_context())  # noqa: S323
-    with contextlib.closing(connection):
-        connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
-        response = connection.getresponse()
-        return response.status, response.headers, response.read(MIB)
+    problem: Exception | None = None
+    for with_tls in (tls, not tls):
+        connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
+        if with_tls:  # the certificate need not name this address
+            connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
+                                                     context=ssl._create_unverified_context())  # noqa: S323
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
+                response = connection.getresponse()
+                return response.status, response.headers, response.read(MIB)
+            except (ssl.SSLError, http.client.HTTPException, ConnectionResetError) as e:
+                problem = problem or e
+    raise problem or OSError("no answer")
 
 
 def check_port(setup: Setup) -> Finding:
@@ -8709,27 +8697,26 @@ def listening_sockets() -> dict[str, Address]:
     return found
 
 
-def open_sockets(process: Path) -> set[str]:
-    """Return the inodes of a process's sockets. Raises OSError if they may not be known."""
-    found = set()
-    for file in (process / "fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-            found.add(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
-    return found
+def servers(is_wanted: Callable[[list[str]], bool] = bool) -> Iterator[tuple[str, list[str], Address]]:
+    """Yield the processes that listen on this machine, or in this container, and the addresses: pid, command, address.
+
+    is_wanted chooses by the words of the command line. Processes of other users are only seen by root.
+    """
+    sockets = listening_sockets()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            for file in (process / "fd").iterdir() if is_wanted(words) else ():
+                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                    address = sockets.get(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
+                    if address:
+                        yield process.name, words, address
 
 
 def running_servers() -> list[Address]:
-    """Return the addresses that other processes of this program listen on in this container, or on this machine.
-
-    They are those with the same script on their command line. It does not matter which settings they got, and how.
-    """
-    found, sockets, script = [], listening_sockets(), Path(sys.argv[0]).name.encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if script and any(word.rpartition(b"/")[2] == script for word in words):
-                found += [sockets[inode] for inode in open_sockets(process) & sockets.keys()]
-    return found
+    """Return the addresses of the servers with the same script on their command line, whatever their settings are."""
+    script = Path(sys.argv[0]).name
+    return [address for _, _, address in servers(lambda words: script in (Path(word).name for word in words if word))]
 
 
 def reachable(address: Address) -> Address:
@@ -8740,14 +8727,9 @@ def reachable(address: Address) -> Address:
 
 def owner_of(port: int) -> str | None:
     """Name the process that listens on a port, or None if it cannot be seen from here."""
-    wanted = {inode for inode, address in listening_sockets().items() if address.port == port}
-    for process in Path("/proc").glob("[0-9]*") if wanted else ():
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            if wanted & open_sockets(process):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                # Not the whole of it: there are passwords on command lines.
-                return f"pid {process.name} ({printable(b' '.join(words[:2]).decode(errors='replace'), 100).strip()})"
-    return None
+    # Not the whole command: there are passwords on command lines.
+    return next((f"pid {process} ({printable(' '.join(words[:2]), 100).strip()})"
+                 for process, words, address in servers() if address.port == port), None)
 
 
 def check_nodes(setup: Setup) -> Finding | None:
@@ -8812,7 +8794,7 @@ class Check(NamedTuple):
 
 CHECKS = (
     Check("socket", check_socket),
-    Check("engine", check_engine, True),
+    Check("engine", check_engine, True, True),
     Check("calls", check_calls, True),
     Check("image store", check_content, True, True),
     Check("store", check_store, False, True),
@@ -8857,12 +8839,9 @@ def run_doctor(setup: Setup, tell: Callable[[str], None]) -> bool:
 
 def log_improvements(setup: Setup) -> None:
     """Log in one line what could be better, if anything could, from the checks that are cheap."""
-    docker_answers = False
-    with contextlib.suppress(RegistryError):  # the log has said it
-        docker_answers = bool(setup.engine.info())
-    checks = [cheap for cheap in CHECKS if cheap.at_start and (docker_answers or not cheap.asks_docker)]
-    found = [f"{name}: {finding}" for name, finding in examine(setup, checks)
-             if finding.mark != GOOD and (name, finding.mark) != ("image store", BAD)]  # a warning has said that
+    said = (("engine", BAD), ("image store", BAD))  # the log has warnings about these
+    found = [f"{name}: {finding}" for name, finding in examine(setup, (each for each in CHECKS if each.at_start))
+             if finding.mark != GOOD and (name, finding.mark) not in said]
     if found:
         log.info("could be better: %s (the command doctor says more)", "; ".join(found))
 
