@@ -197,6 +197,7 @@ class TestConnections(HttpCase):
                 ("cut off", b"Content-Length: 1000000\r\n", inner, 1),
                 ("large", b"Content-Length: 100000000\r\n", inner, 1),
                 ("chunked", b"Transfer-Encoding: chunked\r\n", chunked_body, 2),
+                ("no chunks", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n", 2),
                 ("odd length", b"Content-Length: -1\r\n", inner, 1)):
             with self.subTest(what):
                 answer = self.raw(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n" + body + after)
