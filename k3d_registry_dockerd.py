@@ -3943,10 +3943,7 @@ class GrpcError(Exception):
 
 
 class Payload:
-    """A reader for bytes that arrive in pieces of any size. Long pieces are not copied.
-
-    The methods raise Http2Error if the bytes end too early.
-    """
+    """A reader for bytes that arrive in pieces of any size. Http2Error if they end too early."""
 
     def __init__(self, pieces: Iterator[Data], what: str):
         """what names the bytes in errors."""
@@ -3997,8 +3994,8 @@ class Frame:
 
     def encode(self) -> bytes:
         """Return the frame as it is sent."""
-        head = struct.pack(">BBI", self.kind, self.flags, self.stream)
-        return struct.pack(">I", len(self.payload))[1:] + head + self.payload
+        head = len(self.payload).to_bytes(3, "big") + struct.pack(">BBI", self.kind, self.flags, self.stream)
+        return head + self.payload
 
     def content(self) -> bytes:
         """Return the payload of DATA or HEADERS without its padding and its priority (RFC 9113, 6.1 and 6.2)."""
@@ -4011,10 +4008,10 @@ class Frame:
 
 
 class GrpcCall:
-    """A call of a gRPC method on a connection of its own. It raises Http2Error, GrpcError and OSError.
+    """A call of a gRPC method. It raises Http2Error, GrpcError and OSError.
 
-    One call per connection keeps flow control simple: a slow reader blocks the server through the socket, and no
-    other call has to wait behind it. A connection costs about a millisecond on a unix socket.
+    Each has a connection of its own, which costs a millisecond on a unix socket: a slow reader blocks the server
+    through the socket, and no other call has to wait behind it.
     """
 
     STREAM = 1
@@ -4032,8 +4029,7 @@ class GrpcCall:
     def answers(self, path: str, message: bytes) -> Iterator[Payload]:
         """Send one message to a method and yield each message of the answer as soon as it starts to arrive.
 
-        The unread rest of a message is skipped before the next one. Raises GrpcError if the call ends with a
-        status other than OK.
+        The unread rest of a message is skipped before the next one.
         """
         settings = struct.pack(">HIHIHIHI", SETTING_HEADER_TABLE_SIZE, 0, SETTING_ENABLE_PUSH, 0,
                                SETTING_INITIAL_WINDOW, WINDOW, SETTING_MAX_FRAME, FRAME_LIMIT)
@@ -4199,11 +4195,10 @@ def decode_fields(message: Payload) -> tuple[dict[int, int], dict[int, list[byte
 
 
 class ContentService:
-    """Docker's content store, read through Docker's own socket: nothing has to be mounted or copied.
+    """Docker's containerd image store, read through Docker's own socket: nothing has to be mounted or copied.
 
     The engine serves containerd's Content API (github.com/containerd/containerd,
-    api/services/content/v1/content.proto) next to BuildKit's API. It is only useful with the containerd image
-    store; `problem` tests it.
+    api/services/content/v1/content.proto) next to BuildKit's API.
     """
 
     name = "content service"
@@ -4226,15 +4221,15 @@ class ContentService:
     def find(self, digest: Digest) -> Blob | None:
         """See Provider."""
         info = self._info(digest)
-        return ServiceBlob(self, digest, info[0]) if info else None
+        return ServiceBlob(digest, info[0], functools.partial(self.read, digest), self._reads) if info else None
 
     def origins(self, digest: Digest) -> list[str]:
         """Return the names of repositories that a blob was pulled from, at most ORIGINS_LIMIT of them.
 
         containerd notes them in the blob's labels, containerd.io/distribution.source.<host> (pkg/labels).
         """
-        info = self._info(digest)
-        return list(itertools.islice(self._repositories(info[1] if info else []), self.ORIGINS_LIMIT))
+        _, labels = self._info(digest) or (0, [])
+        return list(itertools.islice(self._repositories(labels), self.ORIGINS_LIMIT))
 
     def _repositories(self, labels: Iterable[bytes]) -> Iterator[str]:
         for entry in labels:
@@ -4265,10 +4260,6 @@ class ContentService:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service did not describe {digest}")
         return size, strings.get(5, [])
 
-    def share(self, digest: Digest, size: int, deadline: Deadline) -> Body:
-        """Return all of a blob of size bytes. Simultaneous readers share one call."""
-        return self._reads.open(digest, size, functools.partial(self.read, digest), deadline)
-
     def read(self, digest: Digest, start: int, length: int) -> StreamBody:
         """Return length bytes from start on. Errors before the first byte, like BLOB_UNKNOWN, are raised here."""
         if not length:
@@ -4284,24 +4275,18 @@ class ContentService:
             with self._errors(f"reading {digest}"), contextlib.closing(call):
                 for message in call:
                     before = left
-                    for piece in self._data(message):
-                        left -= len(piece)
-                        if left < 0:
-                            raise Http2Error("it sent more than was asked for")
-                        yield piece
+                    for number, value in read_fields(message):
+                        for piece in value if number == 2 and not isinstance(value, int) else ():
+                            left -= len(piece)
+                            if left < 0:
+                                raise Http2Error("it sent more than was asked for")
+                            yield piece
                     if left == before:
                         raise Http2Error("it sent a message without content")
         except GrpcError as e:
             raise RegistryError("BLOB_UNKNOWN", f"Docker's content service cannot read {digest}: {e}") from e
         if left:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service sent {left} bytes too few of {digest}")
-
-    @staticmethod
-    def _data(message: Payload) -> Iterator[memoryview]:
-        """Yield the content in a ReadContentResponse."""
-        for number, value in read_fields(message):
-            if number == 2 and not isinstance(value, int):
-                yield from value
 
     def _call(self, method: str, message: bytes) -> Generator[Payload, None, None]:
         """Make a call, and yield the messages of the answer. Closing the generator aborts the call."""
@@ -4318,16 +4303,16 @@ class ContentService:
 
 
 class ServiceBlob:
-    """A blob in Docker's content store."""
+    """A blob in Docker's content store. read(start, length) reads from it."""
 
-    def __init__(self, service: ContentService, digest: Digest, size: int):
-        self._service, self._digest, self.size = service, digest, size
+    def __init__(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody], shared: SharedReads):
+        self._digest, self.size, self._read, self._shared = digest, size, read, shared
 
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob. Only reads of the whole blob are shared."""
         if length == self.size:
-            return self._service.share(self._digest, length, deadline)
-        return self._service.read(self._digest, start, length)
+            return self._shared.open(self._digest, length, self._read, deadline)
+        return self._read(start, length)
 
 
 # =====================================================================================================================
@@ -4582,15 +4567,15 @@ class LayerDirectory:
 
 # =====================================================================================================================
 # 15. Export: images copied out of Docker
-# Uses: waiting, activity, engine, store, writers.
+# Uses: waiting, activity, engine, transfers, store, writers.
 # =====================================================================================================================
 
 
 class ExportStream:
     """The tar of an export as a forward-only file. It counts the bytes and keeps the last ones.
 
-    tarfile uses it as an ordinary file: its stream mode would read a header of any size into memory, and copies
-    all content three times. Content is read here, bypassing tarfile, which is then told where the next header is.
+    tarfile uses it as an ordinary file: its stream mode would read a header of any size into memory, and copies all
+    content three times. Content is read past tarfile, which asks with tell() and seek() for the next header.
     """
 
     TAIL = 64 * KIB
@@ -4665,9 +4650,8 @@ class Unpacking:
         self._names: dict[str, Digest] = {}     # members of a docker-archive
         self._links: dict[str, str] = {}
         self._documents: dict[str, bytes] = {}  # index.json, manifest.json
-        self._whole: dict[Digest, bool] = {}    # manifests that closure() has looked at
-        self._needed: set[Digest] = set()       # content of those that are whole
-        self._problems: list[str] = []          # of the others
+        self._closures: dict[Digest, set[Digest]] = {}  # of manifests that closure() has looked at
+        self._problems: list[str] = []          # of those that are not whole
 
     def unpack(self, stream: ExportStream) -> None:
         """Read a whole export. Raises tarfile.TarError if it is cut off in the middle of a file."""
@@ -4694,21 +4678,19 @@ class Unpacking:
         if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
             self._present.add(expected)
             return expected
+        return self._write(expected, stream.content(size))
+
+    def _write(self, expected: Digest | None, pieces: Iterable[Data]) -> Digest:
         writer = BlobWriter(self._store, expected.algorithm if expected else "sha256")
         with on_failure(writer.discard):
-            for piece in stream.content(size):
+            for piece in pieces:
                 writer.write(piece)
             digest = writer.finish()
             if expected not in (None, digest):
                 raise RegistryError("ENGINE_FAILED", f"Docker exported {expected} with the bytes of {digest}")
-        self._add(digest, writer)
-        return digest
-
-    def _add(self, digest: Digest, writer: BlobWriter) -> None:
-        if digest in self._new:
+        if self._new.setdefault(digest, writer) is not writer:
             writer.discard()
-        else:
-            self._new[digest] = writer
+        return digest
 
     # ---- which manifest is the image's
 
@@ -4724,13 +4706,10 @@ class Unpacking:
         """The image's ID is the manifest's own digest on the containerd store, its config's on the classic one."""
         listed = dict(descriptors(index, "manifests"))
         for digest in listed:
-            if digest == self._image_id or (self._has(digest) and self._is_of_config(self._document(digest))):
+            if digest == self._image_id or (
+                    self._has(digest) and self._image_id in dict(descriptors(self._document(digest), "config"))):
                 return digest
         raise LookupError("the export has no manifest for this image" if listed else "the export lists nothing")
-
-    def _is_of_config(self, document: Mapping[str, Any]) -> bool:
-        config = document.get("config")
-        return isinstance(config, dict) and config.get("digest") == str(self._image_id)
 
     def _make_manifest(self, entry: Mapping[str, Any]) -> Digest:
         """Make the manifest of a docker-archive: what `manifest.json` lists, checked against the config's diff_ids."""
@@ -4739,11 +4718,8 @@ class Unpacking:
             raise LookupError(f"the export holds the config {config}, not that of the image")
         if [str(layer) for layer in layers] != self._document(config)["rootfs"]["diff_ids"]:
             raise LookupError("the layers of the export are not those that the config names")
-        writer = BlobWriter(self._store)
-        writer.write(make_manifest(*((digest, self._path(digest).stat().st_size) for digest in (config, *layers))))
-        digest = writer.finish()
-        self._add(digest, writer)
-        return digest
+        data = make_manifest(*((digest, self._path(digest).stat().st_size) for digest in (config, *layers)))
+        return self._write(None, [data])
 
     def _has(self, digest: Digest) -> bool:
         return digest in self._new or digest in self._present
@@ -4766,31 +4742,28 @@ class Unpacking:
 
         Of an index, the platforms that Docker does not have may be missing, but not all of them.
         """
-        if not self._is_whole(target):
+        if not self._closure(target):
             raise LookupError("; ".join(self._problems[:self.PROBLEMS_SHOWN]))
-        return self._needed
+        return self._closure(target)
 
-    def _is_whole(self, digest: Digest) -> bool:
-        """Return True if a manifest and what it needs have arrived. Each is read once, however often it is listed."""
-        if digest not in self._whole:
-            self._whole[digest] = self._has(digest) and self._collect(digest, self._document(digest))
-            if not self._has(digest):
-                self._problems.append(f"the export lacks the manifest {digest}")
-        return self._whole[digest]
+    def _closure(self, digest: Digest) -> set[Digest]:
+        """The same; nothing if something is missing. Each manifest is read once, however often it is listed."""
+        if digest not in self._closures:
+            self._closures[digest] = self._collect(digest)
+        return self._closures[digest]
 
-    def _collect(self, digest: Digest, document: Mapping[str, Any]) -> bool:
-        """Add a manifest and what it needs to the content that is kept, if that has arrived. Returns True if so."""
+    def _collect(self, digest: Digest) -> set[Digest]:
+        if not self._has(digest):
+            self._problems.append(f"the export lacks the manifest {digest}")
+            return set()
+        document = self._document(digest)
         needed = [blob for blob, shown in descriptors(document, "config", "layers") if not shown.get("urls")]
-        missing = [str(blob) for blob in needed if not self._has(blob)]
+        missing = [blob for blob in needed if not self._has(blob)]
         if missing:
-            shown = ", ".join(missing[:self.PROBLEMS_SHOWN])
-            self._problems.append(f"the export lacks {len(missing)} of {len(needed)} blobs: {shown}")
-            return False
-        platforms = [self._is_whole(child) for child, _ in descriptors(document, "manifests")]
-        if platforms and not any(platforms):
-            return False
-        self._needed.update((digest, *needed))
-        return True
+            self._problems.append(f"the export lacks {len(missing)} of {len(needed)} blobs: {some_of(missing)}")
+            return set()
+        platforms = [self._closure(child) for child, _ in descriptors(document, "manifests")]
+        return {digest, *needed}.union(*platforms) if any(platforms) or not platforms else set()
 
     def keep(self, content: Iterable[Digest]) -> None:
         """Give these their final names in the store."""
