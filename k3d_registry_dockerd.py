@@ -4329,8 +4329,7 @@ class LayerFiles:
     """
 
     STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    # O_NONBLOCK: do not block if the file is a pipe.
-    FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: it may be a pipe
 
     def __init__(self, root: Path, newest: float):
         """newest is a time in seconds since the epoch. A file that was changed later is refused."""
@@ -4357,29 +4356,25 @@ class LayerFiles:
                 self._move(os.open(step, self.STEP, dir_fd=self._folder))
         self._name = name
 
-    def _locate(self, name: bytes) -> bytes:
-        """Open the folder of a file. Returns the last component of its name."""
+    def check(self, name: bytes, size: int) -> bytes:
+        """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes.
+
+        Opens its folder, and returns the last component of its name.
+        """
         parent, _, last = name.rpartition(b"/")
         if last in (b"", b".", b".."):
             raise ValueError(f"{name!r} is not the name of a file")
         if parent != self._name:
             self._enter(parent)
-        return last
-
-    def check(self, name: bytes, size: int) -> None:
-        """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes."""
-        self._check(name, size, os.stat(self._locate(name), dir_fd=self._folder, follow_symlinks=False))
-
-    def _check(self, name: bytes, size: int, status: os.stat_result) -> None:
+        status = os.stat(last, dir_fd=self._folder, follow_symlinks=False)
         if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
             raise ValueError(f"{name!r} has changed")
+        return last
 
     def open(self, name: bytes, size: int) -> BinaryIO:
         """Open a file unbuffered. Checks it and raises like check()."""
-        file = open(os.open(self._locate(name), self.FILE, dir_fd=self._folder), "rb", buffering=0)  # noqa: SIM115
-        with on_failure(file.close):
-            self._check(name, size, os.fstat(file.fileno()))
-        return file
+        last = self.check(name, size)
+        return open(os.open(last, self.FILE, dir_fd=self._folder), "rb", buffering=0)
 
 
 class Layer:
@@ -4491,7 +4486,7 @@ class LayerDirectory:
         self._configs = root / "image/overlay2/imagedb/content"
         self._layers = root / "image/overlay2/layerdb/sha256"
         self._overlay = root / "overlay2"
-        self._lock = threading.Lock()  # guards all attributes below
+        # What has been read. One operation changes each of them: no lock.
         self._index: tuple[float, dict[str, Path]] = (0, {})
         self._measured: dict[tuple[Path, float], Layer] = {}
         self._manifests: dict[Digest, bytes] = {}
@@ -4507,16 +4502,13 @@ class LayerDirectory:
             raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
         data = make_manifest((image.id, config.size), *layers)
         digest = Digest.of(data)
-        with self._lock:
-            self._manifests[digest] = data
+        self._manifests[digest] = data
         return digest
 
     def find(self, digest: Digest) -> Blob | None:
         """See Provider. Raises STORE_FAILED if Docker's folder cannot be read."""
-        with self._lock:
-            manifest = self._manifests.get(digest)
-        if manifest:
-            return BytesBlob(manifest)
+        if digest in self._manifests:
+            return BytesBlob(self._manifests[digest])
         return self._config(digest) or self._layer(str(digest))
 
     def _config(self, digest: Digest) -> FileBlob | None:
@@ -4526,32 +4518,22 @@ class LayerDirectory:
         return None
 
     def _layer(self, diff_id: str) -> Layer | None:
-        """Return the layer with a digest, or None if there is none that can be used."""
+        """Return the layer with a digest, measured only once, or None if there is none that can be used."""
         folder = self._folders().get(diff_id)
         if folder is None:
             return None
         with disk_errors(f"read {folder}"), contextlib.suppress(FileNotFoundError):  # Docker has just removed it
-            made = (folder / "tar-split.json.gz").stat().st_mtime
+            key = folder, (folder / "tar-split.json.gz").stat().st_mtime
             cache = (folder / "cache-id").read_text(errors="replace").strip()
-            return self._measure((folder, made), diff_id, cache)
-        return None
-
-    def _measure(self, key: tuple[Path, float], diff_id: str, cache: str) -> Layer | None:
-        """Return the layer in a folder, measured only once, or None if it cannot be used."""
-        if not re.fullmatch(r"[\w-]+", cache):
-            return None
-        with self._lock:
+            if key not in self._measured and re.fullmatch(r"[\w-]+", cache):
+                self._measured[key] = Layer(diff_id, folder, self._overlay / cache / "diff")
             layer = self._measured.get(key)
-        if layer is None:
-            layer = Layer(diff_id, key[0], self._overlay / cache / "diff")
-            with self._lock:
-                self._measured[key] = layer
-        return None if layer.failure else layer
+            return layer if layer and not layer.failure else None
+        return None
 
     def _folders(self) -> dict[str, Path]:
         """Return the folders of layers by digest. Reads them again after Docker has added or removed a layer."""
-        with self._lock:
-            made, folders = self._index
+        made, folders = self._index
         with disk_errors(f"read {self._layers}"), contextlib.suppress(FileNotFoundError):
             changed = self._layers.stat().st_mtime
             if changed != made:
@@ -4559,8 +4541,7 @@ class LayerDirectory:
                 for path in self._layers.glob("*/diff"):
                     with contextlib.suppress(FileNotFoundError):  # Docker has just removed it
                         folders[path.read_text(errors="replace").strip()] = path.parent
-                with self._lock:
-                    self._index = (changed, folders)
+                self._index = (changed, folders)
             return folders
         return {}
 
