@@ -4961,40 +4961,33 @@ class Origin:
         return urllib.parse.urlsplit(url)[:2] == (self._schemes[0], self._host)
 
     def _get(self, path: str) -> http.client.HTTPResponse:
-        """Send a GET, and repeat it with authentication if the registry demands that."""
+        """Send a GET, and repeat it with authentication if the registry itself demands that."""
         try:
             return self._try(path)
         except urllib.error.HTTPError as e:
-            ours = self._is_own(e.url)  # no redirect
-            self._authorization = self._answer(e.headers) if ours and e.code == 401 else None
+            self._authorization = self._answer(e.headers) if e.code == 401 and self._is_own(e.url) else None
             if self._authorization is None:
                 raise
             e.close()
         return self._try(path)
 
     def _try(self, path: str) -> http.client.HTTPResponse:
-        """Send a GET with the first scheme that the registry supports. Later requests use only that one."""
-        for scheme in self._schemes:
-            request = urllib.request.Request(f"{scheme}://{self._host}{path}", headers={"Accept": MANIFEST_TYPES})
-            if self._authorization:
-                request.add_unredirected_header("Authorization", self._authorization)
-            try:
-                response = self._send(request)
-            except urllib.error.HTTPError:
-                self._schemes = [scheme]
+        """Send a GET with the first scheme that the registry supports, and credentials only with that one."""
+        request = urllib.request.Request(f"{self._schemes[0]}://{self._host}{path}", headers={"Accept": MANIFEST_TYPES})
+        if self._authorization:
+            request.add_unredirected_header("Authorization", self._authorization)
+        try:
+            return self._send(request)
+        except OSError as e:
+            if isinstance(e, urllib.error.HTTPError) or self._authorization or len(self._schemes) == 1:
                 raise
-            except OSError:
-                if scheme == self._schemes[-1]:
-                    raise
-            else:
-                self._schemes = [scheme]
-                return response
-        raise AssertionError("there is at least one scheme")
+        self._schemes = self._schemes[1:]
+        return self._try(path)
 
-    def _send(self, request: urllib.request.Request, body: bytes | None = None) -> http.client.HTTPResponse:
+    def _send(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         request.add_header("User-Agent", f"k3d-registry-dockerd/{__version__}")
         try:
-            response: http.client.HTTPResponse = self._opener.open(request, body, ORIGIN_TIMEOUT)
+            response: http.client.HTTPResponse = self._opener.open(request, timeout=ORIGIN_TIMEOUT)
         except ValueError as e:  # the Location is not a valid URL
             raise urllib.error.URLError(str(e)) from None
         return response
@@ -5015,7 +5008,7 @@ class Origin:
             fields = urllib.request.parse_keqv_list(urllib.request.parse_http_list(challenge))
             query = {"service": fields.get("service", ""),
                      "scope": fields.get("scope") or f"repository:{self._repository}:pull"}
-            with self._send(*self._token_request(fields["realm"], query)) as response:
+            with self._send(self._token_request(fields["realm"], query)) as response:
                 answer = json.loads(response.read(MANIFEST_LIMIT))
             token = answer.get("token") or answer["access_token"]
             if re.fullmatch(r"[\x21-\x7e]+", token):
@@ -5024,8 +5017,8 @@ class Origin:
         except MALFORMED_ERRORS as e:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} did not return a token: {type(e).__name__}") from None
 
-    def _token_request(self, realm: str, query: dict[str, str]) -> tuple[urllib.request.Request, bytes | None]:
-        """Return the request for a token and its body, which only OAuth 2.0 has (for an identity token).
+    def _token_request(self, realm: str, query: dict[str, str]) -> urllib.request.Request:
+        """Return the request for a token, which has a body only with OAuth 2.0 (for an identity token).
 
         Credentials are sent with TLS only, or to the registry's own host if Docker would send them there without.
         """
@@ -5035,12 +5028,12 @@ class Origin:
         if self._credentials and self._credentials.username == IDENTITY_TOKEN:
             form = {"grant_type": "refresh_token", "client_id": "k3d-registry-dockerd",
                     "refresh_token": self._credentials.password, **query}
-            return urllib.request.Request(realm, unverifiable=True), urllib.parse.urlencode(form).encode()
+            return urllib.request.Request(realm, urllib.parse.urlencode(form).encode(), unverifiable=True)
         separator = "&" if parts.query else "?"
         request = urllib.request.Request(realm + separator + urllib.parse.urlencode(query), unverifiable=True)
         if self._credentials:
             request.add_unredirected_header("Authorization", self._credentials.for_http())
-        return request, None
+        return request
 
 
 # =====================================================================================================================
