@@ -7415,8 +7415,12 @@ class Request:
 
     def parameter(self, name: str) -> str | None:
         """Return the last value of a query parameter, or None."""
-        values = self.query.get(name)
-        return values[-1] if values else None
+        return self.query.get(name, [None])[-1]
+
+    def reference(self, parse: Callable[[str, str, str | None], Reference] = Reference.parse) -> Reference:
+        """Return what the path names. See Reference.parse and Reference.parse_digest."""
+        repository, target = self.captured
+        return parse(repository, target, self.namespace)
 
 
 def parse_credentials(header: str | None) -> Credentials | None:
@@ -7592,7 +7596,7 @@ class Endpoints:
     def ready(self, request: Request) -> Response:
         """GET /readyz: this program can serve Docker's images. UNAVAILABLE."""
         self._status.check_ready(request.client.deadline)
-        return Response(200, {"Content-Type": TEXT_TYPE}, b"ok\n")
+        return self.live(request)
 
     def not_docker(self, request: Request) -> Response:
         """Paths of the Docker Engine API: somebody takes this for the engine."""
@@ -7606,10 +7610,9 @@ class Endpoints:
 
     def blob(self, request: Request) -> Response:
         """end-2, GET and HEAD /v2/<name>/blobs/<digest>: a blob, or the requested range of it."""
-        repository, digest = request.captured
-        reference, is_head = Reference.parse_digest(repository, digest, request.namespace), request.method == "HEAD"
+        reference, is_head = request.reference(Reference.parse_digest), request.method == "HEAD"
         blob, deadline = self._registry.blob(reference, request.client, is_head), request.client.deadline
-        headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest,
+        headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": str(reference.digest),
                    "Accept-Ranges": "bytes"}
         if is_head:
             return Response(200, headers, length=blob.size)
@@ -7627,8 +7630,7 @@ class Endpoints:
 
     def manifest(self, request: Request) -> Response:
         """end-3, GET and HEAD /v2/<name>/manifests/<reference>: a manifest by tag or digest."""
-        repository, target = request.captured
-        reference = Reference.parse(repository, target, request.namespace)
+        reference = request.reference()
         found = self._registry.manifest(reference, request.client, request.method == "HEAD")
         if isinstance(found, ArrivingManifest):
             return Response(200, {"Content-Type": found.media_type}, found.body())
@@ -7718,7 +7720,8 @@ class Endpoints:
         """end-7, PUT /v2/<name>/manifests/<reference>: push a manifest. By digest, `tag` parameters add tags."""
         repository, target = request.captured
         reference = Reference.parse(repository, target, request.namespace, "MANIFEST_INVALID")
-        tags = request.query.get("tag", []) if isinstance(reference.target, Digest) else [target]
+        by_digest = isinstance(reference.target, Digest)
+        tags = request.query.get("tag", []) if by_digest else [target]
         if len(tags) > TAG_LIMIT:
             raise RegistryError("TOO_MANY_TAGS", f"{len(tags)} tags in one request; the limit is {TAG_LIMIT}")
         for tag in tags:
@@ -7735,30 +7738,25 @@ class Endpoints:
                    "Docker-Content-Digest": str(manifest.digest)}
         if manifest.subject:
             headers["OCI-Subject"] = str(manifest.subject)
-        by_digest = isinstance(reference.target, Digest)
         return Response(201, headers, lines=[("OCI-Tag", tag) for tag in tags if by_digest])
 
     def delete_manifest(self, request: Request) -> Response:
         """end-9, DELETE /v2/<name>/manifests/<reference>: delete a tag, or a manifest and all its tags."""
-        repository, target = request.captured
-        reference = Reference.parse(repository, target, request.namespace)
-        self._registry.delete_manifest(reference, request.client)
+        self._registry.delete_manifest(request.reference(), request.client)
         return Response(202, {})
 
     def delete_blob(self, request: Request) -> Response:
         """end-10, DELETE /v2/<name>/blobs/<digest>: delete a blob."""
-        repository, digest = request.captured
-        self._registry.delete_blob(Reference.parse_digest(repository, digest, request.namespace), request.client)
+        self._registry.delete_blob(request.reference(Reference.parse_digest), request.client)
         return Response(202, {})
 
     # ---- lists
 
     def tags(self, request: Request) -> Response:
         """end-8, GET /v2/<name>/tags/list: the tags, in pages on request."""
-        Reference.check_repository(request.captured[0], request.namespace)
-        reference = Reference(request.captured[0], "latest", request.namespace)
+        reference = Reference.parse(request.captured[0], "latest", request.namespace)
         names, headers = page(request, self._registry.tags(reference, request.client, request.parameter("last") or ""))
-        return self._json({"name": request.captured[0], "tags": names}, headers)
+        return self._json({"name": reference.repository, "tags": names}, headers)
 
     def catalog(self, request: Request) -> Response:
         """GET /v2/_catalog: the repositories, in pages on request (not in the OCI spec, but in its predecessor)."""
@@ -7767,8 +7765,7 @@ class Endpoints:
 
     def referrers(self, request: Request) -> Response:
         """end-12, GET /v2/<name>/referrers/<digest>: an index of the manifests with this subject, in pages."""
-        repository, subject = request.captured
-        reference = Reference.parse_digest(repository, subject, request.namespace)
+        reference = request.reference(Reference.parse_digest)
         found = self._registry.referrers(reference, request.client, request.parameter("last") or "")
         descriptors, headers = page_of_referrers(request, found)
         if request.parameter("artifactType") is not None:
@@ -7928,16 +7925,17 @@ class Browsers:
 
     def response_headers(self, headers: Message) -> dict[str, str]:
         """Return the headers that browsers need, for a response of any status."""
-        origin = origin_of(headers.get("Origin", ""))
-        shared = {"Vary": "Origin"} if self.allowed else {}
-        if origin in self.allowed:
-            shared.update({"Access-Control-Allow-Origin": str(origin), "Access-Control-Expose-Headers": self.EXPOSED})
-        return {**self.HEADERS, **shared}
+        found, origin = dict(self.HEADERS), origin_of(headers.get("Origin", ""))
+        if self.allowed:
+            found["Vary"] = "Origin"
+        if origin and origin in self.allowed:
+            found |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": self.EXPOSED}
+        return found
 
     def preflight(self, method: str, headers: Message) -> Response | None:
-        """The answer to a browser that asks whether an allowed page may send a request, or None if it does not ask.
+        """Return the answer to a CORS-preflight request (fetch.spec.whatwg.org), or None if it is none.
 
-        See fetch.spec.whatwg.org, "CORS-preflight request". The permission itself is in response_headers.
+        The permission itself is in response_headers.
         """
         if method != "OPTIONS" or "Access-Control-Request-Method" not in headers or not self.allowed:
             return None
@@ -7959,14 +7957,8 @@ class Connections:
         self._limit = limit
         self._change = threading.Condition()  # guards the two that follow
         self._open: set[socket.socket] = set()
-        self._idle: dict[socket.socket, None] = {}  # in the order in which they became idle
+        self._idle = collections.OrderedDict[socket.socket, None]()  # in the order in which they became idle
         self._next_line = 0.0  # used by the thread that accepts connections
-
-    def add(self, connection: socket.socket) -> None:
-        """Count a connection until remove() is called."""
-        with self._change:
-            self._open.add(connection)
-            self._idle[connection] = None
 
     def remove(self, connection: socket.socket) -> None:
         """The connection has ended."""
@@ -7976,8 +7968,9 @@ class Connections:
             self._change.notify_all()
 
     def set_idle(self, connection: socket.socket) -> None:
-        """The connection waits for a request, unless it has been waiting already."""
+        """The connection, which may be a new one, waits for a request."""
         with self._change:
+            self._open.add(connection)
             self._idle.setdefault(connection)
             self._change.notify_all()
 
@@ -7988,9 +7981,7 @@ class Connections:
 
     def check_limit(self) -> None:
         """Raise OSError, after some time, if no more connections may be opened."""
-        with self._change:
-            full = len(self._open) >= self._limit
-        if full:
+        if len(self._open) >= self._limit:  # no lock is needed: only the caller's thread adds connections
             self.make_room(f"{self._limit} are open (-max-connections)")
             raise OSError(errno.EAGAIN, "too many connections")
 
@@ -8001,11 +7992,10 @@ class Connections:
             self._next_line = now + self.LINE_INTERVAL
             log.warning("new connections have to wait: %s", why)
         with self._change:
-            for connection in [*itertools.islice(self._idle, 1)]:
-                del self._idle[connection]
+            if self._idle:
+                # What has arrived is still read. Not SSLSocket.shutdown: what is written then is not encrypted.
                 with contextlib.suppress(OSError):  # the client has closed it
-                    # What has arrived is still read. Not SSLSocket.shutdown: what is written then is not encrypted.
-                    socket.socket.shutdown(connection, socket.SHUT_RD)
+                    socket.socket.shutdown(self._idle.popitem(last=False)[0], socket.SHUT_RD)
             count = len(self._open)
             self._change.wait_for(lambda: len(self._open) < count, self.PAUSE)
 
@@ -8038,7 +8028,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     request_version = "HTTP/1.1"            # even garbage, like a TLS handshake, gets an HTTP answer
     server_version = f"k3d-registry-dockerd/{__version__}"
-    sys_version = ""
     disable_nagle_algorithm = True
     rbufsize = 64 * KIB                     # many chunks of the chunked coding are read at once
     wbufsize = 64 * KIB                     # headers and a small body are sent in one packet
@@ -8115,8 +8104,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _respond(self, body: RequestBody) -> Response:
         self.server.browsers.check(self.headers)
-        preflight = self.server.browsers.preflight(self.command, self.headers)
-        if preflight:
+        if preflight := self.server.browsers.preflight(self.command, self.headers):
             return preflight
         try:
             url = urllib.parse.urlsplit(self.path)
@@ -8130,11 +8118,10 @@ class Handler(BaseHTTPRequestHandler):
                         self.headers.get("User-Agent", ""), ",".join(self.headers.get_all("Accept", [])),
                         self.server.browsers.is_browser(self.headers), self.server.registry.names)
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
-        namespace = query.get("ns", [""])[-1] or None
-        Reference.check_namespace(namespace)
-        if self.command not in ("GET", "HEAD"):
-            self.server.policy.check(self.command, namespace, client)
         request = Request(self.command, path, captured, query, client, self.headers, body)
+        Reference.check_namespace(request.namespace)
+        if self.command not in ("GET", "HEAD"):
+            self.server.policy.check(self.command, request.namespace, client)
         self._begin_visit(request)
         response = endpoint(self.server.endpoints, request)
         if request.namespace:
@@ -8164,7 +8151,7 @@ class Handler(BaseHTTPRequestHandler):
                         error.body(self.server.named), note=f"{error.code}: {error.detail}")
 
     def version_string(self) -> str:
-        """Return the Server header, without the trailing space of the inherited version."""
+        """Return the Server header, without Python's version."""
         return self.server_version
 
     # ---- writing
@@ -8350,7 +8337,7 @@ class Server(ThreadingHTTPServer):
         if self._tls:
             connection.settimeout(IDLE_TIMEOUT)
             connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        self.connections.add(connection)
+        self.connections.set_idle(connection)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
