@@ -7832,10 +7832,13 @@ def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Policy:
-    """Decides which pushes and deletions are allowed."""
+    """Who may do what, as the settings say. Decides which pushes and deletions are allowed."""
 
     read_only: bool = False
     deletes: bool = True
+    origins: frozenset[str] = frozenset()       # of web pages that may use this registry
+    headers: tuple[tuple[str, str], ...] = ()   # sent with each response that does not have them
+    max_connections: int | None = None
 
     def check(self, method: str, namespace: str | None, client: Client) -> None:
         """Raise UNSUPPORTED if a request that changes something is not allowed in this namespace."""
@@ -7953,12 +7956,28 @@ class Connections:
     LINE_INTERVAL = 10  # seconds between two lines in the log
     PAUSE = 0.1         # seconds until the server tries again, if no connection ends before
 
-    def __init__(self, limit: int):
-        self._limit = limit
+    def __init__(self) -> None:
+        self._limit = CONNECTIONS_LIMIT
         self._change = threading.Condition()  # guards the two that follow
         self._open: set[socket.socket] = set()
         self._idle = collections.OrderedDict[socket.socket, None]()  # in the order in which they became idle
         self._next_line = 0.0  # used by the thread that accepts connections
+
+    def set_limit(self, wanted: int | None) -> None:
+        """Let as many connections be open as are wanted, if there are descriptors for them.
+
+        This process gets more descriptors before, if the system allows it.
+        """
+        soft, hard = (DESCRIPTORS_LIMIT if limit == resource.RLIM_INFINITY else limit
+                      for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+        if soft < min(hard, DESCRIPTORS_LIMIT):
+            with contextlib.suppress(OSError, ValueError):  # macOS has another limit besides
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS_LIMIT), hard))
+                soft = min(hard, DESCRIPTORS_LIMIT)
+        self._limit = min(wanted or CONNECTIONS_LIMIT, max(soft // DESCRIPTORS_EACH, 1))
+        if wanted and self._limit < wanted:
+            log.warning("-max-connections is %d and not %d: this process may have only %d descriptors", self._limit,
+                        wanted, soft)
 
     def remove(self, connection: socket.socket) -> None:
         """The connection has ended."""
@@ -8188,7 +8207,7 @@ class Handler(BaseHTTPRequestHandler):
         own = {**self.server.browsers.response_headers(self.headers), **response.headers}
         known = {name.lower() for name in own}
         for name, value in (*own.items(), *response.lines,
-                            *(line for line in self.server.headers if line[0].lower() not in known)):
+                            *(line for line in self.server.policy.headers if line[0].lower() not in known)):
             self.send_header(name, value)
         if length is None and self._is_http_1_0:
             self.close_connection = True  # this is the end of the body
@@ -8291,28 +8310,26 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True       # a running download must not keep the process alive
     block_on_close = False
 
-    def __init__(self, address: Address, registry: Front, policy: Policy | None = None,
-                 tls: ssl.SSLContext | None = None, max_connections: int = CONNECTIONS_LIMIT,
-                 allowed_origins: Iterable[str] = (), headers: Iterable[tuple[str, str]] = (),
-                 named: Callable[[str], str] = str, activity: Activity | None = None):
+    def __init__(self, address: Address, registry: Front, policy: Policy = Policy(),
+                 tls: ssl.SSLContext | None = None, named: Callable[[str], str] = str,
+                 activity: Activity | None = None):
         """Bind the address. Raises OSError. Serve with serve_forever, end with shutdown and server_close.
 
-        With a tls context, all connections must use TLS. Web pages of the allowed origins may use the registry.
-        headers are sent with each response that does not have them. named puts the engine's name in texts for clients.
+        With a tls context, all connections must use TLS. named puts the engine's name in texts for clients.
         """
         self.registry, self._tls, self.named = registry, tls, named
-        self.change(policy or Policy(), allowed_origins, headers)
-        self.connections, self.activity = Connections(max_connections), activity or Activity()
+        self.connections, self.activity = Connections(), activity or Activity()
+        self.change(policy)
         self._all_interfaces = address.host == "" and socket.has_dualstack_ipv6()
         if self._all_interfaces or ":" in address.host:
             self.address_family = socket.AF_INET6
         super().__init__((address.host, address.port), Handler)
         self.endpoints = Endpoints(registry, Status(registry, self.activity, str(self.address)))
 
-    def change(self, policy: Policy, allowed_origins: Iterable[str], headers: Iterable[tuple[str, str]]) -> None:
-        """Let in what these say from the next request on. See __init__."""
-        self.policy, self.headers = policy, tuple(headers)
-        self.browsers = Browsers("https" if self._tls else "http", frozenset(allowed_origins))
+    def change(self, policy: Policy) -> None:
+        """Apply a policy from the next request, or connection, on."""
+        self.policy, self.browsers = policy, Browsers("https" if self._tls else "http", policy.origins)
+        self.connections.set_limit(policy.max_connections)
 
     def server_bind(self) -> None:
         """Bind IPv6 and IPv4 if on all interfaces. Unlike the inherited version, does not look up the host's name."""
@@ -8753,29 +8770,21 @@ def log_improvements(setup: Setup) -> None:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
 class Place:
     """Where this registry is, as others reach it: HOST:PORT."""
 
-    local: str                  # from this machine
-    nodes: str                  # from the nodes of a cluster in Docker
-    container: str | None       # the name of its container, if it runs in one
-    engine: EngineHost
-    root: Path                  # Docker's data folder
+    def __init__(self, port: int, names: Iterable[str], engine: EngineHost, root: Path):
+        """names are those by which Docker knows the registry: published ports, then the names on its networks.
 
-    @classmethod
-    def find(cls, address: str, names: Iterable[str], engine: EngineHost, root: Path) -> Place:
-        """Return where a registry is that listens on HOST:PORT.
-
-        names are those by which Docker knows it: published ports, then the names on its networks. Without any, it runs
-        on this machine itself, and k3d's nodes reach that as host.k3d.internal.
+        Without any, it runs on this machine itself, and k3d's nodes reach that as host.k3d.internal. root is Docker's
+        data folder.
         """
-        port = address.rpartition(":")[2]
-        known = list(names)
-        outside = [name for name in known if name.rpartition(":")[0] in LOOPBACK]
-        inside = [name for name in known if name not in outside]
-        return cls(next(iter(outside), f"localhost:{port}"), next(iter(inside), f"host.k3d.internal:{port}"),
-                   inside[0].rpartition(":")[0] if inside else None, engine, root)
+        known = {name: name.rpartition(":")[0] for name in names}
+        inside = [name for name, host in known.items() if host not in LOOPBACK]
+        self.local = next((name for name in known if name not in inside), f"localhost:{port}")  # from this machine
+        self.nodes = inside[0] if inside else f"host.k3d.internal:{port}"   # from the nodes of a cluster in Docker
+        self.container = known[inside[0]] if inside else None               # the name of its container, if it has one
+        self.engine, self.root = engine, root
 
 
 # {hosts} is a hosts.toml for all registries. It names no server: what is not here, nodes get from its own registry.
@@ -9236,11 +9245,10 @@ class Settings:
         self.pulls = PullPolicy(given["-allow"], given["-pull"], DockerConfig(docker_folder(variables)))
         self.warm: tuple[Reference, ...] = given["-warm"] + given["-warm-file"]
         self.docker_root: Path | None = given["-docker-root"]
-        self.policy = Policy(given["-read-only"], given["REGISTRY_STORAGE_DELETE_ENABLED"])
+        self.policy = Policy(
+            given["-read-only"], given["REGISTRY_STORAGE_DELETE_ENABLED"],
+            frozenset((*given["-allow-origin"], *origins)), tuple(headers), given["-max-connections"])
         self.tls = tls_context(given["-tls-certificate"], given["-tls-key"])
-        self.max_connections: int | None = given["-max-connections"]
-        self.allowed_origins: tuple[str, ...] = (*given["-allow-origin"], *origins)
-        self.headers = headers
         self.log_level: str = given["-log-level"]
         self.log_format: str = given["-log-format"]
         self.notes = [*self._store_notes(), *proxy_notes(variables), *header_notes, *sources.unknown()]
@@ -9255,18 +9263,19 @@ class Settings:
             found = self.values[setting.name]
             if found.text and setting.flag not in ("addr", "store"):
                 yield f"{setting.name}: {found.text} ({found.origin})"
-        if self.headers:
-            yield f"headers: {some_of(name for name, _ in self.headers)} (from {HEADERS_VARIABLE}_…)"
+        if self.policy.headers:
+            yield f"headers: {some_of(name for name, _ in self.policy.headers)} (from {HEADERS_VARIABLE}_…)"
 
     def changes(self, new: Settings) -> Iterator[str]:
         """Yield a line about each setting that is another in new settings."""
         for setting in SETTINGS:
-            before, after = self.values[setting.name], new.values[setting.name]
-            if before.value != after.value:
-                yield (f"{setting.name}: {before.text or setting.default} is now {after.text or setting.default} "
-                       f"({after.origin})" + ("" if setting.live else ", after a restart"))
-        if self.headers != new.headers:
-            yield f"headers: {len(self.headers)} are now {len(new.headers)} (from {HEADERS_VARIABLE}_…)"
+            old, found = self.values[setting.name], new.values[setting.name]
+            if old.value != found.value:
+                yield (f"{setting.name}: {old.text or setting.default} is now {found.text or setting.default} "
+                       f"({found.origin})" + ("" if setting.live else ", after a restart"))
+        before, after = self.policy.headers, new.policy.headers
+        if before != after:
+            yield f"headers: {len(before)} are now {len(after)} (from {HEADERS_VARIABLE}_…)"
         if str(self.engine) != str(new.engine):
             yield f"Docker: {self.engine} is now {new.engine}, after a restart"
 
@@ -9405,23 +9414,6 @@ def show_status(settings: Settings, arguments: argparse.Namespace) -> bool:
         return True
 
 
-def connection_limit(wanted: int | None) -> int:
-    """Return how many connections of clients there may be: as many as are wanted, if there are descriptors for them.
-
-    This process gets more descriptors before, if the system allows it.
-    """
-    soft, hard = (DESCRIPTORS_LIMIT if limit == resource.RLIM_INFINITY else limit
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < min(hard, DESCRIPTORS_LIMIT):
-        with contextlib.suppress(OSError, ValueError):  # macOS has another limit besides
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS_LIMIT), hard))
-            soft = min(hard, DESCRIPTORS_LIMIT)
-    limit = min(wanted or CONNECTIONS_LIMIT, max(soft // DESCRIPTORS_EACH, 1))
-    if wanted and limit < wanted:
-        log.warning("-max-connections is %d and not %d: this process may have only %d descriptors", limit, wanted, soft)
-    return limit
-
-
 def make_registry(settings: Settings) -> Front:
     """Return the registry as it is set."""
     store = Store(settings.store, settings.durable, settings.store_limit)
@@ -9462,7 +9454,7 @@ def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bo
     with contextlib.suppress(RegistryError):
         info = Engine(settings.engine).info()
         names, root = info.names, info.root
-    place = Place.find(str(server_address(settings, arguments)), names, settings.engine, root)
+    place = Place(server_address(settings, arguments).port, names, settings.engine, root)
     print(configuration_for(arguments.kind, place), end="")
     return True
 
@@ -9487,7 +9479,6 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     log.addFilter(EngineName(registry.mirror.engine))
     try:
         server = Server(settings.address, registry, settings.policy, settings.tls,
-                        connection_limit(settings.max_connections), settings.allowed_origins, settings.headers,
                         lambda text: call_engine(registry.mirror.engine.name, text), registry.mirror.activity)
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.origin("-addr"), e.strerror or e)
@@ -9517,7 +9508,7 @@ def reload(settings: Settings, arguments: argparse.Namespace, server: Server) ->
         return settings
     lines = [*settings.changes(new)]
     settings.pulls.change(new.pulls)
-    server.change(new.policy, new.allowed_origins, new.headers)
+    server.change(new.policy)
     configure_log(new.log_level, new.log_format)
     for line in lines or ["nothing has changed"]:
         log.info("SIGHUP: %s", line)

@@ -25,9 +25,9 @@ except ImportError:
     yaml = None
 
 ENGINE = module.EngineHost(path="/var/run/docker.sock")
-ON_THE_HOST = module.Place.find("127.0.0.1:5000", (), ENGINE, Path("/var/lib/docker"))
-IN_A_CONTAINER = module.Place.find(
-    "localhost:5000", ("localhost:57840", "127.0.0.1:57840", "k3d-dockerd:5000"), ENGINE, Path("/var/lib/docker"))
+ON_THE_HOST = module.Place(5000, (), ENGINE, Path("/var/lib/docker"))
+IN_A_CONTAINER = module.Place(
+    5000, ("localhost:57840", "127.0.0.1:57840", "k3d-dockerd:5000"), ENGINE, Path("/var/lib/docker"))
 PLACES = (ON_THE_HOST, IN_A_CONTAINER)
 
 
