@@ -247,7 +247,8 @@ class TestRunning(DoctorCase):
     def test_proxy_in_front_of_a_real_engine(self):
         lab.require()
         with lab.filtered(lab.ENGINES["containerd"], b"POST ", answer=lab.FORBIDDEN) as path:
-            self.assert_finding(("!!  calls: ", "POST /images/create was answered with status 403"), make_setup(path, self.folder))
+            self.assert_finding(("!!  calls: ", "POST /images/create was answered with status 403"),
+                                make_setup(path, self.folder))
 
 
 if __name__ == "__main__":
