@@ -5395,22 +5395,27 @@ class PullPolicy:
         return own
 
 
-def pull_error(failure: PullFailed, reference: Reference, credentials: Credentials | None) -> RegistryError:
-    """The answer for a failed pull, to a request with these credentials.
+@contextlib.contextmanager
+def pull_errors(reference: Reference, credentials: Credentials | None) -> Iterator[None]:
+    """Turn PullFailed into the answer to a request with these credentials.
 
     Registries hide private images from anonymous clients, so without credentials "not found" can mean "log in": a
     401 with a challenge makes the node come again with the pod's secret. Wrong credentials get a 401 without the
     challenge, or the node would try them again.
     """
-    detail = f"Docker could not pull {reference}: {failure}"
-    if failure.code == "TOOMANYREQUESTS":
-        detail += ". The registry limits the rate: log in (imagePullSecrets), or wait and try again"
-    if failure.code == "DENIED" or (failure.code == "MANIFEST_UNKNOWN" and not credentials):
-        challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
-        if failure.code == "MANIFEST_UNKNOWN":
+    try:
+        yield
+    except PullFailed as e:
+        code, detail, challenge = e.code, f"Docker could not pull {reference}: {e}", {}
+        if code == "TOOMANYREQUESTS":
+            detail += ". The registry limits the rate: log in (imagePullSecrets), or wait and try again"
+        if code == "MANIFEST_UNKNOWN" and not credentials:
             detail += ". The image may be private: a request without credentials gets 401 (imagePullSecrets)"
-        return RegistryError("UNAUTHORIZED", detail, challenge)
-    return RegistryError(failure.code, detail)
+            code = "DENIED"
+        if code == "DENIED":
+            code = "UNAUTHORIZED"
+            challenge = {} if credentials else {"WWW-Authenticate": f'Basic realm="{reference.namespace}"'}
+        raise RegistryError(code, detail, challenge) from None
 
 
 @dataclass(frozen=True)
@@ -5453,7 +5458,7 @@ class Fetches:
 
     def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None,
                  deadline: Deadline) -> Manifest:
-        """Fetch a manifest, verify and keep it. Raises what PullPolicy.check(), pull_error() and Job.outcome() do."""
+        """Fetch a manifest, verify and keep it. Raises what PullPolicy.check(), pull_errors() and Job.outcome() do."""
         job = self._manifests.start(self._key(reference, digest, credentials), lambda: self._fetch_manifest(
             reference, digest, credentials), f"fetching {digest} of {reference.docker_repository()}")
         manifest: Manifest = job.outcome(deadline)
@@ -5461,14 +5466,12 @@ class Fetches:
 
     def _fetch_manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None) -> Manifest:
         used = self._policy.credentials(reference, credentials)
-        try:
+        with pull_errors(reference, credentials):
             with self._origin(reference, used).open("manifests", digest) as response:
                 data = response.read(MANIFEST_LIMIT + 1)
             media_type = manifest_type(data)
             if Digest.of(data, digest.algorithm) != digest or media_type is None:
                 raise PullFailed("ORIGIN_UNAVAILABLE", f"{reference.namespace} answered with something else")
-        except PullFailed as e:
-            raise pull_error(e, reference, credentials) from None
         keep_content(self._store, data, self._store.docker, digest.algorithm)
         self._store.record_fetch(digest, {digest: len(data)})
         return Manifest(digest, media_type, data)
@@ -5524,7 +5527,7 @@ class Fetches:
     def blob(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
         """A promised blob once it has begun to arrive, fetched again if need be; None if it was not promised.
 
-        Raises what PullPolicy.check() and pull_error() do, and STILL_PULLING.
+        Raises what PullPolicy.check() and pull_errors() do, and STILL_PULLING.
         """
         transfer = self._join(reference, digest, client)
         if transfer:
@@ -5542,22 +5545,20 @@ class Fetches:
 
     def _fill(self, key: Hashable, digest: Digest, promised: Promised, asked_with: Credentials | None,
               transfer: Transfer) -> None:
-        """Fetch a blob into the store, once; errors are those of pull_error()."""
-        keep_promise = False
+        """Fetch a blob into the store, once; errors are those of pull_errors()."""
+        broke_off = False
         try:
-            with self._activity.task("fetch", str(digest), f" of {promised.source}, {human_bytes(promised.size)}",
-                                     promised.source.docker_repository()) as task:
+            with pull_errors(promised.source, asked_with), self._activity.task(
+                    "fetch", str(digest), f" of {promised.source}, {human_bytes(promised.size)}",
+                    promised.source.docker_repository()) as task:
                 self._fetch(digest, promised, transfer, task)
                 task.done("verified")
-        except PullFailed as e:
-            keep_promise = transfer.count > 0  # what broke off may be begun again
-            raise pull_error(e, promised.source, asked_with) from None
         except RegistryError:
-            keep_promise = transfer.count > 0
+            broke_off = transfer.count > 0  # it may be begun again
             raise
         finally:
             with self._lock:
-                if not keep_promise and self._promised.get(key) is promised:
+                if not broke_off and self._promised.get(key) is promised:
                     del self._promised[key]
 
     def _fetch(self, digest: Digest, promised: Promised, transfer: Transfer, task: Task) -> None:
@@ -5594,11 +5595,9 @@ class Pulls:
 
         If it takes long, and content can be read while it arrives, the manifest is returned as soon as it is here,
         and the rest is on its way. Otherwise the result is None at the end of the pull. old is what Docker has under
-        that name, to be replaced. Raises what PullPolicy.check() and pull_error() do.
+        that name, to be replaced. Raises what PullPolicy.check() and pull_errors() do.
         """
-        self._policy.check(reference)
-        used = self._policy.credentials(reference, client.credentials)
-        pull = self._jobs.start((reference, used), lambda: self._run(reference, used, old), f"pulling {reference}")
+        pull, used = self._start(reference, client.credentials, old)
         ended = client.deadline.within(EARLY_ANSWER).wait(pull.done.wait)
         if not ended and self._images.current().flows:
             look_up = None if isinstance(reference.target, Digest) else self._look_up(reference, used)
@@ -5607,49 +5606,46 @@ class Pulls:
             if manifest:
                 log.info("pull %s: answered with the manifest %s while the rest arrives", reference, manifest.digest)
                 return manifest
-        try:
+        with pull_errors(reference, client.credentials):
             pull.outcome(client.deadline)
-        except PullFailed as e:
-            raise pull_error(e, reference, client.credentials) from None
         return None
 
     def complete(self, reference: Reference) -> None:
         """See that Docker has an image: wait for the end of its pull, if it lacks it. Raises what pull() does."""
-        if self._engine.image(str(reference)):
-            return
+        if not self._engine.image(str(reference)):
+            pull, used = self._start(reference, None)
+            with pull_errors(reference, used):
+                pull.outcome(Deadline())
+
+    def _start(self, reference: Reference, own: Credentials | None, old: EngineImage | None = None
+               ) -> tuple[Job, Credentials | None]:
+        """The pull of an image, and the credentials that it uses."""
         self._policy.check(reference)
-        used = self._policy.credentials(reference, None)
-        pull = self._jobs.start((reference, used), lambda: self._run(reference, used, None), f"pulling {reference}")
-        try:
-            pull.outcome(Deadline())
-        except PullFailed as e:
-            raise pull_error(e, reference, used) from None
+        used = self._policy.credentials(reference, own)
+        job = self._jobs.start((reference, used), lambda: self._run(reference, used, old), f"pulling {reference}")
+        return job, used
 
     def _run(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None) -> None:
         image = self._engine.image(str(reference))
         if image and (old is None or image.id != old.id):
             return  # pulled by a job that ended after the caller had looked
-        started, result = time.monotonic(), "ok"
+        detail = f" as {credentials.username!r}" if credentials else ""
+        progress, started, result = PullProgress(), time.monotonic(), "ok"
         try:
-            self._pull(reference, credentials)
+            with self._activity.task("pull", str(reference), detail, reference.docker_repository()) as task:
+
+                def report(message: Mapping[str, Any]) -> None:
+                    progress.update(message)
+                    task.report(dict(progress.layers), progress.status)
+
+                report({})
+                self._engine.pull(reference, credentials, report)
+                task.done()
         except (PullFailed, RegistryError) as e:
             result = e.code
             raise
         finally:
             self._activity.count_pull(reference.namespace or "", result, time.monotonic() - started)
-
-    def _pull(self, reference: Reference, credentials: Credentials | None) -> None:
-        detail = f" as {credentials.username!r}" if credentials else ""
-        with self._activity.task("pull", str(reference), detail, reference.docker_repository()) as task:
-            progress = PullProgress()
-            task.report({}, progress.status)
-
-            def report(message: Mapping[str, Any]) -> None:
-                progress.update(message)
-                task.report(dict(progress.layers), progress.status)
-
-            self._engine.pull(reference, credentials, report)
-            task.done()
 
     def _look_up(self, reference: Reference, credentials: Credentials | None) -> Job:
         """The question to an image's registry which digest a tag has there now."""
