@@ -1320,6 +1320,7 @@ class Client:
     """The client that sent a request, as far as the answer depends on it.
 
     own_name is the name by which it knows this registry: its Host header. names are others that this registry has.
+    may_pull says that what Docker lacks may be pulled for it: not for a browser.
     """
 
     own_name: str | None = None
@@ -1327,7 +1328,7 @@ class Client:
     deadline: Deadline = field(default_factory=Deadline)
     user_agent: str = ""
     accept: str = ""
-    is_browser: bool = False
+    may_pull: bool = True
     names: tuple[str, ...] = ()
 
     # Nodes, Docker and BuildKit use containerd's library. (Docker's classic store sends no such HEAD before a push.)
@@ -5597,6 +5598,8 @@ class Pulls:
         and the rest is on its way. Otherwise the result is None at the end of the pull. old is what Docker has under
         that name, to be replaced. Raises what PullPolicy.check() and pull_errors() do.
         """
+        if not client.may_pull:
+            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}")
         pull, used = self._start(reference, client.credentials, old)
         ended = client.deadline.within(EARLY_ANSWER).wait(pull.done.wait)
         if not ended and self._images.current().flows:
@@ -5653,7 +5656,10 @@ class Pulls:
             reference, credentials), f"looking up {reference}")
 
     def is_outdated(self, reference: Reference, image: EngineImage, client: Client) -> bool:
-        """True if a tag names another image at its registry than in Docker, as far as that can be found out."""
+        """True if Docker is to pull an image again because its tag has moved, as far as that can be found out."""
+        if self._policy.policy != "always" or not client.may_pull or reference.namespace is None or isinstance(
+                reference.target, Digest):
+            return False
         try:
             self._policy.check(reference)
             look_up = self._look_up(reference, self._policy.credentials(reference, client.credentials))
@@ -5824,12 +5830,12 @@ class Mirror:
                  docker_root: Path | None = None, activity: Activity | None = None):
         """docker_root is where Docker's data folder is mounted, if that is not the place that Docker names."""
         self.engine, self._store = engine, store
-        self._policy, self.activity = policy or PullPolicy(), activity or Activity()
+        policy, self.activity = policy or PullPolicy(), activity or Activity()
         self._exports = Exports(engine, store, self.activity, self._tidy_up_soon)
         self.images = ImageStores(engine, store, self._exports, docker_root)
         self._content = self.images.content
-        self.pulls = Pulls(engine, self.images, self._policy, self.activity)
-        self._fetches = Fetches(engine, store, self._policy, self.activity)
+        self.pulls = Pulls(engine, self.images, policy, self.activity)
+        self._fetches = Fetches(engine, store, policy, self.activity)
         self._jobs = Jobs(PULLS_LIMIT)  # recoveries
         self._warned: Memory[Digest, bool] = Memory()  # images for another platform that the log has named
 
@@ -5862,17 +5868,14 @@ class Mirror:
 
     # ---- which content does a name mean?
 
-    def manifest(self, client: Client, reference: Reference, may_pull: bool = True) -> Manifest | ArrivingManifest:
+    def manifest(self, client: Client, reference: Reference) -> Manifest | ArrivingManifest:
         """The manifest or index that a reference means right now, all of whose content is here or on its way.
 
-        An image that Docker lacks is pulled by Docker, if the reference says from where and may_pull is set; the
-        client's credentials are used with that registry, and for nothing else. If that takes longer than the client's
+        An image that Docker lacks is pulled by Docker, if the reference says from where and the client may pull; its
+        credentials are used with that registry, and for nothing else. If that takes longer than the client's
         deadline, the answer is what is known by then. Raises MANIFEST_UNKNOWN, UNAUTHORIZED, DENIED,
         TOOMANYREQUESTS, ORIGIN_UNAVAILABLE, STILL_PULLING, and what Engine raises.
         """
-
-        def find(inner: Deadline) -> Manifest | ArrivingManifest:
-            return self._find_manifest(dataclasses.replace(client, deadline=inner), reference, may_pull)
 
         def late(job: Job) -> ArrivingManifest | None:
             made_type = self.images.made_type
@@ -5881,23 +5884,30 @@ class Mirror:
             log.info("%s: answered while Docker is still getting it", reference)
             return ArrivingManifest(made_type, lambda: job.outcome(client.deadline.unlimited()))
 
-        return ask(client.deadline, find, late)
+        return ask(client.deadline, lambda inner: self._find_manifest(
+            dataclasses.replace(client, deadline=inner), reference), late)
 
-    def _find_manifest(self, client: Client, reference: Reference, may_pull: bool) -> Manifest:
+    def _find_manifest(self, client: Client, reference: Reference) -> Manifest | ArrivingManifest:
         """The same; takes as long as it takes."""
         self._refuse_own_engine(reference, client, "MANIFEST_UNKNOWN")
         if isinstance(reference.target, Digest):
-            manifest = self._manifest_by_digest(reference, reference.target, client, may_pull)
+            manifest = self._manifest_by_digest(reference, reference.target, client)
         else:
-            manifest = self._manifest_by_tag(reference, client, may_pull)
-        self._promise(reference, manifest, client)
+            manifest = self._manifest_of_image(reference, client)
+        if self._missing(reference, manifest, client):
+            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials, client.own_name),
+                                   lambda: self._recover(reference, manifest, dataclasses.replace(
+                                       client, deadline=Deadline())), f"getting what it lacks of {reference}")
+            job.outcome(client.deadline)
+        self._store.touch_fetch(manifest.digest, manifest.sizes("config", "layers"))
         return manifest
 
-    def _manifest_by_tag(self, reference: Reference, client: Client, may_pull: bool) -> Manifest:
+    def _manifest_of_image(self, reference: Reference, client: Client) -> Manifest:
+        """The manifest of an image, or the one with a reference's digest, from Docker, which pulls what it lacks."""
         image = self._local_image(reference, client)
-        if image is None or (may_pull and self._is_to_be_replaced(reference, image, client)):
+        if image is None or self.pulls.is_outdated(reference, image, client):
             try:
-                arriving = self._pull(reference, client, may_pull, image)
+                arriving = self.pulls.pull(reference, client, image)
             except RegistryError as e:
                 if image is None:
                     raise
@@ -5909,7 +5919,8 @@ class Mirror:
         if image is None:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker pulled {reference}, but does not have it now")
         self._check_platform(image)
-        digest = self.images.current().target(image, client.deadline)
+        target = self.images.current().target(image, client.deadline)
+        digest = reference.target if isinstance(reference.target, Digest) else target
         return self._content.manifest(digest) or self._lost_manifest(reference, digest, client)
 
     def _check_platform(self, image: EngineImage) -> None:
@@ -5920,17 +5931,6 @@ class Mirror:
             log.warning("the image %s is for %s, and this Docker is %s: on a node like that its containers end with "
                         "\"exec format error\"; get the other with docker pull --platform %s", image.id,
                         image.platform, ours, ours)
-
-    def _pull(self, reference: Reference, client: Client, may_pull: bool, old: EngineImage | None = None
-              ) -> Manifest | None:
-        if not may_pull:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}")
-        return self.pulls.pull(reference, client, old)
-
-    def _is_to_be_replaced(self, reference: Reference, image: EngineImage, client: Client) -> bool:
-        """True if Docker is to pull an image that it has: one of another registry, whose tag has moved there."""
-        return (self._policy.policy == "always" and reference.namespace is not None
-                and self.pulls.is_outdated(reference, image, client))
 
     def _names(self, reference: Reference, client: Client) -> list[Reference]:
         """The names under which Docker may have what a reference means, the likeliest first."""
@@ -5957,15 +5957,16 @@ class Mirror:
                 return self.engine.image(str(image_id))
         return None
 
-    def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
+    def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         if reference.namespace is None:
             return self._manifest_here(reference, digest, client)
         manifest = self.pulls.manifest(digest, client.deadline) or self._content.manifest(digest)
         if manifest:
             return manifest
         if self.images.current().made_type:
-            return self._fetched_by_digest(reference, digest, client, may_pull)
-        return self._pulled_by_digest(reference, digest, client, may_pull)
+            return self._fetched_by_digest(reference, digest, client)
+        self._refuse_missing_platform(reference, digest, client)
+        return self._manifest_of_image(reference, client)
 
     def _images_of(self, reference: Reference, client: Client) -> Iterator[EngineImage]:
         """All images that Docker has in a repository."""
@@ -5993,12 +5994,12 @@ class Mirror:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {digest} in {reference.repository}")
         return manifest
 
-    def _fetched_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
+    def _fetched_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         """A manifest that an earlier process made of an image, or one that only the image's registry has."""
         manifest = self._included(reference, digest, client, False)
         if manifest:
             return manifest
-        if not may_pull:
+        if not client.may_pull:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have {reference}")
         try:
             return self._fetches.manifest(reference, digest, client.credentials, client.deadline)
@@ -6010,22 +6011,6 @@ class Mirror:
                 raise
             raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep these "
                                                     f"bytes, and its registry does not give them: {e.detail}") from None
-
-    def _pulled_by_digest(self, reference: Reference, digest: Digest, client: Client, may_pull: bool) -> Manifest:
-        """A manifest that Docker's containerd store does not have yet, or has lost."""
-        self._refuse_missing_platform(reference, digest, client)
-        image = self.engine.image(str(reference))
-        if image is None:
-            arriving = self._pull(reference, client, may_pull)
-            if arriving:
-                return arriving
-            image = self.engine.image(str(reference))
-        if image:
-            self.images.current().target(image, client.deadline)
-        manifest = self._content.manifest(digest)
-        if manifest is None:
-            return self._lost_manifest(reference, digest, client)
-        return manifest
 
     def _refuse_missing_platform(self, reference: Reference, digest: Digest, client: Client) -> None:
         """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
@@ -6048,15 +6033,6 @@ class Mirror:
         return bool(ours) and same_platform(platform_of(descriptor.get("platform")), ours)
 
     # ---- what a manifest refers to
-
-    def _promise(self, reference: Reference, manifest: Manifest, client: Client) -> None:
-        """See that all blobs of a manifest are here or on their way; MANIFEST_UNKNOWN says which are not available."""
-        if self._missing(reference, manifest, client):
-            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials, client.own_name),
-                                   lambda: self._recover(reference, manifest, dataclasses.replace(
-                                       client, deadline=Deadline())), f"getting what it lacks of {reference}")
-            job.outcome(client.deadline)
-        self._store.touch_fetch(manifest.digest, manifest.sizes("config", "layers"))
 
     def _missing(self, reference: Reference, manifest: Manifest, client: Client) -> dict[Digest, int]:
         """The blobs of a manifest that are neither here nor on their way, with their sizes in bytes.
@@ -6180,7 +6156,7 @@ class Mirror:
             arriving = self._arriving(reference, digest, client)
             if arriving:
                 return TimelyBlob(arriving)
-            if reference.namespace and not client.is_browser:  # a node; others do not want an image exported
+            if reference.namespace and client.may_pull:  # a node; others do not want an image exported
                 self._restore(reference, {digest: 0}, client)
             blob = self._content.find(digest)  # it may have arrived since
         if blob is None:
@@ -6440,11 +6416,11 @@ class Front:
         hosted = self._hosted_manifest(reference, client)
         if hosted:
             return hosted
-        before_pull = head and reference.namespace is None
-        if before_pull and not client.is_about_to_pull():
-            raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
-        may_pull = not before_pull and not client.is_browser
-        return self.mirror.manifest(client, self._in_docker(reference, client), may_pull=may_pull)
+        if head and reference.namespace is None:
+            if not client.is_about_to_pull():
+                raise RegistryError("MANIFEST_UNKNOWN", f"{reference} was not pushed here")
+            client = dataclasses.replace(client, may_pull=False)
+        return self.mirror.manifest(client, self._in_docker(reference, client))
 
     def _hosted_manifest(self, reference: Reference, client: Client) -> Manifest | None:
         if not self._is_ours(reference, client):
@@ -8131,7 +8107,7 @@ class Handler(BaseHTTPRequestHandler):
         client = Client(host if host and is_host(host) else None,
                         parse_credentials(self.headers.get("Authorization")), Deadline(LAST_ANSWER, self.connection),
                         self.headers.get("User-Agent", ""), ",".join(self.headers.get_all("Accept", [])),
-                        self.server.browsers.is_browser(self.headers), self.server.registry.names)
+                        not self.server.browsers.is_browser(self.headers), self.server.registry.names)
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         request = Request(self.command, path, captured, query, client, self.headers, body)
         Reference.check_namespace(request.namespace)
