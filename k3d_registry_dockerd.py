@@ -5964,7 +5964,7 @@ class Mirror:
         if manifest:
             return manifest
         if self.images.current().made_type:
-            return self._fetched_by_digest(reference, digest, client)
+            return self._manifest_here(reference, digest, client)
         self._refuse_missing_platform(reference, digest, client)
         return self._manifest_of_image(reference, client)
 
@@ -5986,31 +5986,24 @@ class Mirror:
         return None
 
     def _manifest_here(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
-        """A manifest by digest for a client that names no registry: only what Docker has in this very repository."""
-        manifest = self._included(reference, digest, client, False)
-        if manifest is None and not self._is_docker(client):  # nothing is exported for a `docker pull`
-            manifest = self._included(reference, digest, client, True)
-        if manifest is None:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {digest} in {reference.repository}")
-        return manifest
+        """A manifest by digest, of what Docker has in this very repository.
 
-    def _fetched_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
-        """A manifest that an earlier process made of an image, or one that only the image's registry has."""
-        manifest = self._included(reference, digest, client, False)
-        if manifest:
-            return manifest
-        if not client.may_pull:
-            raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have {reference}")
-        try:
-            return self._fetches.manifest(reference, digest, client.credentials, client.deadline)
-        except RegistryError as e:
-            manifest = self._included(reference, digest, client, True)
-            if manifest:
-                return manifest
-            if e.code not in ("MANIFEST_UNKNOWN", "ORIGIN_UNAVAILABLE"):
-                raise
-            raise RegistryError("MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep these "
-                                                    f"bytes, and its registry does not give them: {e.detail}") from None
+        If the client names the image's registry, that is asked before images are exported to see their manifests.
+        """
+        error = RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {digest} in {reference.docker_repository()}")
+        found = self._included(reference, digest, client, explore=False)
+        if found is None and reference.namespace and client.may_pull:
+            try:
+                found = self._fetches.manifest(reference, digest, client.credentials, client.deadline)
+            except RegistryError as e:
+                error = e if e.code not in ("MANIFEST_UNKNOWN", "ORIGIN_UNAVAILABLE") else RegistryError(
+                    "MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep these bytes, and its "
+                                        f"registry does not give them: {e.detail}")
+        if found is None and not self._is_docker(client):  # nothing is exported for a `docker pull`
+            found = self._included(reference, digest, client, explore=True)
+        if found is None:
+            raise error
+        return found
 
     def _refuse_missing_platform(self, reference: Reference, digest: Digest, client: Client) -> None:
         """MANIFEST_UNKNOWN for a platform of an index that Docker has without that platform.
@@ -6061,27 +6054,31 @@ class Mirror:
         Each name that leads to the content is tried, the one that was asked for first.
         """
         self._restore(reference, self._missing(reference, manifest, client), client)
-        missing, errors = self._missing(reference, manifest, client), []
-        for source in itertools.chain([None], self._other_names(manifest.digest, missing, manifest)):
-            if not missing:
-                return
-            try:
-                self._fetch(reference, manifest, missing, client, source)
-            except RegistryError as e:
-                errors.append(e)
-            missing = self._missing(reference, manifest, client)
+        missing = self._missing(reference, manifest, client)
+
+        def fetch(source: Reference | None) -> None:
+            left = self._missing(reference, manifest, client)
+            if left:
+                self._fetch(reference, manifest, left, client, source)
+
         if missing:
-            some = ", ".join(map(str, [*missing][:3]))
-            raise self._not_recovered(errors, f"Docker has {reference}, but lacks {len(missing)} of its blobs: {some}")
+            self._try_names(itertools.chain([None], self._other_names(manifest.digest, missing, manifest)), fetch,
+                            f"Docker has {reference}, but lacks {len(missing)} of its blobs: {some_of(missing)}")
 
     @staticmethod
-    def _not_recovered(errors: list[RegistryError], what: str) -> RegistryError:
-        """The error about something that Docker has lost: that of the registry that was asked first, if it refuses."""
+    def _try_names(names: Iterable[W], get: Callable[[W], T], problem: str) -> T:
+        """What the first name that leads anywhere leads to. If none does, and the first was refused, that is the error."""
+        errors = []
+        for name in names:
+            try:
+                return get(name)
+            except RegistryError as e:
+                errors.append(e)
         if errors and errors[0].code in ("UNAUTHORIZED", "TOOMANYREQUESTS", "DENIED"):
-            return errors[0]
+            raise errors[0]
         reasons = "; ".join(dict.fromkeys(error.detail for error in errors))
-        return RegistryError("MANIFEST_UNKNOWN", f"{what}. Remove the image from Docker, and pull or build it again. "
-                                                 f"It could not be fetched: {reasons}")
+        raise RegistryError("MANIFEST_UNKNOWN", f"{problem}. Remove the image from Docker, and pull or build it again. "
+                                                f"It could not be fetched: {reasons}")
 
     def _restore(self, reference: Reference, blobs: Mapping[Digest, int], client: Client) -> None:
         """Have Docker give content of an image again: a node may know its manifest from before our store was lost."""
@@ -6109,15 +6106,11 @@ class Mirror:
 
     def _lost_manifest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         """A manifest that Docker lists and has lost, by any name that leads to it."""
-        errors = []
-        for source in itertools.chain([reference], self._other_names(digest, {})):
-            try:
-                return self._fetches.manifest(source, digest, client.credentials if source is reference else None,
-                                              client.deadline)
-            except RegistryError as e:
-                errors.append(e)
-        raise self._not_recovered(errors, f"Docker lists {reference} as {digest}, but that content is missing from its "
-                                          "store")
+        return self._try_names(
+            itertools.chain([reference], self._other_names(digest, {})),
+            lambda source: self._fetches.manifest(
+                source, digest, client.credentials if source is reference else None, client.deadline),
+            f"Docker lists {reference} as {digest}, but that content is missing from its store")
 
     def _other_names(self, target: Digest, missing: Mapping[Digest, int],
                      manifest: Manifest | None = None) -> Iterator[Reference]:
