@@ -5942,20 +5942,16 @@ class Mirror:
         return found
 
     def _local_image(self, reference: Reference, client: Client) -> EngineImage | None:
+        """The image that Docker has under a name now, or under another name for the same, or None."""
         names = self._names(reference, client)
-        return self._inspected_image(names) or self._listed_image(names)
-
-    def _inspected_image(self, names: Iterable[Reference]) -> EngineImage | None:
-        images = (self.engine.image(str(name)) for name in names)
-        return next((image for image in images if image), None)
-
-    def _listed_image(self, names: Iterable[Reference]) -> EngineImage | None:
-        """An image that Docker lists under a name by which it does not find it: one that is not fully qualified."""
+        for name in names:
+            image = self.engine.image(str(name))
+            if image:
+                return image
+        # An image whose name is not fully qualified is listed under it, but not found.
         wanted = {(docker_name(name.docker_repository()), name.target) for name in names}
-        for image_id, name, tag in self.engine.names():
-            if (docker_name(name), tag) in wanted:
-                return self.engine.image(str(image_id))
-        return None
+        found = (image_id for image_id, name, tag in self.engine.names() if (docker_name(name), tag) in wanted)
+        return next((self.engine.image(str(image_id)) for image_id in found), None)
 
     def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         if reference.namespace is None:
@@ -6014,16 +6010,11 @@ class Mirror:
         for image in self._images_of(reference, client):
             index = self._content.manifest(image.id)
             child = index.platforms().get(digest) if index else None
-            if child and not self._is_for_docker(child):
+            platform = platform_of(child.get("platform")) if child else ""
+            if child and not (platform and same_platform(platform, self.engine.info().platform)):
                 raise RegistryError("MANIFEST_UNKNOWN", f"Docker has the index {image.id} in its repository "
-                                    f"{reference.docker_repository()}, but not the platform "
-                                    f"{platform_of(child.get('platform')) or digest} of it: "
-                                    "get it with docker pull --platform")
-
-    def _is_for_docker(self, descriptor: Mapping[str, Any]) -> bool:
-        """True if a manifest of an index is for Docker's own platform."""
-        ours = self.engine.info().platform
-        return bool(ours) and same_platform(platform_of(descriptor.get("platform")), ours)
+                                    f"{reference.docker_repository()}, but not the platform {platform or digest} of "
+                                    "it: get it with docker pull --platform")
 
     # ---- what a manifest refers to
 
@@ -6067,7 +6058,7 @@ class Mirror:
 
     @staticmethod
     def _try_names(names: Iterable[W], get: Callable[[W], T], problem: str) -> T:
-        """What the first name that leads anywhere leads to. If none does, and the first was refused, that is the error."""
+        """What get() returns for the first name that it does not fail for. The error is the first one if it refuses."""
         errors = []
         for name in names:
             try:
@@ -6170,13 +6161,15 @@ class Mirror:
     def contents(self, client: Client, reference: Reference, sizes: Mapping[Digest, int]) -> dict[Digest, Blob]:
         """What Docker has of the content of an image with these digests and sizes in bytes, exported if need be."""
         found: dict[Digest, Blob] = {}
-        for count, (digest, size) in enumerate(sizes.items()):
-            if count - len(found) > LAYERS_LIMIT:
+        lacking: dict[Digest, int] = {}
+        for digest, size in sizes.items():
+            if len(lacking) > LAYERS_LIMIT:
                 break  # no image of Docker's lacks so much: it is not asked for the rest
             blob = self._content.find(digest, size) or self._arriving(reference, digest, client)
             if blob:
                 found[digest] = blob
-        lacking = {digest: size for digest, size in sizes.items() if digest not in found}
+            else:
+                lacking[digest] = size
         if lacking and self.images.current().can_restore:
             self._restore(reference, lacking, client)
             found.update((digest, blob) for digest, size in lacking.items()
@@ -6199,8 +6192,8 @@ class Mirror:
 
     @in_time
     def image(self, client: Client, reference: Reference) -> EngineImage | None:
-        """The image that Docker finds under a name now, or under another name for the same, or None."""
-        return self._inspected_image(self._names(reference, client))
+        """The image that Docker has under a name now, or under another name for the same, or None."""
+        return self._local_image(reference, client)
 
     # ---- lists
 
