@@ -6237,28 +6237,8 @@ class Mirror:
 
 
 @dataclass
-class AdoptionPlan:
-    """What has to be brought into a repository for a manifest to be whole there: blobs, and manifests of an index.
-
-    Each manifest comes behind those that it lists. seen are the manifests that have been looked at, and unknown is how
-    many of them nobody has.
-    """
-
-    reference: Reference
-    repository: Repository
-    client: Client
-    blobs: dict[Digest, Blob] = field(default_factory=dict)
-    manifests: list[Manifest] = field(default_factory=list)
-    seen: set[Digest] = field(default_factory=set)
-    unknown: int = 0
-
-    def has(self, digest: Digest, size: int) -> bool:
-        """True if a blob of this size, in bytes, is in the repository or will be brought there."""
-        return digest in self.blobs or self.repository.has_blob(digest, size, self.client.deadline)
-
-
 class Adoption:
-    """Makes what is pushed whole: the only bridge from the mirror to what is hosted.
+    """Makes a manifest that is pushed whole in its repository: the only bridge from the mirror to what is hosted.
 
     A client may push a manifest that it read here, of an image that only Docker has (crane tag, say). Before that is
     answered, everything that it refers to is brought into its repository: what the store holds of Docker's is
@@ -6266,83 +6246,89 @@ class Adoption:
     Content of other repositories is never taken: that is what mounts are for.
     """
 
-    DEPTH = 8  # indexes in indexes
+    DEPTH: ClassVar[int] = 8  # indexes in indexes
 
-    def __init__(self, store: Store, hosted: Hosted, mirror: Mirror):
-        self._store, self._hosted, self._mirror = store, hosted, mirror
-        self._jobs = Jobs()
+    store: Store
+    mirror: Mirror
+    copies: Jobs                # that are under way for any request
+    repository: Repository
+    reference: Reference
+    client: Client
+    blobs: dict[Digest, Blob] = field(default_factory=dict)         # to be brought
+    manifests: list[Manifest] = field(default_factory=list)         # the same, each behind those that it lists
+    seen: set[Digest] = field(default_factory=set)                  # manifests that have been looked at
+    unknown: int = 0                                                # how many of them nobody has
 
-    def complete(self, reference: Reference, manifest: Manifest, client: Client) -> None:
+    def complete(self, manifest: Manifest) -> None:
         """Bring what a manifest refers to into its repository.
 
         MANIFEST_BLOB_UNKNOWN names the blobs that nobody has. Not having a layer that need not be distributed, or a
         manifest of an index with everything that it needs, is allowed (OCI Distribution Spec v1.1, "Pushing
         Manifests"). Nothing is copied before it is clear that all of it is available, and fits on the disk.
         """
-        plan = AdoptionPlan(reference, self._hosted.repository(reference.repository), client)
-        self._plan(plan, manifest)
-        self._store.check_room(sum(blob.size for digest, blob in plan.blobs.items()
-                                   if not self._store.docker.size(digest)))
-        for digest, blob in plan.blobs.items():
-            self._bring(plan.repository, digest, blob, client)
-        for child in plan.manifests:
-            plan.repository.put_manifest(child, ())
+        self._plan(manifest)
+        self.store.check_room(sum(blob.size for digest, blob in self.blobs.items()
+                                  if not self.store.docker.size(digest)))
+        for digest, blob in self.blobs.items():
+            self._bring(digest, blob)
+        for child in self.manifests:
+            self.repository.put_manifest(child, ())
 
-    def _plan(self, plan: AdoptionPlan, manifest: Manifest, depth: int = 0) -> None:
-        """Add what a manifest lacks, and what those that it lists lack, to a plan."""
+    def _plan(self, manifest: Manifest, depth: int = 0) -> None:
+        """Note what a manifest lacks, and what those that it lists lack."""
         required = manifest.sizes("config", "layers", "blobs")
         optional = manifest.sizes("layers", "blobs", foreign=True)
-        lacking = {digest: size for digest, size in {**optional, **required}.items() if not plan.has(digest, size)}
-        found = self._mirror.contents(plan.client, plan.reference, lacking) if lacking else {}
+        lacking = {digest: size for digest, size in {**optional, **required}.items() if not (
+            digest in self.blobs or self.repository.has_blob(digest, size, self.client.deadline))}
+        found = self.mirror.contents(self.client, self.reference, lacking) if lacking else {}
         missing = [digest for digest in lacking if digest in required and digest not in found]
         if missing:
-            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {plan.repository.name} nor Docker has "
+            raise RegistryError("MANIFEST_BLOB_UNKNOWN", f"neither {self.repository.name} nor Docker has "
                                                          f"{some_of(missing)}: push blobs before the manifest that "
                                                          "refers to them")
-        plan.blobs.update(found)
+        self.blobs.update(found)
         for digest in manifest.listed("manifests"):
-            self._plan_child(plan, digest, depth)
+            if digest not in self.seen:
+                self.seen.add(digest)
+                self._plan_child(digest, depth + 1)
 
-    def _plan_child(self, plan: AdoptionPlan, digest: Digest, depth: int) -> None:
-        """Add a manifest of an index, behind what it refers to; or nothing, if not all of it is available."""
-        if digest in plan.seen:
-            return
-        plan.seen.add(digest)
-        if depth == self.DEPTH:
-            raise RegistryError("MANIFEST_INVALID", f"{plan.reference}: indexes are nested more than {self.DEPTH} deep")
-        hosted = plan.repository.manifest(digest)
+    def _plan_child(self, digest: Digest, depth: int) -> None:
+        """Note a manifest of an index, behind what it refers to; or nothing, if not all of it is available."""
+        if depth > self.DEPTH:
+            raise RegistryError("MANIFEST_INVALID", f"{self.reference}: indexes are nested more than {self.DEPTH} deep")
+        hosted = self.repository.manifest(digest)
         child = hosted
-        if hosted is None and plan.unknown <= LAYERS_LIMIT:  # Docker is not asked for thousands, one by one
-            child = self._mirror.manifest_content(plan.client, digest)
+        if hosted is None and self.unknown <= LAYERS_LIMIT:  # Docker is not asked for thousands, one by one
+            child = self.mirror.manifest_content(self.client, digest)
         if child is None:
-            plan.unknown += 1
+            self.unknown += 1
             return
         try:
             child.check()
-            self._plan(plan, child, depth + 1)
+            self._plan(child, depth)
         except RegistryError as e:
             if e.code not in ("MANIFEST_BLOB_UNKNOWN", "MANIFEST_INVALID"):
                 raise
-            log.info("%s: pushed without the manifest %s: %s", plan.reference, digest, e.detail)
+            log.info("%s: pushed without the manifest %s: %s", self.reference, digest, e.detail)
         else:
             if hosted is None:
-                plan.manifests.append(child)
+                self.manifests.append(child)
 
-    def _bring(self, repository: Repository, digest: Digest, blob: Blob, client: Client) -> None:
-        """Make a blob belong to a repository. Requests that want the same content at the same time share one copy."""
-        if not repository.blobs.adopt(digest, blob.size, client.deadline):
-            job = self._jobs.start(digest, lambda: self._copy(digest, blob), f"copying {digest}")
-            job.outcome(client.deadline)
-            if not repository.blobs.adopt(digest, blob.size):
+    def _bring(self, digest: Digest, blob: Blob) -> None:
+        """Make a blob belong to the repository. Requests that want the same content at the same time share one copy."""
+        if not self.repository.blobs.adopt(digest, blob.size, self.client.deadline):
+            job = self.copies.start(digest, lambda: self._copy(digest, blob), f"copying {digest}")
+            job.outcome(self.client.deadline)
+            if not self.repository.blobs.adopt(digest, blob.size):
                 raise RegistryError("STORE_FAILED", f"{digest} was removed from the store a moment ago")
 
     def _copy(self, digest: Digest, blob: Blob) -> None:
         """Copy content out of Docker into the store."""
-        if self._store.docker.adopt(digest, blob.size):
+        if self.store.docker.adopt(digest, blob.size):
             return  # copied by a job that ended after the caller had looked
-        task = self._mirror.activity.task("copy", str(digest), f", {human_bytes(blob.size)}, for a push")
+        task = self.mirror.activity.task("copy", str(digest), f", {human_bytes(blob.size)}, for a push")
         with task, \
-                BlobWriter(self._store, digest.algorithm) as writer, \
+                BlobWriter(self.store, digest.algorithm) as writer, \
                 contextlib.closing(blob.open(0, blob.size, Deadline())) as body:
             count = 0
             for piece in body:
@@ -6351,7 +6337,7 @@ class Adoption:
             found = writer.finish()
             if found != digest:
                 raise RegistryError("ENGINE_FAILED", f"Docker has the bytes of {found} for {digest}")
-            writer.keep(self._store.docker)
+            writer.keep(self.store.docker)
             task.done("verified")
 
 
@@ -6367,8 +6353,7 @@ class Front:
         """warm are images that Docker is to have from the start: see Warming."""
         self.hosted, self.mirror, self.store = hosted, mirror, store
         self.warming = Warming(mirror.pulls, warm)
-        self._adoption = Adoption(store, hosted, mirror)
-        self._jobs = Jobs(PULLS_LIMIT)
+        self._copies, self._comparisons = Jobs(), Jobs(PULLS_LIMIT)
         self._hidden: Memory[tuple[Digest, Digest], bool] = Memory()  # pairs that the log has named
 
     def close(self) -> None:
@@ -6419,7 +6404,7 @@ class Front:
             return None
         if not isinstance(reference.target, Digest):
             with contextlib.suppress(RegistryError):  # the answer does not depend on it
-                self._jobs.start((reference, client.own_name), lambda: self._log_hidden_image(
+                self._comparisons.start((reference, client.own_name), lambda: self._log_hidden_image(
                     reference, manifest, client.own_name), "comparing")
         return manifest
 
@@ -6462,12 +6447,13 @@ class Front:
 
         MANIFEST_BLOB_UNKNOWN if nobody has a blob of it: then nothing is kept.
         """
-        self._adoption.complete(reference, manifest, client)
+        self.adopt(reference, manifest, client)
         self.hosted.put_manifest(reference, manifest, tags)
 
     def adopt(self, reference: Reference, manifest: Manifest, client: Client) -> None:
-        """Bring what a manifest that is hosted lacks. MANIFEST_BLOB_UNKNOWN."""
-        self._adoption.complete(reference, manifest, client)
+        """Bring what a manifest refers to into its repository: see Adoption."""
+        Adoption(self.store, self.mirror, self._copies, self.hosted.repository(reference.repository), reference, client
+                 ).complete(manifest)
 
     def delete_manifest(self, reference: Reference, client: Client) -> None:
         """Remove a tag, or a manifest with all its tags. MANIFEST_UNKNOWN, UNSUPPORTED."""
