@@ -6558,15 +6558,13 @@ class Front:
 
 @dataclass(frozen=True)
 class Lack:
-    """Content that a manifest in a repository needs, and that is not there or damaged. size is in bytes."""
+    """What a repository needs, and what is not there or damaged: a manifest, or a blob of a manifest."""
 
+    what: str                   # for people
     repository: Repository
-    manifest: Manifest
     digest: Digest
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.repository.name}@{self.manifest.digest} lacks {self.digest}, {human_bytes(self.size)}"
+    manifest: Manifest | None = None  # the one that refers to a blob
+    size: int = 0               # of a blob, in bytes
 
 
 class Verification:
@@ -6583,18 +6581,17 @@ class Verification:
 
     def run(self, repair: bool) -> bool:
         """Verify the store, and repair it if that is wanted. True if all of it is right in the end."""
-        damaged, lacks, dangling = self._damaged(), *self._lacking()
+        damaged, lacks = self._damaged(), list(self._lacks())
         for path, digest in damaged:
             self._tell(f"damaged: {path} does not have the content of {digest}")
-        for line in (*lacks, *dangling):
-            self._tell(f"incomplete: {line}")
-        if not repair or not (damaged or lacks or dangling):
-            return not (damaged or lacks or dangling)
-        self._repair(damaged)
-        left, lacks, dangling = self._damaged(), *self._lacking()
-        for line in (*lacks, *dangling):
-            self._tell(f"not repaired: {line}: push it again")
-        return not (left or lacks or dangling)
+        for lack in lacks:
+            self._tell(f"incomplete: {lack.what}")
+        if repair and (damaged or lacks):
+            self._repair(damaged, lacks)
+            damaged, lacks = self._damaged(), list(self._lacks())
+            for lack in lacks:
+                self._tell(f"not repaired: {lack.what}: push it again")
+        return not (damaged or lacks)
 
     # ---- what is wrong
 
@@ -6616,53 +6613,56 @@ class Verification:
             task.done(f"{len(found)} are damaged")
         return found
 
-    def _lacking(self) -> tuple[list[Lack], list[str]]:
-        """What the repositories lack: blobs of manifests, and manifests of tags."""
-        lacks: list[Lack] = []
-        dangling = []
+    def _lacks(self) -> Iterator[Lack]:
+        """What the repositories lack: manifests of tags, and blobs of manifests."""
         for name in self._registry.hosted.names():
             repository = self._registry.hosted.repository(name)
-            dangling += [f"{name}:{tag} names {digest}, which is not there"
-                         for tag, digest in repository.dangling_tags()]
+            for tag, digest in repository.dangling_tags():
+                yield Lack(f"{name}:{tag} names {digest}, which is not there", repository, digest)
             for digest in repository.manifests.digests():
                 manifest = repository.manifest(digest) if self._is_right(repository.manifests, digest) else None
                 if manifest is None:
-                    dangling.append(f"{name} has lost the manifest {digest}")
+                    yield Lack(f"{name} has lost the manifest {digest}", repository, digest)
                     continue
-                lacks += [Lack(repository, manifest, blob, size)
-                          for blob, size in manifest.sizes("config", "layers", "blobs").items()
-                          if repository.blobs.size(blob) != size or not self._is_right(repository.blobs, blob)]
-        return lacks, dangling
+                for blob, size in manifest.sizes("config", "layers", "blobs").items():
+                    if repository.blobs.size(blob) != size or not self._is_right(repository.blobs, blob):
+                        what = f"{name}@{digest} lacks {blob}, {human_bytes(size)}"
+                        yield Lack(what, repository, blob, manifest, size)
 
     def _is_right(self, links: Links, digest: Digest) -> bool:
         return self._store.has_content(links.path(digest), digest)
 
     # ---- repair
 
-    def _repair(self, damaged: Iterable[tuple[Path, Digest]]) -> None:
+    def _repair(self, damaged: Iterable[tuple[Path, Digest]], lacks: Iterable[Lack]) -> None:
         for path, digest in damaged:
             self._store.is_intact(path, digest)  # or else a copy of Docker's is removed
             self._from_other_copy(digest)
             if all(links.size(digest) is None for links in self._store.owners() if links is not self._store.blobs):
                 self._move_away(self._store.blobs.path(digest), digest)
-        for name in self._registry.hosted.names():
-            repository = self._registry.hosted.repository(name)
-            named = {digest for _, digest in repository.dangling_tags()}
-            for digest in named.union(repository.manifests.digests()):
-                if repository.manifest(digest) is None:
-                    with self._failures_told(f"{name}@{digest}"):
-                        self._bring_manifest(repository, digest)
-        for lack in self._lacking()[0]:
-            if not lack.repository.has_blob(lack.digest, lack.size):
-                with self._failures_told(str(lack)):
-                    self._bring_blob(lack)
+        for lack in lacks:  # manifests first: they may lack blobs
+            if lack.manifest is None:
+                self._bring(lack)
+        for lack in list(self._lacks()):
+            if lack.manifest:
+                self._bring(lack)
 
-    @contextlib.contextmanager
-    def _failures_told(self, what: str) -> Iterator[None]:
+    def _bring(self, lack: Lack) -> None:
+        """Get what is lacking from Docker or a registry."""
+        repository, manifest = lack.repository, lack.manifest
         try:
-            yield
+            if manifest and not repository.has_blob(lack.digest, lack.size):
+                reference = Reference(repository.name, manifest.digest)
+                self._registry.mirror.fetch_lost(self._client, reference, manifest, {lack.digest: lack.size})
+                self._registry.adopt(reference, manifest, self._client)
+                self._tell(f"repaired: {repository.name}@{manifest.digest}")
+            elif manifest is None and repository.manifest(lack.digest) is None:
+                found = self._registry.mirror.manifest_content(self._client, lack.digest)
+                if found:
+                    repository.put_manifest(found, ())
+                    self._tell(f"repaired: {repository.name}@{lack.digest}, from Docker")
         except RegistryError as e:
-            self._tell(f"not available: {what}: {e.detail}")
+            self._tell(f"not available: {lack.what}: {e.detail}")
 
     def _from_other_copy(self, digest: Digest) -> None:
         """Give all owners the right content, if one of them still has it in a file of its own."""
@@ -6678,18 +6678,6 @@ class Verification:
         with disk_errors(f"move {path}"):
             self._store.disk.move_away(path, lambda: self._store.disk.status(path) is not None
                                        and not self._store.has_content(path, digest))
-
-    def _bring_manifest(self, repository: Repository, digest: Digest) -> None:
-        manifest = self._registry.mirror.manifest_content(self._client, digest)
-        if manifest:
-            repository.put_manifest(manifest, ())
-            self._tell(f"repaired: {repository.name}@{digest}, from Docker")
-
-    def _bring_blob(self, lack: Lack) -> None:
-        reference = Reference(lack.repository.name, lack.manifest.digest)
-        self._registry.mirror.fetch_lost(self._client, reference, lack.manifest, {lack.digest: lack.size})
-        self._registry.adopt(reference, lack.manifest, self._client)
-        self._tell(f"repaired: {lack.repository.name}@{lack.manifest.digest}")
 
 
 # =====================================================================================================================
