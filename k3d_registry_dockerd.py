@@ -5941,17 +5941,18 @@ class Mirror:
                                              namespace="localhost"))  # where Podman keeps what it builds
         return found
 
+    def _inspected_image(self, reference: Reference, client: Client) -> EngineImage | None:
+        images = (self.engine.image(str(name)) for name in self._names(reference, client))
+        return next((image for image in images if image), None)
+
     def _local_image(self, reference: Reference, client: Client) -> EngineImage | None:
-        """The image that Docker has under a name now, or under another name for the same, or None."""
-        names = self._names(reference, client)
-        for name in names:
-            image = self.engine.image(str(name))
-            if image:
-                return image
-        # An image whose name is not fully qualified is listed under it, but not found.
-        wanted = {(docker_name(name.docker_repository()), name.target) for name in names}
-        found = (image_id for image_id, name, tag in self.engine.names() if (docker_name(name), tag) in wanted)
-        return next((self.engine.image(str(image_id)) for image_id in found), None)
+        """The same, or an image that Docker lists under a name that is not fully qualified, by which it finds none."""
+        image = self._inspected_image(reference, client)
+        if image is None:
+            wanted = {(docker_name(name.docker_repository()), name.target) for name in self._names(reference, client)}
+            found = (image_id for image_id, name, tag in self.engine.names() if (docker_name(name), tag) in wanted)
+            image = next((self.engine.image(str(image_id)) for image_id in found), None)
+        return image
 
     def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         if reference.namespace is None:
@@ -6192,8 +6193,8 @@ class Mirror:
 
     @in_time
     def image(self, client: Client, reference: Reference) -> EngineImage | None:
-        """The image that Docker has under a name now, or under another name for the same, or None."""
-        return self._local_image(reference, client)
+        """The image that Docker finds under a name now, or under another name for the same, or None."""
+        return self._inspected_image(reference, client)
 
     # ---- lists
 
@@ -6232,7 +6233,7 @@ class Mirror:
 
 # =====================================================================================================================
 # 20. Front: which of the two registries answers
-# Uses: waiting, engine, transfers, store, writers, hosted, pulls, mirror.
+# Uses: waiting, transfers, store, writers, hosted, pulls, mirror.
 # =====================================================================================================================
 
 
@@ -6384,8 +6385,12 @@ class Front:
     def manifest(self, reference: Reference, client: Client, head: bool = False) -> Manifest | ArrivingManifest:
         """The manifest or index that a reference means now. See Mirror.manifest for the errors."""
         self._refuse_docker(reference, client, "MANIFEST_UNKNOWN")
-        hosted = self._hosted_manifest(reference, client)
+        hosted = self._hosted(reference, client, "MANIFEST_UNKNOWN", lambda: self.hosted.manifest(reference))
         if hosted:
+            if not isinstance(reference.target, Digest):
+                with contextlib.suppress(RegistryError):  # the answer does not depend on it
+                    self._comparisons.start((reference, client.own_name), lambda: self._log_hidden_image(
+                        reference, hosted, client.own_name), "comparing")
             return hosted
         if head and reference.namespace is None:
             if not client.is_about_to_pull():
@@ -6393,51 +6398,40 @@ class Front:
             client = dataclasses.replace(client, may_pull=False)
         return self.mirror.manifest(client, self._in_docker(reference, client))
 
-    def _hosted_manifest(self, reference: Reference, client: Client) -> Manifest | None:
-        if not self._is_ours(reference, client):
-            return None
+    def _hosted(self, reference: Reference, client: Client, unknown: str, read: Callable[[], T]) -> T | None:
+        """What read() finds of what was pushed, or None if that has an error code, or is not what is asked for."""
         try:
-            manifest = self.hosted.manifest(reference)
+            return read() if self._is_ours(reference, client) else None
         except RegistryError as e:
-            if e.code != "MANIFEST_UNKNOWN":
+            if e.code != unknown:
                 raise
             return None
-        if not isinstance(reference.target, Digest):
-            with contextlib.suppress(RegistryError):  # the answer does not depend on it
-                self._comparisons.start((reference, client.own_name), lambda: self._log_hidden_image(
-                    reference, manifest, client.own_name), "comparing")
-        return manifest
 
     def _log_hidden_image(self, reference: Reference, manifest: Manifest, own_name: str | None) -> None:
         """Log, once for each pair, that a pushed tag hides another image of Docker's."""
         asking = Client(own_name, names=self.names)
         try:
             image = self.mirror.image(asking, self._in_docker(reference, asking))
-            same = image is None or self._is_same(image, manifest, asking)
+            index = self.mirror.manifest_content(asking, image.id) if image else None
         except RegistryError as e:  # not worth a line above debug: what was pushed does not depend on Docker
             log.debug("%s was not compared with Docker's image: %s", reference, e.detail)
             return
-        if same or image is None or (image.id, manifest.digest) in self._hidden:
+        if image is None or image.id in (manifest.digest, *manifest.listed("config")) or (
+                index and manifest.digest in index.listed("manifests")):
             return
-        self._hidden[image.id, manifest.digest] = True
-        log.warning("%s is served as it was pushed, %s, and not as Docker's image of that name, %s: push it again, or "
-                    "delete the tag here", reference, manifest.digest, image.id)
-
-    def _is_same(self, image: EngineImage, manifest: Manifest, client: Client) -> bool:
-        """True if a manifest is that of an image, or one that its index lists."""
-        index = self.mirror.manifest_content(client, image.id)
-        return image.id in (manifest.digest, *manifest.listed("config")) or (
-            index is not None and manifest.digest in index.listed("manifests"))
+        if (image.id, manifest.digest) not in self._hidden:
+            self._hidden[image.id, manifest.digest] = True
+            log.warning("%s is served as it was pushed, %s, and not as Docker's image of that name, %s: push it again, "
+                        "or delete the tag here", reference, manifest.digest, image.id)
 
     def blob(self, reference: Reference, client: Client, head: bool = False) -> Blob:
         """The blob with the digest that a reference names; BLOB_UNKNOWN."""
         self._refuse_docker(reference, client, "BLOB_UNKNOWN")
-        if self._is_ours(reference, client):
-            try:
-                return self.hosted.blob(reference, client.deadline)
-            except RegistryError as e:
-                if e.code != "BLOB_UNKNOWN" or (head and reference.namespace is None):
-                    raise
+        hosted = self._hosted(reference, client, "BLOB_UNKNOWN", lambda: self.hosted.blob(reference, client.deadline))
+        if hosted:
+            return hosted
+        if head and reference.namespace is None:
+            raise RegistryError("BLOB_UNKNOWN", f"{reference} was not pushed here")
         return self.mirror.blob(client, self._in_docker(reference, client))
 
     # ---- writing
@@ -6457,28 +6451,22 @@ class Front:
 
     def delete_manifest(self, reference: Reference, client: Client) -> None:
         """Remove a tag, or a manifest with all its tags. MANIFEST_UNKNOWN, UNSUPPORTED."""
-        with self._unless_in_docker(reference, lambda: self._has_manifest(reference, client)):
+        with self._unless_in_docker(reference, client):
             self.hosted.delete_manifest(reference)
-
-    def _has_manifest(self, reference: Reference, client: Client) -> bool:
-        target = reference.target
-        if isinstance(target, Digest):
-            return self.mirror.manifest_content(client, target) is not None
-        return self.mirror.image(client, self._in_docker(reference, client)) is not None
 
     def delete_blob(self, reference: Reference, client: Client) -> None:
         """Remove a blob from a repository. BLOB_UNKNOWN, UNSUPPORTED."""
-        with self._unless_in_docker(reference, lambda: self.mirror.has_content(client, reference.digest)):
+        with self._unless_in_docker(reference, client):
             self.hosted.delete_blob(reference)
 
-    @staticmethod
     @contextlib.contextmanager
-    def _unless_in_docker(reference: Reference, in_docker: Callable[[], bool]) -> Iterator[None]:
+    def _unless_in_docker(self, reference: Reference, client: Client) -> Iterator[None]:
         """Turn "unknown" into UNSUPPORTED for what cannot be deleted because it is Docker's."""
         try:
             yield
         except RegistryError as e:
-            if e.status == 404 and in_docker():
+            if e.status == 404 and (self.mirror.has_content(client, reference.target) if isinstance(
+                    reference.target, Digest) else self.mirror.image(client, self._in_docker(reference, client))):
                 raise RegistryError("UNSUPPORTED", f"{reference} is in Docker, whose images are not deleted through "
                                                    "this registry: use docker rmi") from None
             raise
@@ -6492,13 +6480,7 @@ class Front:
         cannot be asked, there is no list at all, but Engine's error: a list that lacks something cannot be told from a
         complete one.
         """
-        hosted: Iterator[str] | None = None
-        if self._is_ours(reference, client):
-            try:
-                hosted = self.hosted.tags(reference, after)
-            except RegistryError as e:
-                if e.code != "NAME_UNKNOWN":
-                    raise
+        hosted = self._hosted(reference, client, "NAME_UNKNOWN", lambda: self.hosted.tags(reference, after))
         docker = set(self._of_docker(lambda: self.mirror.tags(client, self._in_docker(reference, client)),
                                      hosted is not None))
         if hosted is None and not docker:
