@@ -10,9 +10,31 @@ import subprocess
 import sys
 import tempfile
 import threading
+import unittest
 from pathlib import Path
 
 MODULE = Path(__file__).resolve().parent.parent / "k3d_registry_dockerd.py"
+
+# Runs the program as an import, which Python compiles once and not at each start, and with other values for some of
+# its constants. MODULE alone, as users run it, is what test_command_line.py runs.
+RUN = """
+import json, os, sys
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import k3d_registry_dockerd as module
+for name, value in json.loads(os.environ.pop("CONSTANTS", "{}")).items():
+    assert hasattr(module, name), f"there is no constant {name} any more"
+    setattr(module, name, value)
+sys.exit(module.main(sys.argv[1:]))
+"""
+COMMAND = (sys.executable, "-c", RUN, str(MODULE))
+
+# Tests that take long, each for its reason, run with all others in tests/run.py.
+takes_long = unittest.skipUnless(os.environ.get("TESTS") == "all", "takes long: python tests/run.py runs it")
+
+
+def environment(**more):
+    """Return the environment for a program: this process's, with more, and with compiled modules kept."""
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **more}
 
 
 class Answer:
@@ -40,20 +62,20 @@ class Answer:
 class Program:
     """A running registry. Use it in a `with`. `log` has the lines that it has written so far.
 
-    address is the address to listen on, by default on a free port.
+    address is the address to listen on, by default on a free port. constants replaces values of the module's constants.
     """
 
-    def __init__(self, docker_host, *arguments, store=None, command=None, env=None, address="127.0.0.1:0"):
+    def __init__(self, docker_host, *arguments, store=None, command=COMMAND, env=None, address="127.0.0.1:0",
+                 constants=None):
         self._stack = contextlib.ExitStack()
         self.store = Path(store or self._stack.enter_context(tempfile.TemporaryDirectory()) + "/store")
         self.log = []
         self._changed = threading.Condition()
-        command = command or [sys.executable, str(MODULE)]
         self.process = subprocess.Popen(
             [*command, "-addr", address, "-store", str(self.store), *arguments],
             stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", "PYTHONUNBUFFERED": "1",
-                 **(env or {})})
+            env=environment(DOCKER_HOST=docker_host, DOCKER_CONFIG="/nowhere", PYTHONUNBUFFERED="1",
+                            CONSTANTS=json.dumps(constants or {}), **(env or {})))
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         line = self.wait_for_line("listening on ")

@@ -58,7 +58,7 @@ def run(name, cases):
     begin = time.monotonic()
     result = subprocess.run([sys.executable, "-c", COMMAND, *cases], cwd=TESTS, check=False, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "LAB_NAMESPACE": re.sub(r"\W+", "-", name)})
+                            env={**os.environ, "TESTS": "all", "LAB_NAMESPACE": re.sub(r"\W+", "-", name)})
     passed = result.returncode == 0
     summary = (result.stdout.splitlines() or [""])[-1]
     print(f"--- {name}: {'passed' if passed else 'FAILED'} in {time.monotonic() - begin:.0f} s: {summary}")

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import ssl
-import sys
 import tempfile
 import threading
 import time
@@ -20,21 +19,10 @@ from unittest import mock
 
 from fake_daemon import OCI_MANIFEST, FakeDaemon, Image, Index, chunked, http_answer, sha256, varint
 from fake_origin import INSECURE, Origin
-from program import MODULE, Program
+from program import Program
 
 OCTETS = "application/octet-stream"
 SECOND_REGISTRY = "localhost:5999"
-
-# Runs the program with other values for some of its constants, to keep the tests fast.
-IMPATIENT = """
-import json, os, sys
-sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
-import k3d_registry_dockerd as module
-for name, value in json.loads(os.environ["CONSTANTS"]).items():
-    assert hasattr(module, name), f"there is no constant {name} any more"
-    setattr(module, name, value)
-sys.exit(module.main(sys.argv[1:]))
-"""
 
 
 def basic(username, password):
@@ -75,13 +63,10 @@ class BehaviourCase(unittest.TestCase):
         self.addCleanup(event.set)
         return event
 
-    def start(self, *arguments, constants=None, **more):
+    def start(self, *arguments, **more):
         """Start the program, and a daemon unless there is one."""
         if not hasattr(self, "daemon"):
             self.daemon = self.enter(FakeDaemon())
-        if constants:
-            more.update(command=[sys.executable, "-c", IMPATIENT, str(MODULE)],
-                        env={"CONSTANTS": json.dumps(constants)})
         self.program = self.enter(Program(self.daemon.host, *arguments, **more))
         return self.program
 

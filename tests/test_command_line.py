@@ -1,5 +1,6 @@
 """The program as a process: arguments, environment, signals, and Docker not running."""
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from fake_daemon import FakeDaemon, Image, http_answer
 from program import MODULE, Program
+from program import environment as inherited
 
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import COMMANDS, Address
@@ -22,9 +24,36 @@ OURS = ("REGISTRY_", "DOCKER_")
 
 def run(*arguments, command=(sys.executable, str(MODULE)), **environment):
     """Run the program to its end with only these environment variables."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    clean = {name: value for name, value in inherited().items() if not name.startswith(OURS)}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60,
                           env={**clean, **environment})
+
+
+# Runs the program to its end for each of many arguments and variables, in one process, as far as that gets.
+RUN_ALL = """
+import contextlib, io, json, os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import k3d_registry_dockerd as module
+clean, results = dict(os.environ), []
+for arguments, environment in json.load(sys.stdin):
+    os.environ.clear()
+    os.environ.update(clean | environment)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = module.main(arguments)
+        except SystemExit as e:
+            status = e.code
+    results.append((status, out.getvalue(), err.getvalue()))
+json.dump(results, sys.stdout)
+"""
+
+
+def run_all(cases):
+    """Return (exit status, standard output, standard error) for each (arguments, variables)."""
+    clean = {name: value for name, value in inherited().items() if not name.startswith(OURS)}
+    result = subprocess.run([sys.executable, "-c", RUN_ALL, str(MODULE)], input=json.dumps(cases), check=True,
+                            capture_output=True, text=True, timeout=120, env=clean)
+    return json.loads(result.stdout)
 
 
 class CommandCase(unittest.TestCase):
@@ -43,50 +72,51 @@ class TestInvalidSettings(CommandCase):
     def test_one_line_and_status_2(self):
         file = self.folder / "file"
         file.touch()
-        for arguments, environment, expected in (
-                (["-addr", "nonsense"], {}, "'nonsense' is not an address"),
-                (["-addr", "host:99999"], {}, "'host:99999' is not an address"),
-                (["-addr", "[::zz]:1"], {}, "[::zz]:1"),
-                ([], {"REGISTRY_HTTP_ADDR": "5000"}, "REGISTRY_HTTP_ADDR='5000' is not an address"),
-                ([], {"DOCKER_HOST": "npipe:////./pipe/x"}, "DOCKER_HOST is not supported"),
-                ([], {"DOCKER_HOST": "tcp://host:port"}, "DOCKER_HOST"),
-                ([], {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(self.folder)},
-                 "DOCKER_CERT_PATH"),
-                (["-store", str(file)], {}, "is not a folder"),
-                (["-store", str(file / "below")], {}, "is not a folder"),
-                ([], {"REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(file)}, "is not a folder"),
-                (["-max-connections", "0"], {}, "'0' is not a whole number above 0"),
-                (["-max-connections", "1e3"], {}, "'1e3' is not a whole number above 0"),
-                (["-allow-origin", "*"], {}, "'*' is not an origin"),
-                (["-allow-origin", "localhost:8080"], {}, "'localhost:8080' is not an origin"),
-                (["-allow-origin", "http://x/y"], {}, "'http://x/y' is not an origin"),
-                (["-tls-key", str(file)], {}, "-tls-certificate"),
-                (["-tls-key", str(file), "-tls-certificate", str(file)], {}, "cannot be used"),
-                ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": str(file)}, "REGISTRY_HTTP_TLS_KEY"),
-                ([], {"REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED": "maybe"}, "neither true nor false"),
-                (["-pull", "often"], {}, "-pull 'often' is not known: use missing, always or never"),
-                ([], {"K3D_REGISTRY_DOCKERD_STORE_LIMIT": "big"}, "_STORE_LIMIT='big' is not a size"),
-                ([], {"REGISTRY_LOG_LEVEL": "loud"}, "use debug, info, warn or error"),
-                (["-env-file", "/nowhere"], {}, "the settings file /nowhere does not exist"),
-                ([], {"REGISTRY_HTTP_HEADERS_X-A": "[a"}, "REGISTRY_HTTP_HEADERS_X-A='[a' is not a list"),
-                ([], {"REGISTRY_HTTP_HEADERS_X-A": r'["\r"]'}, "is not a header"),
-                ([], {"REGISTRY_HTTP_HEADERS_Access-Control-Allow-Origin": "[x]"}, "is not an origin"),
-                (["-allow", "corp"], {}, "-allow 'corp'"), (["-allow", ""], {}, "-allow is empty"),
-                (["-allow", "a/b.c"], {}, "-allow 'a/b.c'"),
-                (["-frobnicate"], {}, "unrecognized arguments: -frobnicate"),
-                (["extra"], {}, "'extra' is not a command: use serve, check, "), (["\x1b[1m"], {}, r"'\\x1b[1m'"),
-                (["extra"], {}, "(see k3d-registry-dockerd -h)"), ([""], {}, "unrecognized arguments"),
-                (["check", "-repair"], {}, "unrecognized arguments: -repair (see k3d-registry-dockerd check -h)"),
-                (["check", "-addr", "x"], {}, "'x' is not an address"),
-                (["-addr"], {}, "expected one argument"), (["-addr", ""], {}, "-addr is empty"),
-                (["-docker-root="], {}, "-docker-root is empty"),
-                ([], {"REGISTRY_PROXY_REMOTEURL": "not a url"}, "REGISTRY_PROXY_REMOTEURL"),
-                ([], {"REGISTRY_STORAGE_DELETE_ENABLED": "perhaps"}, "REGISTRY_STORAGE_DELETE_ENABLED='perhaps'")):
+        cases = (
+            (["-addr", "nonsense"], {}, "'nonsense' is not an address"),
+            (["-addr", "host:99999"], {}, "'host:99999' is not an address"),
+            (["-addr", "[::zz]:1"], {}, "[::zz]:1"),
+            ([], {"REGISTRY_HTTP_ADDR": "5000"}, "REGISTRY_HTTP_ADDR='5000' is not an address"),
+            ([], {"DOCKER_HOST": "npipe:////./pipe/x"}, "DOCKER_HOST is not supported"),
+            ([], {"DOCKER_HOST": "tcp://host:port"}, "DOCKER_HOST"),
+            ([], {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(self.folder)},
+             "DOCKER_CERT_PATH"),
+            (["-store", str(file)], {}, "is not a folder"),
+            (["-store", str(file / "below")], {}, "is not a folder"),
+            ([], {"REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(file)}, "is not a folder"),
+            (["-max-connections", "0"], {}, "'0' is not a whole number above 0"),
+            (["-max-connections", "1e3"], {}, "'1e3' is not a whole number above 0"),
+            (["-allow-origin", "*"], {}, "'*' is not an origin"),
+            (["-allow-origin", "localhost:8080"], {}, "'localhost:8080' is not an origin"),
+            (["-allow-origin", "http://x/y"], {}, "'http://x/y' is not an origin"),
+            (["-tls-key", str(file)], {}, "-tls-certificate"),
+            (["-tls-key", str(file), "-tls-certificate", str(file)], {}, "cannot be used"),
+            ([], {"REGISTRY_HTTP_TLS_CERTIFICATE": str(file)}, "REGISTRY_HTTP_TLS_KEY"),
+            ([], {"REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED": "maybe"}, "neither true nor false"),
+            (["-pull", "often"], {}, "-pull 'often' is not known: use missing, always or never"),
+            ([], {"K3D_REGISTRY_DOCKERD_STORE_LIMIT": "big"}, "_STORE_LIMIT='big' is not a size"),
+            ([], {"REGISTRY_LOG_LEVEL": "loud"}, "use debug, info, warn or error"),
+            (["-env-file", "/nowhere"], {}, "the settings file /nowhere does not exist"),
+            ([], {"REGISTRY_HTTP_HEADERS_X-A": "[a"}, "REGISTRY_HTTP_HEADERS_X-A='[a' is not a list"),
+            ([], {"REGISTRY_HTTP_HEADERS_X-A": r'["\r"]'}, "is not a header"),
+            ([], {"REGISTRY_HTTP_HEADERS_Access-Control-Allow-Origin": "[x]"}, "is not an origin"),
+            (["-allow", "corp"], {}, "-allow 'corp'"), (["-allow", ""], {}, "-allow is empty"),
+            (["-allow", "a/b.c"], {}, "-allow 'a/b.c'"),
+            (["-frobnicate"], {}, "unrecognized arguments: -frobnicate"),
+            (["extra"], {}, "'extra' is not a command: use serve, check, "), (["\x1b[1m"], {}, r"'\\x1b[1m'"),
+            (["extra"], {}, "(see k3d-registry-dockerd -h)"), ([""], {}, "unrecognized arguments"),
+            (["check", "-repair"], {}, "unrecognized arguments: -repair (see k3d-registry-dockerd check -h)"),
+            (["check", "-addr", "x"], {}, "'x' is not an address"),
+            (["-addr"], {}, "expected one argument"), (["-addr", ""], {}, "-addr is empty"),
+            (["-docker-root="], {}, "-docker-root is empty"),
+            ([], {"REGISTRY_PROXY_REMOTEURL": "not a url"}, "REGISTRY_PROXY_REMOTEURL"),
+            ([], {"REGISTRY_STORAGE_DELETE_ENABLED": "perhaps"}, "REGISTRY_STORAGE_DELETE_ENABLED='perhaps'"))
+        results = run_all([case[:2] for case in cases])
+        for (arguments, environment, expected), (status, out, err) in zip(cases, results, strict=True):
             with self.subTest(arguments=arguments, environment=environment):
-                result = run(*arguments, **environment)
-                self.assertEqual((2, ""), (result.returncode, result.stdout))
-                self.assertIn(expected, result.stderr)
-                self.assertEqual(1, result.stderr.count("\n"), result.stderr)
+                self.assertEqual((2, ""), (status, out), err)
+                self.assertIn(expected, err)
+                self.assertEqual(1, err.count("\n"), err)
 
     @unittest.skipIf(os.geteuid(), "only root can change the user")
     def test_unusable_store(self):
@@ -127,13 +157,14 @@ class TestInvalidSettings(CommandCase):
 
     def test_help_of_commands(self):
         overview = run("-h").stdout
-        for command in COMMANDS.keys() - {"serve"}:
+        commands = [*COMMANDS.keys() - {"serve"}]
+        results = run_all([([name, "-h"], {}) for name in commands])
+        for command, (status, out, err) in zip(commands, results, strict=True):
             with self.subTest(command):
                 self.assertIn(f"\n  {command} ", overview)
-                result = run(command, "-h")
-                self.assertEqual((0, ""), (result.returncode, result.stderr))
-                self.assertIn(f"example: k3d-registry-dockerd {command}", result.stdout)
-                self.assertLess(result.stdout.count("\n"), 30)
+                self.assertEqual((0, ""), (status, err))
+                self.assertIn(f"example: k3d-registry-dockerd {command}", out)
+                self.assertLess(out.count("\n"), 30)
 
     def test_zipapp(self):
         (self.folder / "app").mkdir()

@@ -118,7 +118,6 @@ class TestNode(EngineCase):
 
     def test_node_uses_it(self):
         """The output of the command is the configuration of a real node, which pulls what only Docker has."""
-        lab.require()
         self.build("1")
         program = self.program()
         done = subprocess.run([sys.executable, str(MODULE), "config", "containerd", "-addr", program.address],

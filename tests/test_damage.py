@@ -14,7 +14,7 @@ from unittest import mock
 
 import walk
 from fake_daemon import FakeDaemon, Image
-from program import Program
+from program import Program, takes_long
 from test_hosted import HostedProgram, module
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -149,6 +149,7 @@ class DamageCase(unittest.TestCase):
 
 
 class TestDamage(DamageCase):
+    @takes_long
     def test_every_kind_of_file(self):
         for kind, name in FILES.items():
             for what, damage in DAMAGES.items():
@@ -292,6 +293,7 @@ class TestUnreadable(DamageCase):
 class TestCopies(unittest.TestCase):
     """Damage to what was exported from Docker: it is exported again."""
 
+    @takes_long
     def test_damaged_copies(self):
         image = Image("exported")
         with FakeDaemon("classic") as daemon:

@@ -9,6 +9,7 @@ import unittest
 from pathlib import Path
 
 from fake_daemon import OCI_MANIFEST, Image, chunked, sha256, varint
+from program import takes_long
 from test_behaviour import BehaviourCase, wait_until
 
 LIMITS = {
@@ -172,6 +173,7 @@ class TestClientsThatHangUp(BehaviourCase):
         self.assertEqual(image.manifest, self.ask("GET", path, 200).body)
         self.assertEqual(1, len(self.pulls("registry.example/team/app")))
 
+    @takes_long
     def test_while_docker_hangs(self):
         """What asks Docker ends with Docker's answer, or with its timeout."""
         self.start(constants={"ENGINE_TIMEOUT": 1000, "LAST_ANSWER": 1000})

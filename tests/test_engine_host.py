@@ -278,6 +278,8 @@ class TestSsh(SshCase):
 class TestEngines(SshCase):
     """Real engines, and the real docker command as an oracle."""
 
+    engine = lab.ENGINES["classic"]
+
     @classmethod
     def setUpClass(cls):
         lab.require()

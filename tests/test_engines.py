@@ -42,6 +42,10 @@ class EngineCase(unittest.TestCase):
 
     engine: lab.Engine
 
+    @classmethod
+    def setUpClass(cls):
+        lab.require()
+
     def setUp(self):
         self.name = f"t{uuid.uuid4().hex[:10]}"
         self.images = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import walk
 from fake_daemon import FakeDaemon, Image
-from program import MODULE, Program
+from program import MODULE, Program, takes_long
 
 # Runs the program, and kills it just before its n-th change to the store.
 KILLER = """
@@ -106,6 +106,7 @@ class TestKill(unittest.TestCase):
         finally:
             program.stop()
 
+    @takes_long
     def test_kill_during_push(self):
         at, done, were_there = random.randrange(STEP), False, []
         while not done:
@@ -123,6 +124,7 @@ class TestKill(unittest.TestCase):
         self.assertTrue(were_there[-1])
         self.assertEqual(sorted(were_there), were_there, "once the image is present, it must stay")
 
+    @takes_long
     def test_kill_during_deletion(self):
         """The manifest and its tags are there, all of them, or none; also after the same manifest is pushed again."""
         digest = digest_of(self.manifest)
@@ -153,6 +155,7 @@ class TestKill(unittest.TestCase):
         self.assertFalse(were_there[-1])
         self.assertEqual(sorted(were_there, reverse=True), were_there, "once the image is deleted, it must stay so")
 
+    @takes_long
     def test_kill_during_adoption(self):
         """Push the manifest of an image that only Docker has. Then all of the image is hosted, or nothing."""
         image = self.daemon.add("app:1", Image())

@@ -161,12 +161,14 @@ class TestEngine(unittest.TestCase):
 class TestContainer(unittest.TestCase):
     """The program in a real container of a real engine, on the host's network, as the lab has no other."""
 
+    engine = lab.ENGINES["containerd"]
+
     @classmethod
     def setUpClass(cls):
         lab.require()
 
     def test_found_by_the_name_of_the_container(self):
-        engine = lab.ENGINES["containerd"]
+        engine = self.engine
         name = f"k3d-names-{os.getpid()}"
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]

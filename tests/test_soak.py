@@ -8,6 +8,7 @@ import unittest
 from pathlib import Path
 
 import lab
+from program import takes_long
 
 FOLDER = Path(__file__).parent
 
@@ -22,6 +23,7 @@ class ToolCase(unittest.TestCase):
         return result.stdout
 
 
+@takes_long
 class TestWithoutEngines(ToolCase):
     def test_soak(self):
         out = self.run_tool("soak.py", "--minutes", "0.15", "--seed", "7", "--engine", "none")
@@ -35,6 +37,7 @@ class TestWithoutEngines(ToolCase):
         self.run_tool("soak.py", "--engine", "containerd", status=2, LAB_DIR="/nowhere")
 
 
+@takes_long
 class TestWithEngine(ToolCase):
     engine = lab.ENGINES["mirrors"]
 
@@ -46,6 +49,7 @@ class TestWithEngine(ToolCase):
         self.assertIn("losses: none", out)
 
 
+@takes_long
 class TestFindings(ToolCase):
     """Both tools notice what is wrong: a program that says of each tag that it is another one, or answers at random."""
 

@@ -10,6 +10,7 @@ import unittest.mock
 from fake_daemon import FakeDaemon, Image
 from program import Program
 from test_behaviour import BehaviourCase
+from test_hosted import module
 
 # Only the end of the program ends a wait that is under way: neither Docker does, nor a deadline.
 ENDLESS = {"ENGINE_TIMEOUT": 1000, "LAST_ANSWER": 1000, "PULL_TIMEOUT": 1000, "STOP_GRACE": 0.2, "ENGINE_FRESH": 0}
@@ -81,11 +82,11 @@ class TestEnd(BehaviourCase):
         """Nothing half-written stays, and the upload can be continued."""
         self.start(constants=ENDLESS)
         location = self.ask("POST", "/v2/app/blobs/uploads/", 202).headers["Location"]
-        go_on = self.event()
+        go_on, waited = self.event(), []
 
         def pieces():
-            yield b"x" * 100_000
-            go_on.wait(60)
+            yield b"x" * module.PIECE
+            waited.append(not go_on.wait(60))
             yield b"y"
 
         def send():
@@ -100,6 +101,7 @@ class TestEnd(BehaviourCase):
         self.end()
         go_on.set()
         thread.join()
+        self.assertEqual([False], waited, "the program has to end before the upload does")
         self.assertEqual([upload], [path for path in self.program.store.rglob("*") if path.is_file()])
         size = upload.stat().st_size
         self.start(store=self.program.store)

@@ -15,7 +15,7 @@ from unittest import mock
 import lab
 from browser import CHROMIUM, Browser
 from fake_daemon import FakeDaemon, Image
-from program import MODULE, Program
+from program import COMMAND, MODULE, Program
 from test_behaviour import wait_until
 from test_engines import EngineCase
 from test_promise import FOUR_TYPES
@@ -172,7 +172,7 @@ class TestEndpoints(StatusCase):
 
 class TestCommand(StatusCase):
     def command(self, *arguments):
-        return [sys.executable, str(MODULE), "status", "-addr", self.program.address, *arguments]
+        return [*COMMAND, "status", "-addr", self.program.address, *arguments]
 
     def test_once(self):
         for arguments in ((), ("-watch",)):  # not on a terminal: once

@@ -1,17 +1,15 @@
 """The subcommand verify: what it finds in a damaged store, and what it repairs."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import unittest
 from pathlib import Path
 
 import walk
 from fake_daemon import FakeDaemon, Image, sha256
 from fake_origin import INSECURE, Origin
-from program import MODULE, Program
+from program import COMMAND, Program, environment, takes_long
 from test_damage import (
     DAMAGES,
     FILES,
@@ -29,9 +27,9 @@ from test_damage import (
 
 def verify(store, *arguments, docker_host="unix:///nowhere", **env):
     """Run the subcommand. Return its status, and what it printed; the log is not looked at."""
-    result = subprocess.run([sys.executable, str(MODULE), "verify", "-store", str(store), *arguments],
+    result = subprocess.run([*COMMAND, "verify", "-store", str(store), *arguments],
                             capture_output=True, text=True, check=False,
-                            env={**os.environ, "DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", **env})
+                            env=environment(DOCKER_HOST=docker_host, DOCKER_CONFIG="/nowhere", **env))
     assert "Traceback" not in result.stderr, result.stderr
     return result.returncode, result.stdout
 
@@ -117,7 +115,7 @@ class TestVerify(DamageCase):
             self.assertTrue([*(store / "damaged").rglob(f"{path.name}*")])
 
     def test_repair_is_for_verify(self):
-        result = subprocess.run([sys.executable, str(MODULE), "-repair"], capture_output=True, text=True, check=False)
+        result = subprocess.run([*COMMAND, "-repair"], capture_output=True, text=True, check=False)
         self.assertEqual(2, result.returncode)
         self.assertIn("unrecognized arguments: -repair", result.stderr)
 
@@ -146,6 +144,7 @@ class TestRepairFromDocker(unittest.TestCase):
         self.assertEqual((0, "the store is complete and undamaged\n"), verify(store))
         self.assertIn(f"kept@{self.image.digest}", walk.walk_without_docker(store))
 
+    @takes_long
     def test_what_docker_has(self):
         self.daemon.content.update(self.image.blobs)
         for data in (self.image.layer, self.image.config, self.image.manifest):

@@ -123,14 +123,15 @@ class TestWarming(unittest.TestCase):
 
 
 class TestEngines(unittest.TestCase):
+    engine = lab.ENGINES["containerd"]
+
     @classmethod
     def setUpClass(cls):
         lab.require()
         cls.origin = lab.ORIGINS["open"]
         cls.names = [f"127.0.0.1:{cls.origin.port}/warm/{os.getpid()}-{number}:1" for number in range(3)]
-        engine = lab.ENGINES["containerd"]
         for name in cls.names:
-            cls.origin.push(engine, "base:1", name.partition("/")[2])
+            cls.origin.push(cls.engine, "base:1", name.partition("/")[2])
 
     def test_pulled_at_the_start(self):
         for store in ("containerd", "classic"):
