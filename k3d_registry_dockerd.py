@@ -2263,17 +2263,19 @@ class Engine:
 # ---- what a provider gives
 
 
-class FileBody:
+Data = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class FileSlice:
     """A slice of an open file, length bytes from start: the server sends it with sendfile."""
 
-    waits = False
+    file: BinaryIO
+    start: int
+    length: int
 
-    def __init__(self, file: BinaryIO, start: int, length: int):
-        self.file, self.start, self.length = file, start, length
-
-    def parts(self) -> Iterator[FileBody]:
-        """Itself: there is only one part."""
-        yield self
+    def __len__(self) -> int:
+        return self.length
 
     def __iter__(self) -> Iterator[bytes]:
         position, end = self.start, self.start + self.length
@@ -2281,39 +2283,34 @@ class FileBody:
             position += len(data)
             yield data
 
-    def close(self) -> None:
-        """Close the file; an open one survives its deletion."""
-        self.file.close()
+
+Part = Data | FileSlice
 
 
-Data = bytes | memoryview
-Part = Data | FileBody
+class Body:
+    """length bytes as an iterator of parts. It has to be closed.
 
-
-class StreamBody:
-    """length bytes as an iterator of pieces, some of which may be slices of files. It has to be closed.
-
-    length is None if it is not known yet. waits says that the first piece may take long, so headers should be sent
-    before it is asked for.
+    A slice of a file is valid until the next part is taken. length is None if it is not known yet. waits says that the
+    first part may take long, so headers should be sent before it is asked for.
     """
 
-    def __init__(self, parts: Iterator[Part], length: int | None, close: Callable[[], None],
-                 waits: bool = False):
-        self._parts, self.length, self.close, self.waits = parts, length, close, waits
-
-    def parts(self) -> Iterator[Part]:
-        """The pieces. A slice of a file is valid until the next piece is taken."""
-        return self._parts
+    def __init__(self, parts: Iterator[Part], length: int | None, *closing: Callable[[], Any], waits: bool = False):
+        """closing are called in order when the body is closed, even if one of them raises."""
+        self.parts, self.length, self.waits = parts, length, waits
+        self._closing = contextlib.ExitStack()
+        for action in reversed(closing):
+            self._closing.callback(action)
 
     def __iter__(self) -> Iterator[Data]:
-        for part in self._parts:
-            if isinstance(part, FileBody):
+        for part in self.parts:
+            if isinstance(part, FileSlice):
                 yield from part
             else:
                 yield part
 
-
-Body = FileBody | StreamBody
+    def close(self) -> None:
+        """Close what the parts come from. Later calls have no effect."""
+        self._closing.close()
 
 
 class Blob(Protocol):
@@ -2353,11 +2350,12 @@ class FileBlob:
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
         try:
-            return FileBody(open(self.path, "rb"), start, length)
+            file = open(self.path, "rb")  # noqa: SIM115 - closed with the body
         except FileNotFoundError as e:
             raise RegistryError("BLOB_UNKNOWN", f"{self.path.name} was removed a moment ago") from e
         except OSError as e:
             raise RegistryError("STORE_FAILED", f"cannot read {self.path}: {e.strerror or e}") from e
+        return Body(iter([FileSlice(file, start, length)]), length, file.close)
 
 
 class BytesBlob:
@@ -2368,7 +2366,7 @@ class BytesBlob:
 
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
-        return StreamBody(iter([self._data[start:start + length]]), length, lambda: None)
+        return Body(iter([self._data[start:start + length]]), length)
 
 
 class ContentFolder:
@@ -2501,22 +2499,22 @@ class Transfer:
         with self._change:
             self._raise()
         parts = self.follow(start, length, deadline)
-        return StreamBody(parts, length, parts.close, waits=True)
+        return Body(parts, length, parts.close, waits=True)
 
     def follow(self, start: int, length: int, deadline: Deadline) -> Generator[Part, None, None]:
         """length bytes from start on, as they arrive, for as long as the client of a deadline is there."""
         position, end = start, start + length
         while position < end:
             part = self._await(position, deadline.unlimited())
-            if not isinstance(part, FileBody):
+            if not isinstance(part, FileSlice):
                 with contextlib.closing(part.open(position, end - position, deadline)) as body:
-                    yield from body.parts()
+                    yield from body.parts
                 return
             count = min(part.length, end - position)
-            yield FileBody(part.file, position, count)
+            yield FileSlice(part.file, position, count)
             position += count
 
-    def _await(self, position: int, deadline: Deadline) -> FileBody | Blob:
+    def _await(self, position: int, deadline: Deadline) -> FileSlice | Blob:
         """What has arrived from a position on, as soon as there is something; or the blob that has all of it."""
         with self._change:
             self._wait(deadline, lambda: self._readable() > position or self._ended)
@@ -2524,7 +2522,7 @@ class Transfer:
             if self._blob:
                 return self._blob
             assert self._file is not None
-            return FileBody(self._file, position, self._readable() - position)
+            return FileSlice(self._file, position, self._readable() - position)
 
     def _wait(self, deadline: Deadline, condition: Callable[[], bool]) -> bool:
         return deadline.wait(lambda seconds: self._change.wait_for(condition, seconds))
@@ -2554,17 +2552,6 @@ class Transfers(UnderWay[Transfer]):
         return self.join(key, lambda: Transfer(size), run)
 
 
-def in_turn(*actions: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that calls all actions in order, even if one of them raises."""
-
-    def run() -> None:
-        with contextlib.ExitStack() as stack:
-            for action in reversed(actions):
-                stack.callback(action)
-
-    return run
-
-
 @dataclass
 class SharedRead:
     """Content that is being read: how many readers there are, and what they follow once there is a second one."""
@@ -2590,7 +2577,7 @@ class SharedReads:
         self._lock = threading.Lock()  # guards _reads, and what is in it
         self._reads: dict[Digest, SharedRead] = {}
 
-    def open(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody], deadline: Deadline) -> Body:
+    def open(self, digest: Digest, size: int, read: Callable[[int, int], Body], deadline: Deadline) -> Body:
         """All of some content, whose size is in bytes. read(start, length) reads it from its source."""
         if size < self.WORTHWHILE:
             return read(0, size)
@@ -2606,10 +2593,10 @@ class SharedReads:
                 self._begin(shared, begins, read)
             if not first:
                 parts = self._follow(shared, read, size, 0, deadline)
-                return StreamBody(parts, size, in_turn(parts.close, leave), waits=True)
+                return Body(parts, size, parts.close, leave, waits=True)
             source = read(0, size)
         parts = self._first(shared, source, read, size, deadline)
-        return StreamBody(parts, size, in_turn(parts.close, source.close, leave))
+        return Body(parts, size, parts.close, source.close, leave)
 
     def _leave(self, digest: Digest, shared: SharedRead) -> None:
         with self._lock:
@@ -2617,7 +2604,7 @@ class SharedReads:
             if not shared.readers:
                 del self._reads[digest]
 
-    def _first(self, shared: SharedRead, source: StreamBody, read: Callable[[int, int], StreamBody], size: int,
+    def _first(self, shared: SharedRead, source: Body, read: Callable[[int, int], Body], size: int,
                deadline: Deadline) -> Generator[Part, None, None]:
         """The content for the first reader: out of the source, until there is something to follow."""
         position = 0
@@ -2630,26 +2617,26 @@ class SharedReads:
                 return
 
     @staticmethod
-    def _follow(shared: SharedRead, read: Callable[[int, int], StreamBody], size: int, position: int,
+    def _follow(shared: SharedRead, read: Callable[[int, int], Body], size: int, position: int,
                 deadline: Deadline) -> Generator[Part, None, None]:
         """The content from a position on, out of the file; or from the source if that fails."""
         assert shared.transfer is not None
         try:
             for part in shared.transfer.follow(position, size - position, deadline):
                 yield part
-                position += part.length if isinstance(part, FileBody) else len(part)
+                position += len(part)
         except RegistryError as e:
             log.warning("the readers of some content do not share it: %s", e.detail)
             with contextlib.closing(read(position, size - position)) as body:
-                yield from body.parts()
+                yield from body.parts
 
-    def _begin(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], StreamBody]) -> None:
+    def _begin(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], Body]) -> None:
         try:
             start_thread(self._fill, shared, transfer, read)
         except RegistryError as e:
             transfer.end(e)
 
-    def _fill(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], StreamBody]) -> None:
+    def _fill(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], Body]) -> None:
         """Read all of the content into a file, for as long as there are readers."""
         try:
             with contextlib.closing(read(0, transfer.size)) as source, disk_errors(f"write to {self._folder}"):
@@ -2665,7 +2652,7 @@ class SharedReads:
     def _write_before(file: int, end: int, rest: memoryview) -> int:
         return os.pwrite(file, rest, end - len(rest))
 
-    def _copy(self, source: StreamBody, file: int, shared: SharedRead, transfer: Transfer) -> None:
+    def _copy(self, source: Body, file: int, shared: SharedRead, transfer: Transfer) -> None:
         position = 0
         for piece in source:
             end = position + len(piece)
@@ -4261,13 +4248,13 @@ class ContentService:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service did not describe {digest}")
         return size, strings.get(5, [])
 
-    def read(self, digest: Digest, start: int, length: int) -> StreamBody:
+    def read(self, digest: Digest, start: int, length: int) -> Body:
         """Return length bytes from start on. Errors before the first byte, like BLOB_UNKNOWN, are raised here."""
         if not length:
-            return StreamBody(iter(()), 0, lambda: None)
+            return Body(iter(()), 0)
         pieces = self._read(digest, start, length)
         first = next(pieces, b"")
-        return StreamBody(itertools.chain([first], pieces), length, pieces.close)
+        return Body(itertools.chain([first], pieces), length, pieces.close)
 
     def _read(self, digest: Digest, start: int, length: int) -> Generator[Data, None, None]:
         call = self._call("Read", encode_fields((1, str(digest)), (2, start), (3, length)))
@@ -4306,7 +4293,7 @@ class ContentService:
 class ServiceBlob:
     """A blob in Docker's content store. read(start, length) reads from it."""
 
-    def __init__(self, digest: Digest, size: int, read: Callable[[int, int], StreamBody], shared: SharedReads):
+    def __init__(self, digest: Digest, size: int, read: Callable[[int, int], Body], shared: SharedReads):
         self._digest, self.size, self._read, self._shared = digest, size, read, shared
 
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
@@ -4448,7 +4435,7 @@ class Layer:
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
         parts = self._parts(start, start + length)
-        return StreamBody(parts, length, parts.close)
+        return Body(parts, length, parts.close)
 
     def _parts(self, start: int, end: int) -> Generator[Part, None, None]:
         """Yield the tar from position start up to end. Small parts are joined."""
@@ -4465,7 +4452,7 @@ class Layer:
                         else:
                             yield bytes(pending)
                             pending.clear()
-                            yield FileBody(file, first, last - first)
+                            yield FileSlice(file, first, last - first)
                 if len(pending) >= PIECE:
                     yield bytes(pending)
                     pending.clear()
@@ -5791,10 +5778,10 @@ class ArrivingManifest:
     media_type: str
     wait: Callable[[], Manifest]
 
-    def body(self) -> StreamBody:
+    def body(self) -> Body:
         """Its bytes, as soon as they are here."""
         pieces = (self.wait().data for _ in range(1))
-        return StreamBody(pieces, None, pieces.close, waits=True)
+        return Body(pieces, None, pieces.close, waits=True)
 
 
 class TimelyBlob:
@@ -7386,7 +7373,7 @@ def content_range(start: int, length: int, size: int) -> str:
     return f"bytes {start}-{start + length - 1}/{size}"
 
 
-def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline: Deadline) -> StreamBody:
+def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline: Deadline) -> Body:
     """Return several ranges of a blob as the body of multipart/byteranges (RFC 9110, 14.6)."""
     heads = [(f"\r\n--{boundary}\r\nContent-Type: application/octet-stream\r\n"
               f"Content-Range: {content_range(start, length, blob.size)}\r\n\r\n").encode() for start, length in ranges]
@@ -7396,12 +7383,12 @@ def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline
         for head, (start, length) in zip(heads, ranges, strict=True):
             yield head
             with contextlib.closing(blob.open(start, length, deadline.unlimited())) as body:
-                yield from body.parts()
+                yield from body.parts
         yield end
 
     pieces = parts()
     total = sum(map(len, [*heads, end])) + sum(length for _, length in ranges)
-    return StreamBody(pieces, total, pieces.close, waits=True)
+    return Body(pieces, total, pieces.close, waits=True)
 
 
 def parse_content_range(header: str | None, length: int | None) -> int | None:
@@ -8144,8 +8131,8 @@ class Handler(BaseHTTPRequestHandler):
         chunked = body.length is None and not self._is_http_1_0
         if body.waits:
             self.wfile.flush()
-        for part in body.parts():
-            if isinstance(part, FileBody):
+        for part in body.parts:
+            if isinstance(part, FileSlice):
                 yield from self._send_file(part)
                 continue
             data = part if not chunked else b"%x\r\n%s\r\n" % (len(part), part)
@@ -8160,7 +8147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.connection.settimeout(self.timeout)
 
-    def _send_file(self, part: FileBody) -> Iterator[int]:
+    def _send_file(self, part: FileSlice) -> Iterator[int]:
         self.wfile.flush()
         if isinstance(self.connection, ssl.SSLSocket):  # its sendfile would move the position of the shared file
             for data in part:

@@ -242,7 +242,7 @@ class TestHeads(HostileCase):
         """It has no chunks and no 100 Continue: the connection's end is the end of a body of unknown length."""
         def answer(endpoints, request):
             request.body.read(100)
-            return module.Response(200, {}, module.StreamBody(iter([b"abc", b"def"]), None, lambda: None))
+            return module.Response(200, {}, module.Body(iter([b"abc", b"def"]), None))
 
         server = module.Server(module.Address("127.0.0.1", 0), mock.Mock(names=()))
         self.addCleanup(server.server_close)

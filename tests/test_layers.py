@@ -173,7 +173,7 @@ class TestFolder(FolderCase):
         self.file("one", b"1" * 300_000)
         self.file("two", b"2" * 300_000)
         self.note(b"header", ("one", b"1" * 300_000), ("two", b"2" * 300_000))
-        parts = self.blob().open(0, len(self.tar), Deadline()).parts()
+        parts = self.blob().open(0, len(self.tar), Deadline()).parts
         next(parts)
         self.file("two", b"2" * 299_999)
         with self.assertLogs("k3d-registry-dockerd"), self.assertRaisesRegex(RegistryError, "has changed"):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
 from k3d_registry_dockerd import (
     IDENTITY_TOKEN,
+    Body,
     ClientGone,
     Credentials,
     Deadline,
@@ -28,13 +29,12 @@ from k3d_registry_dockerd import (
     Engine,
     EngineHost,
     EngineInfo,
-    FileBody,
+    FileSlice,
     Origin,
     PullFailed,
     Reference,
     RegistryError,
     SharedReads,
-    StreamBody,
     Transfer,
 )
 
@@ -526,7 +526,7 @@ class TestSharedReads(unittest.TestCase):
                         raise self.failing
                 yield memoryview(self.data)[position:min(position + self.PIECE, start + length)]
 
-        return StreamBody(pieces(), length, lambda: self.closed.append(number))
+        return Body(pieces(), length, lambda: self.closed.append(number))
 
     def open(self):
         return self.sharing.open(self.digest, len(self.data), self.read, Deadline())
@@ -537,8 +537,8 @@ class TestSharedReads(unittest.TestCase):
         got = []
         reader = threading.Thread(target=lambda: got.append(theirs.makefile("rb").read()))
         reader.start()
-        for part in body.parts():
-            if isinstance(part, FileBody):
+        for part in body.parts:
+            if isinstance(part, FileSlice):
                 ours.sendfile(part.file, part.start, part.length)
             else:
                 ours.sendall(part)
@@ -568,10 +568,10 @@ class TestSharedReads(unittest.TestCase):
 
     def test_later_readers_share_one_more_read(self):
         first = self.open()
-        parts = first.parts()
+        parts = first.parts
         got = bytes(next(parts)) + bytes(next(parts))
         self.assert_sent(self.open(), self.open())
-        got += b"".join(os.pread(part.file.fileno(), part.length, part.start) if isinstance(part, FileBody) else part
+        got += b"".join(os.pread(part.file.fileno(), part.length, part.start) if isinstance(part, FileSlice) else part
                         for part in parts)
         first.close()
         self.assertEqual(self.digest, Digest.of(got))
@@ -588,7 +588,7 @@ class TestSharedReads(unittest.TestCase):
 
     def test_slow_reader_does_not_block_others(self):
         slow, second, third = self.open(), self.open(), self.open()
-        next(slow.parts()), next(second.parts())
+        next(slow.parts), next(second.parts)
         self.assert_sent(third)
         self.assert_sent(self.open())  # a later reader follows the same file
         self.assertEqual([(0, 3_000_000)] * 2, self.reads)
@@ -597,7 +597,7 @@ class TestSharedReads(unittest.TestCase):
 
     def test_first_reader_closes(self):
         first, second, third = self.open(), self.open(), self.open()
-        next(first.parts())
+        next(first.parts)
         first.close()
         self.assert_sent(second, third)
         self.assert_nothing_left()
@@ -622,7 +622,7 @@ class TestSharedReads(unittest.TestCase):
         def read(start, length):
             number = len(self.reads)
             self.reads.append((start, length))
-            return StreamBody(iter([short[start:start + length]]), length, lambda: self.closed.append(number))
+            return Body(iter([short[start:start + length]]), length, lambda: self.closed.append(number))
 
         bodies = [self.sharing.open(self.digest, len(self.data), read, Deadline()) for _ in range(2)]
         with self.assertLogs("k3d-registry-dockerd"):
@@ -650,7 +650,7 @@ class TestSharedReads(unittest.TestCase):
         ours, theirs = socket.socketpair()
         first = self.open()
         body = self.sharing.open(self.digest, len(self.data), self.read, Deadline(18, ours))
-        parts = body.parts()
+        parts = body.parts
         next(parts)
         theirs.close()
         with self.assertRaises(ClientGone):
@@ -662,7 +662,7 @@ class TestSharedReads(unittest.TestCase):
     def test_thread_cannot_be_started(self):
         """Each reader continues by itself, and nothing is left open."""
         first = self.open()
-        parts = first.parts()
+        parts = first.parts
         got = bytes(next(parts))
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), self.assertLogs(
                 "k3d-registry-dockerd"):
