@@ -150,7 +150,6 @@ __all__ = ["Digest", "Engine", "EngineHost", "Front", "Hosted", "Mirror", "Refer
 
 K = TypeVar("K")
 T = TypeVar("T")
-W = TypeVar("W")
 
 
 # =====================================================================================================================
@@ -1064,6 +1063,12 @@ class EngineHost:
         sock = socket.create_connection((self.host, self.port), timeout)
         return self.tls.wrap_socket(sock, server_hostname=self.host) if self.tls else sock
 
+    def http(self, timeout: float) -> http.client.HTTPConnection:
+        """Open a connection for HTTP; otherwise like connect()."""
+        connection = http.client.HTTPConnection("docker", timeout=timeout)
+        connection.sock = self.connect(timeout)
+        return connection
+
     def advice(self, error: Exception) -> str:
         """Explain to the user why Docker cannot be reached, and what to do about it."""
         if isinstance(error, CommandFailed) and self.tunnel:
@@ -1381,11 +1386,18 @@ class Job:
         self.error: Exception | None = None
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Do the work, and keep its result or its error."""
+        """Do the work, and end with its result or its error."""
         try:
             self.result = work()
         except Exception as e:  # a boundary: the waiting threads raise it
-            self.error = without_frames(e)
+            self.end(e)
+        else:
+            self.end()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Tell all waiting threads that the work has ended, and why if it failed."""
+        self.error = error and without_frames(error)
+        self.done.set()
 
     def outcome(self, deadline: Deadline) -> Any:
         """Wait for the end, and return the result or raise the error. STILL_PULLING when the deadline passes before."""
@@ -1406,10 +1418,6 @@ def ask(deadline: Deadline, question: Callable[[Deadline], T], late: Callable[[J
     """
     inner, job = deadline.separate(), Job("at work for this request")
 
-    def work() -> None:
-        job.run(lambda: question(inner))
-        job.done.set()
-
     def give_up() -> None:
         inner.cancel()
         if discard:
@@ -1419,7 +1427,7 @@ def ask(deadline: Deadline, question: Callable[[Deadline], T], late: Callable[[J
         with contextlib.suppress(Exception):
             discard(job.outcome(Deadline()))
 
-    start_thread(work)
+    start_thread(job.run, lambda: question(inner))
     with on_failure(give_up):
         if not deadline.wait(job.done.wait):
             if not inner.is_waiting:
@@ -1430,6 +1438,16 @@ def ask(deadline: Deadline, question: Callable[[Deadline], T], late: Callable[[J
             return answer
     outcome: T = job.outcome(deadline)
     return outcome
+
+
+class Work(Protocol):
+    """What is done in a thread of its own, while others wait for it."""
+
+    def end(self, error: Exception | None = None) -> None:
+        """Tell those who wait that the work has ended, and why if it failed."""
+
+
+W = TypeVar("W", bound=Work)
 
 
 class UnderWay(Generic[W]):
@@ -1449,11 +1467,8 @@ class UnderWay(Generic[W]):
         with self._lock:
             return self._work.get(key)
 
-    def join(self, key: Hashable, new: Callable[[], W], run: Callable[[W], Callable[[], None]]) -> W:
-        """The work under way for a key, or else new work, which is run in a thread of its own.
-
-        run() returns a function that tells the end to those who wait. It is called when the work is not here any more.
-        """
+    def join(self, key: Hashable, new: Callable[[], W], run: Callable[[W], None]) -> W:
+        """The work under way for a key, or else new work, which run() does in a thread of its own."""
         with self._lock:
             work = self._work.get(key)
             if work is None:
@@ -1464,11 +1479,15 @@ class UnderWay(Generic[W]):
                     start_thread(self._run, key, work, run)
         return work
 
-    def _run(self, key: Hashable, work: W, run: Callable[[W], Callable[[], None]]) -> None:
-        tell = run(work)
+    def _run(self, key: Hashable, work: W, run: Callable[[W], None]) -> None:
+        error = None
+        try:
+            run(work)
+        except Exception as e:  # a boundary: those who wait raise it
+            error = without_frames(e)
         with self._lock:
-            del self._work[key]
-        tell()
+            del self._work[key]  # before the end: whoever asks again after that gets new work
+        work.end(error)
 
 
 class Jobs(UnderWay[Job]):
@@ -1477,33 +1496,10 @@ class Jobs(UnderWay[Job]):
     def start(self, key: Hashable, work: Callable[[], Any], what: str) -> Job:
         """The job under way for a key, or a new one that does this work."""
 
-        def run(job: Job) -> Callable[[], None]:
-            job.run(work)
-            return job.done.set
+        def run(job: Job) -> None:
+            job.result = work()
 
         return self.join(key, lambda: Job(what), run)
-
-
-class PunctualReader(io.RawIOBase):
-    """Reads from a socket for as long as its timeout says, all in all: the socket's own timeout is for each read."""
-
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase):
-        """raw is what reads from the socket."""
-        self._sock, self._raw, self._deadline = sock, raw, Deadline(sock.gettimeout() or 0)
-
-    def readable(self) -> bool:
-        """See io.RawIOBase."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """See io.RawIOBase. Raises TimeoutError."""
-        self._sock.settimeout(max(self._deadline.left(), 0.001))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        """See io.RawIOBase."""
-        self._raw.close()
-        super().close()
 
 
 class NextReads:
@@ -1514,31 +1510,23 @@ class NextReads:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _reads, and the lists in it
-        self._reads: dict[Hashable, list[Job]] = {}  # the read under way, and the next one if somebody waits for it
+        self._lock = threading.Lock()  # guards _next and _turns
+        self._next: dict[Hashable, Job] = {}  # reads that have not begun
+        self._turns: weakref.WeakValueDictionary[Hashable, threading.Lock] = weakref.WeakValueDictionary()
 
     def read(self, key: Hashable, read: Callable[[], T]) -> T:
         """The result of a read that begins after this call, by this thread or by another with the same key."""
         with self._lock:
-            reads = self._reads.setdefault(key, [])
-            leads = len(reads) < 2
-            if leads:
-                reads.append(Job("reading"))
-            before, job = reads[:-1], reads[-1]
+            turn = self._turns.setdefault(key, threading.Lock())  # held by the read under way
+            leads = key not in self._next
+            job = self._next.setdefault(key, Job("reading"))
         if leads:
-            for other in before:
-                other.done.wait()
-            self._run(key, job, read)
+            with turn:
+                with self._lock:
+                    del self._next[key]
+                job.run(read)
         result: T = job.outcome(Deadline())
         return result
-
-    def _run(self, key: Hashable, job: Job, read: Callable[[], Any]) -> None:
-        job.run(read)
-        with self._lock:
-            self._reads[key].remove(job)
-            if not self._reads[key]:
-                del self._reads[key]
-        job.done.set()
 
 
 # =====================================================================================================================
@@ -1771,24 +1759,12 @@ class Activity:
 # =====================================================================================================================
 
 
-class EngineConnection(http.client.HTTPConnection):
-    """An HTTP connection to the Docker daemon at an EngineHost."""
-
-    def __init__(self, host: EngineHost, timeout: float):
-        super().__init__("docker", timeout=timeout)
-        self._engine_host, self._seconds = host, timeout
-
-    def connect(self) -> None:
-        """Open the socket. Called by http.client before the first request."""
-        self.sock = self._engine_host.connect(self._seconds)
-
-
-class PunctualResponse(http.client.HTTPResponse):
-    """A response that has to be here within the timeout of its connection, all of it."""
+class UnbufferedResponse(http.client.HTTPResponse):
+    """A response of which only the head is read: what follows belongs to another protocol."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any):
         super().__init__(sock, *arguments, **options)
-        self.fp = io.BufferedReader(PunctualReader(sock, self.fp.detach()))
+        self.fp = sock.makefile("rb", 1)
 
 
 @dataclass(frozen=True)
@@ -1943,13 +1919,9 @@ class Engine:
 
     @contextlib.contextmanager
     def request(self, method: str, path: str, headers: Mapping[str, str] | None = None,
-                timeout: float = ENGINE_TIMEOUT,
-                response_class: type[http.client.HTTPResponse] = http.client.HTTPResponse
-                ) -> Iterator[http.client.HTTPResponse]:
+                timeout: float = ENGINE_TIMEOUT) -> Iterator[http.client.HTTPResponse]:
         """Send a request. The response must be read within the `with`. timeout is in seconds, per read."""
-        connection = EngineConnection(self.host, timeout)
-        connection.response_class = response_class
-        with self.connection_errors(), contextlib.closing(connection):
+        with self.connection_errors(), contextlib.closing(self.host.http(timeout)) as connection:
             connection.request(method, path, None, {"User-Agent": self.user_agent, **(headers or {})})
             with connection.getresponse() as response:
                 self.check_refusal(method, path, response.status, response.headers.get("Content-Type", ""))
@@ -1975,15 +1947,19 @@ class Engine:
 
     def _get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
         """Return the status and the parsed JSON of a GET."""
-        with self.request("GET", path, headers, ENGINE_TIMEOUT, PunctualResponse) as response:
-            data = response.read(JSON_LIMIT)
-            if response.length:  # read(limit) does not detect a body that is too short
-                raise http.client.IncompleteRead(data, response.length)
+        data, deadline = bytearray(), Deadline(ENGINE_TIMEOUT)
+        with self.request("GET", path, headers, ENGINE_TIMEOUT) as response:
+            while len(data) < JSON_LIMIT and (piece := response.read1(PIECE)):
+                data += piece
+                if not deadline.left():  # it comes byte by byte
+                    raise TimeoutError
+            if response.length:  # read1() does not detect a body that is too short
+                raise http.client.IncompleteRead(bytes(data), response.length)
         try:
             return response.status, json.loads(data)
         except (ValueError, RecursionError):
             raise RegistryError("ENGINE_FAILED", f"Docker answered {path} with status {response.status} and "
-                                                 f"a body that is not JSON: {data[:200]!r}") from None
+                                                 f"a body that is not JSON: {bytes(data[:200])!r}") from None
 
     @staticmethod
     def _message(status: int, document: Any) -> str:
@@ -2160,13 +2136,21 @@ class Engine:
         query = urllib.parse.urlencode({"fromImage": repository, "tag": str(reference.target)})
         headers = {"Content-Length": "0", **self._authorization(reference, credentials)}
         with self.request("POST", self._path(f"/images/create?{query}"), headers, PULL_TIMEOUT) as response:
-            for message in self._good_messages(response, repository):
+            for message in self._messages(response, repository):
                 tell(message)
 
-    def _good_messages(self, response: http.client.HTTPResponse, repository: str) -> Iterator[dict[str, Any]]:
-        """Yield the messages of a pull. Raises PullFailed if one reports a failure."""
-        for message in self._messages(response):
-            error = self._error(message) or (response.status >= 300 and self._message(response.status, message))
+    def _messages(self, response: http.client.HTTPResponse, repository: str) -> Iterator[dict[str, Any]]:
+        """Yield the messages of a pull, JSON objects on a line each. Raises PullFailed if one reports a failure."""
+        for line in filter(bytes.strip, self._lines(response)):
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                message = None
+            if not isinstance(message, dict):
+                raise RegistryError("ENGINE_FAILED", f"Docker sent a line that is not JSON: {line[:200]!r}")
+            detail = message.get("errorDetail")
+            error = message.get("error") or (isinstance(detail, dict) and detail.get("message")) or (
+                response.status >= 300 and self._message(response.status, message))
             if error:
                 raise PullFailed(pull_failure(str(error), response.status, repository), str(error))
             yield message
@@ -2174,32 +2158,13 @@ class Engine:
             raise PullFailed(pull_failure("", response.status, repository), f"status {response.status}")
 
     @staticmethod
-    def _error(message: Mapping[str, Any]) -> Any:
-        """Return the error in a message of a pull; a false value if there is none."""
-        detail = message.get("errorDetail")
-        return message.get("error") or (isinstance(detail, dict) and detail.get("message"))
-
-    @staticmethod
-    def _messages(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-        """Yield the JSON objects of a stream that has one per line."""
+    def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """Yield the lines of a body. (Its own readline() takes the loss of a connection for the end.)"""
         pending = b""
-        while data := response.read1(PIECE):
+        while len(pending) <= MANIFEST_LIMIT and (data := response.read1(PIECE)):
             *lines, pending = (pending + data).split(b"\n")
-            if len(pending) > MANIFEST_LIMIT:
-                raise RegistryError("ENGINE_FAILED", f"Docker sent a line of more than {MANIFEST_LIMIT} bytes")
-            yield from (Engine._parse_message(line) for line in lines if line.strip())
-        if pending.strip():
-            yield Engine._parse_message(pending)
-
-    @staticmethod
-    def _parse_message(line: bytes) -> dict[str, Any]:
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
-            raise RegistryError("ENGINE_FAILED", f"Docker sent a line that is not JSON: {line[:200]!r}")
-        return message
+            yield from lines
+        yield pending
 
     @contextlib.contextmanager
     def export(self, image_id: Digest) -> Iterator[http.client.HTTPResponse]:
@@ -2221,37 +2186,17 @@ class Engine:
         """
         path = self._path("/grpc")
         with self.connection_errors():
-            sock = self.host.connect(ENGINE_TIMEOUT)
-            try:
-                sock.sendall(f"POST {path} HTTP/1.1\r\nHost: docker\r\nUser-Agent: {self.user_agent}\r\n"
-                             "Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n".encode())
-                status, content_type = self._parse_head(self._read_head(sock))
-                if status == 101:
-                    return sock
-                self.check_refusal("POST", path, status, content_type)
-                sock.close()
-                return self.host.connect(ENGINE_TIMEOUT)
-            except BaseException:
-                sock.close()
-                raise
-
-    @staticmethod
-    def _parse_head(head: bytes) -> tuple[int, str]:
-        """Return the status and the Content-Type of an HTTP response; 0 if it is not one."""
-        status = re.match(rb"HTTP/1\.\d (\d{3}) ", head)
-        content_type = re.search(rb"(?mi)^content-type:\s*(\S+)", head)
-        return int(status[1]) if status else 0, content_type[1].decode("latin-1") if content_type else ""
-
-    @staticmethod
-    def _read_head(sock: socket.socket) -> bytes:
-        """Read an HTTP response up to the empty line, byte by byte: the bytes after it belong to HTTP/2."""
-        head = bytearray()
-        while not head.endswith(b"\r\n\r\n"):
-            byte = sock.recv(1)
-            if not byte or len(head) > 16 * KIB:
-                raise ConnectionResetError("the connection was closed during an answer")
-            head += byte
-        return bytes(head)
+            connection = self.host.http(ENGINE_TIMEOUT)
+            connection.response_class, sock = UnbufferedResponse, connection.sock
+            with on_failure(connection.close):
+                connection.request("POST", path, headers={"User-Agent": self.user_agent, "Connection": "Upgrade",
+                                                          "Upgrade": "h2c"})
+                with connection.getresponse() as response:
+                    if response.status == 101:
+                        return sock
+                    self.check_refusal("POST", path, response.status, response.headers.get("Content-Type", ""))
+            connection.close()
+            return self.host.connect(ENGINE_TIMEOUT)
 
 
 # =====================================================================================================================
@@ -2404,15 +2349,6 @@ def disk_errors(what: str) -> Iterator[None]:
         raise RegistryError(code, f"cannot {what}: {e.strerror or e}") from e
 
 
-def write_all(write: Callable[[memoryview], int | None], data: Data) -> Iterator[memoryview]:
-    """Write with a call that may take less than all at a time; yields each part when it is written."""
-    rest = memoryview(data)
-    while rest:
-        count = write(rest) or 0
-        yield rest[:count]
-        rest = rest[count:]
-
-
 class Transfer:
     """Content on its way: one source fills it, many readers follow it, each at its own pace.
 
@@ -2535,27 +2471,15 @@ class Transfer:
         return self.count if self._ended else min(self.count, self.size - 1)
 
 
-class Transfers(UnderWay[Transfer]):
-    """The transfers that are under way."""
-
-    def start(self, key: Hashable, size: int, fill: Callable[[Transfer], None]) -> Transfer:
-        """The transfer under way for a key, or a new one that fill() fills."""
-
-        def run(transfer: Transfer) -> Callable[[], None]:
-            error: Exception | None = None
-            try:
-                fill(transfer)
-            except Exception as e:  # a boundary: the readers raise it
-                error = e
-            return functools.partial(transfer.end, error)
-
-        return self.join(key, lambda: Transfer(size), run)
-
-
 @dataclass
 class SharedRead:
-    """Content that is being read: how many readers there are, and what they follow once there is a second one."""
+    """Content that is being read: how many readers there are, and what they follow once there is a second one.
 
+    read(start, length) reads from the source; size is in bytes.
+    """
+
+    size: int
+    read: Callable[[int, int], Body]
     readers: int = 0
     transfer: Transfer | None = None
 
@@ -2582,21 +2506,19 @@ class SharedReads:
         if size < self.WORTHWHILE:
             return read(0, size)
         with self._lock:
-            shared = self._reads.setdefault(digest, SharedRead())
-            first, begins = shared.readers == 0, None
+            shared = self._reads.setdefault(digest, SharedRead(size, read))
             shared.readers += 1
-            if not first and (shared.transfer is None or shared.transfer.failed):
-                begins = shared.transfer = Transfer(size)
+            first = shared.readers == 1
         leave = functools.partial(self._leave, digest, shared)
         with on_failure(leave):
-            if begins:
-                self._begin(shared, begins, read)
+            source = read(0, size) if first else None
             if not first:
-                parts = self._follow(shared, read, size, 0, deadline)
-                return Body(parts, size, parts.close, leave, waits=True)
-            source = read(0, size)
-        parts = self._first(shared, source, read, size, deadline)
-        return Body(parts, size, parts.close, source.close, leave)
+                self._begin(shared)
+        if source:
+            parts = self._first(shared, source, deadline)
+            return Body(parts, size, parts.close, source.close, leave)
+        parts = self._follow(shared, 0, deadline)
+        return Body(parts, size, parts.close, leave, waits=True)
 
     def _leave(self, digest: Digest, shared: SharedRead) -> None:
         with self._lock:
@@ -2604,8 +2526,7 @@ class SharedReads:
             if not shared.readers:
                 del self._reads[digest]
 
-    def _first(self, shared: SharedRead, source: Body, read: Callable[[int, int], Body], size: int,
-               deadline: Deadline) -> Generator[Part, None, None]:
+    def _first(self, shared: SharedRead, source: Body, deadline: Deadline) -> Generator[Part, None, None]:
         """The content for the first reader: out of the source, until there is something to follow."""
         position = 0
         for piece in source:
@@ -2613,56 +2534,53 @@ class SharedReads:
             position += len(piece)
             if shared.transfer:
                 source.close()
-                yield from self._follow(shared, read, size, position, deadline)
+                yield from self._follow(shared, position, deadline)
                 return
 
     @staticmethod
-    def _follow(shared: SharedRead, read: Callable[[int, int], Body], size: int, position: int,
-                deadline: Deadline) -> Generator[Part, None, None]:
+    def _follow(shared: SharedRead, position: int, deadline: Deadline) -> Generator[Part, None, None]:
         """The content from a position on, out of the file; or from the source if that fails."""
         assert shared.transfer is not None
         try:
-            for part in shared.transfer.follow(position, size - position, deadline):
+            for part in shared.transfer.follow(position, shared.size - position, deadline):
                 yield part
                 position += len(part)
         except RegistryError as e:
             log.warning("the readers of some content do not share it: %s", e.detail)
-            with contextlib.closing(read(position, size - position)) as body:
+            with contextlib.closing(shared.read(position, shared.size - position)) as body:
                 yield from body.parts
 
-    def _begin(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], Body]) -> None:
+    def _begin(self, shared: SharedRead) -> None:
+        """Have the content read into a file, if that is not under way and has not been done."""
+        with self._lock:
+            if shared.transfer and not shared.transfer.failed:
+                return
+            shared.transfer = transfer = Transfer(shared.size)
         try:
-            start_thread(self._fill, shared, transfer, read)
+            start_thread(self._fill, shared, transfer)
         except RegistryError as e:
             transfer.end(e)
 
-    def _fill(self, shared: SharedRead, transfer: Transfer, read: Callable[[int, int], Body]) -> None:
+    def _fill(self, shared: SharedRead, transfer: Transfer) -> None:
         """Read all of the content into a file, for as long as there are readers."""
         try:
-            with contextlib.closing(read(0, transfer.size)) as source, disk_errors(f"write to {self._folder}"):
+            with contextlib.closing(shared.read(0, shared.size)) as source, disk_errors(f"write to {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the transfer closes it
                 transfer.begin(file)
-                self._copy(source, file.fileno(), shared, transfer)
+                position = 0
+                for piece in source:
+                    rest = memoryview(piece)
+                    while rest:  # not with write(): sendfile moves the file's own position about
+                        count = os.pwrite(file.fileno(), rest, position)
+                        position, rest = position + count, rest[count:]
+                    if position - transfer.count >= self.STEP or position == shared.size:
+                        transfer.advance(position - transfer.count)
+                    if not shared.readers:
+                        raise RegistryError("UNAVAILABLE", "nobody reads the content any more")
             transfer.end()
         except Exception as e:  # a boundary: the readers go on by themselves
             transfer.end(e)
-
-    @staticmethod
-    def _write_before(file: int, end: int, rest: memoryview) -> int:
-        return os.pwrite(file, rest, end - len(rest))
-
-    def _copy(self, source: Body, file: int, shared: SharedRead, transfer: Transfer) -> None:
-        position = 0
-        for piece in source:
-            end = position + len(piece)
-            # Not with write(): sendfile moves the file's own position about.
-            for part in write_all(functools.partial(self._write_before, file, end), piece):
-                position += len(part)
-            if position - transfer.count >= self.STEP or position == transfer.size:
-                transfer.advance(position - transfer.count)
-            if not shared.readers:
-                raise RegistryError("UNAVAILABLE", "nobody reads the content any more")
 
 
 # =====================================================================================================================
@@ -3424,11 +3342,14 @@ class Writer:
             if len(data) > self._reserved:
                 self.expect(len(data))
             with disk_errors(f"write {self.path}"):
-                for part in write_all(self._file.write, data):
-                    self._hash.update(part)
-                    self.size += len(part)
-                    self._reserved -= len(part)
-                    self._store.space.count(used=len(part), reserved=-len(part))
+                rest = memoryview(data)
+                while rest:
+                    count = self._file.write(rest)
+                    self._hash.update(rest[:count])
+                    rest = rest[count:]
+                    self.size += count
+                    self._reserved -= count
+                    self._store.space.count(used=count, reserved=-count)
         except RegistryError as e:
             if e.code == "STORE_FULL":
                 self.discard()
@@ -5424,7 +5345,7 @@ class Fetches:
 
     def __init__(self, engine: Engine, store: Store, policy: PullPolicy, activity: Activity):
         self._engine, self._store, self._policy, self._activity = engine, store, policy, activity
-        self._manifests, self._transfers = Jobs(PULLS_LIMIT), Transfers(BLOBS_LIMIT)
+        self._manifests, self._transfers = Jobs(PULLS_LIMIT), UnderWay[Transfer](BLOBS_LIMIT)
         self._lock = threading.Lock()  # guards _promised
         self._promised: dict[Hashable, Promised] = {}  # blobs that are not in the store yet
 
@@ -5528,7 +5449,7 @@ class Fetches:
             promised = self._promised.get(key)
         if promised is None:
             return None
-        return self._transfers.start(key, promised.size, functools.partial(
+        return self._transfers.join(key, lambda: Transfer(promised.size), functools.partial(
             self._fill, key, digest, promised, client.credentials))
 
     def _fill(self, key: Hashable, digest: Digest, promised: Promised, asked_with: Credentials | None,
@@ -5574,7 +5495,7 @@ class Pulls:
         self._engine, self._images, self._policy, self._activity = engine, images, policy, activity
         self._content = images.content
         self._jobs, self._look_ups = Jobs(PULLS_LIMIT), Jobs()
-        self._transfers = Transfers()
+        self._transfers = UnderWay[Transfer]()
         self._lock = threading.Lock()  # guards _expected
         self._expected: dict[Digest, tuple[int, Job]] = {}  # what a pull will bring: its size in bytes, and the pull
 
@@ -5703,7 +5624,7 @@ class Pulls:
         size, pull = self._coming(digest)
         if pull is None:
             return None
-        return self._transfers.start(digest, size, functools.partial(self._await_blob, digest, pull))
+        return self._transfers.join(digest, lambda: Transfer(size), functools.partial(self._await_blob, digest, pull))
 
     def _await_blob(self, digest: Digest, pull: Job, transfer: Transfer) -> None:
         """Lead the readers of a transfer to content as soon as Docker has it."""

@@ -318,7 +318,7 @@ def pull(data):
     for status in (404, 200):
         progress = module.PullProgress()
         with contextlib.suppress(RegistryError, module.PullFailed):
-            for one in engine._good_messages(Response(data, status), "docker.io/library/app"):
+            for one in engine._messages(Response(data, status), "docker.io/library/app"):
                 progress.update(one)
                 assert progress.status is not None
 

@@ -257,7 +257,7 @@ class TestNextReads(unittest.TestCase):
         read, begun, go_on = self.numbered_reads(lambda number: number)
         self.assertEqual([1] + [2] * (self.CLIENTS - 1),
                          self.ask_together(lambda: shared.read("key", read), begun, go_on))
-        self.assertEqual((3, {}), (shared.read("key", read), shared._reads))
+        self.assertEqual((3, {}, 0), (shared.read("key", read), shared._next, len(shared._turns)))
 
     def test_errors_are_shared(self):
         def fail(number):
@@ -265,9 +265,9 @@ class TestNextReads(unittest.TestCase):
 
         shared = NextReads()
         read, begun, go_on = self.numbered_reads(fail)
-        results = self.ask_together(lambda: shared.read("key", read), begun, go_on)
-        self.assertEqual(["read 1"] + ["read 2"] * (self.CLIENTS - 1), [error.detail for error in results])
-        self.assertEqual({}, shared._reads)
+        details = [error.detail for error in self.ask_together(lambda: shared.read("key", read), begun, go_on)]
+        self.assertEqual(["read 1"] + ["read 2"] * (self.CLIENTS - 1), details)
+        self.assertEqual({}, shared._next)
 
     def test_other_keys_do_not_wait(self):
         shared = NextReads()
