@@ -141,6 +141,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, M
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -8773,11 +8774,35 @@ OTHER_VARIABLES = frozenset({
 # The functions that parse values raise ValueError with what follows the value: "is not ...: use ...".
 
 
-def positive(text: str) -> int:
-    """Parse a whole number above 0."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text, re.ASCII):
-        raise ValueError("is not a whole number above 0: use for example 100")
-    return int(text)
+def matching(pattern: str, problem: str, convert: Callable[[re.Match[str]], Any] = itemgetter(0)
+             ) -> Callable[[str], Any]:
+    """Return a function that converts texts that match a pattern, and has a problem with others."""
+    def parse(text: str) -> Any:
+        match = re.fullmatch(pattern, text, re.ASCII)
+        if not match:
+            raise ValueError(problem)
+        return convert(match)
+    return parse
+
+
+def one_word_of(*choices: str) -> Callable[[str], Any]:
+    """Return a function that parses one of some words."""
+    return matching("|".join(choices), f"is not known: use {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+positive = matching("0*[1-9][0-9]{0,8}", "is not a whole number above 0: use for example 100",
+                    lambda match: int(match[0]))
+boolean = matching("(?i)(true|t|1)|false|f|0", "is neither true nor false",  # like Go's strconv.ParseBool
+                   lambda match: bool(match[1]))
+registry_pattern = matching("localhost|(?=.*[.:*])[a-zA-Z0-9.:*?-]+",
+                            "matches no registry: use a host (docker.io, *.corp.example)")
+# Bytes: 500MB and 20GB are powers of 1000, like docker's, 20GiB of 1024.
+parse_size = matching(
+    r"(?i)(\d{1,9}(?:\.\d{1,3})?)(?:([kMGT])(i)?)?B?", "is not a size: use for example 20GB",
+    lambda match: int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower())))
+parse_age = matching(  # seconds
+    r"(\d{1,6})([smhd])", "is not an age: use for example 12h or 7d",
+    lambda match: float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]])
 
 
 def web_origin(text: str) -> str:
@@ -8786,29 +8811,6 @@ def web_origin(text: str) -> str:
     if found is None or not re.fullmatch(r"https?://[^/?#@\s]+", text.lower()):
         raise ValueError("is not an origin: use http://HOST:PORT or https://HOST")
     return found
-
-
-def registry_pattern(text: str) -> str:
-    """Parse a pattern for the hosts of registries."""
-    if not re.fullmatch(r"localhost|(?=.*[.:*])[a-zA-Z0-9.:*?-]+", text):
-        raise ValueError("matches no registry: use a host (docker.io, *.corp.example)")
-    return text
-
-
-def parse_size(text: str) -> int:
-    """Parse a size like 500MB or 20GB (powers of 1000, like docker) or 20GiB. Returns bytes."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
-    if not match or (match[3] and not match[2]):
-        raise ValueError("is not a size: use for example 20GB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
-
-
-def parse_age(text: str) -> float:
-    """Parse an age like 12h or 7d. Returns seconds."""
-    match = re.fullmatch(r"(\d{1,6})([smhd])", text, re.ASCII)
-    if not match:
-        raise ValueError("is not an age: use for example 12h or 7d")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -8826,22 +8828,6 @@ def read_lines(path: Path) -> list[str]:
     if len(data) > SETTINGS_FILE_LIMIT:
         raise ValueError(f"is larger than {SETTINGS_FILE_LIMIT} bytes")
     return lines
-
-
-def boolean(text: str) -> bool:
-    """Parse a boolean like Go's strconv.ParseBool."""
-    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
-        raise ValueError("is neither true nor false")
-    return text.lower() in ("true", "1", "t")
-
-
-def one_word_of(*choices: str) -> Callable[[str], str]:
-    """Return a function that parses one of some words."""
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"is not known: use {', '.join(choices[:-1])} or {choices[-1]}")
-        return text
-    return parse
 
 
 @dataclass(frozen=True)
