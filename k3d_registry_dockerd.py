@@ -3694,7 +3694,7 @@ class Hosted:
 
     def __init__(self, store: Store, untagged_age: float | None = None):
         """untagged_age is how long a manifest without a tag is kept after its last use, in seconds; None: forever."""
-        self._store, self._untagged_age = store, untagged_age
+        self._store, self.untagged_age = store, untagged_age
 
     def repository(self, name: str) -> Repository:
         """The repository of that name, whether or not anything is in it. The name has to be valid."""
@@ -3805,7 +3805,7 @@ class Hosted:
         """Remove what was pushed and is not needed any more. now is in seconds since the epoch."""
         for name in self.names():
             try:
-                self.repository(name).tidy_up(now, self._untagged_age)
+                self.repository(name).tidy_up(now, self.untagged_age)
             except (OSError, RegistryError) as e:
                 log.warning("store: %s is not tidied up: %s", name, e)
 
@@ -8893,15 +8893,16 @@ SETTINGS = (
             "a folder in the user's cache", Path),
     Setting("store-limit", OWN_VARIABLE + "STORE_LIMIT", "SIZE", (
         "refuse pushes when the store takes more than this, like 20GB; what can be had again goes first"), "none",
-            parse_size),
+            parse_size, live=True),
     Setting("untagged-age", OWN_VARIABLE + "UNTAGGED_AGE", "AGE", (
-        "remove pushed manifests that have had no tag and were not used for this long, like 7d"), "never", parse_age),
+        "remove pushed manifests that have had no tag and were not used for this long, like 7d"), "never", parse_age,
+            live=True),
     Setting("no-sync", OWN_VARIABLE + "NO_SYNC", "", (
         "answer a push before it is on the disk: a bit faster, but lost if the machine loses power"), "false", boolean,
             False),
     Setting("max-connections", OWN_VARIABLE + "MAX_CONNECTIONS", "N", (
         "the most connections of clients at a time; more have to wait"), (
-        f"a third of the descriptors that this process may have, at most {CONNECTIONS_LIMIT}"), positive),
+        f"a third of the descriptors that this process may have, at most {CONNECTIONS_LIMIT}"), positive, live=True),
     Setting("allow-origin", OWN_VARIABLE + "ALLOW_ORIGIN", "ORIGIN", (
         "let web pages of this origin use the registry, like http://localhost:8080; can be repeated"),
             "what is opened in a browser on localhost or an IP address", web_origin, (), repeatable=True, live=True),
@@ -9298,7 +9299,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     while (number := signal.sigwait({*endings, signal.SIGHUP})) not in endings:
         if on_terminal and not sys.stderr.isatty():
             break  # the terminal was closed
-        settings = reload(settings, arguments, server)
+        settings = reload(settings, arguments, registry, server)
     log.info("ending on %s", signal.Signals(number).name)
     server.shutdown()
     server.server_close()
@@ -9307,7 +9308,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     return True
 
 
-def reload(settings: Settings, arguments: argparse.Namespace, server: Server) -> Settings:
+def reload(settings: Settings, arguments: argparse.Namespace, registry: Front, server: Server) -> Settings:
     """Read the settings again, log what changed, apply what can be, and return them. Invalid ones change nothing."""
     try:
         new = Settings(arguments, os.environ)
@@ -9316,6 +9317,7 @@ def reload(settings: Settings, arguments: argparse.Namespace, server: Server) ->
         return settings
     lines = [*settings.changes(new)]
     settings.pulls.change(new.pulls)
+    registry.store.space.limit, registry.hosted.untagged_age = new.store_limit, new.untagged_age
     server.change(new.policy)
     configure_log(new.log_level, new.log_format)
     for line in lines or ["nothing has changed"]:

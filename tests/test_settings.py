@@ -1,5 +1,7 @@
 """Settings: flags, variables and the settings file; what is logged of them, and what SIGHUP changes."""
 
+import contextlib
+import hashlib
 import json
 import re
 import signal
@@ -9,6 +11,7 @@ import unittest
 from pathlib import Path
 
 from program import MODULE, Program
+from test_behaviour import IMPATIENT
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -166,6 +169,30 @@ class TestRunning(SettingsCase):
         self.assertEqual(405, program.request(*push).status)
         answer = program.get("/v2/", Origin="http://x:1")
         self.assertEqual(("http://x:1", "a"), (answer.headers["Access-Control-Allow-Origin"], answer.headers["X-A"]))
+
+    def test_sighup_changes_limits(self):
+        self.file.write_text("")
+        program = Program("unix:///nowhere", "-env-file", str(self.file),
+                          command=[sys.executable, "-c", IMPATIENT, str(MODULE)],
+                          env={"CONSTANTS": json.dumps({"TIDY_INTERVAL": 0.1})})
+        self.addCleanup(program.__exit__)
+        data = json.dumps({"schemaVersion": 2, "mediaType": module.OCI_MANIFEST, "layers": []}).encode()
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        push = ("PUT", f"/v2/app/manifests/{digest}", {"Content-Type": module.OCI_MANIFEST}, data)
+        self.assertEqual(201, program.request(*push).status)
+        self.file.write_text("K3D_REGISTRY_DOCKERD_UNTAGGED_AGE=1s\nK3D_REGISTRY_DOCKERD_STORE_LIMIT=1B\n"
+                             "K3D_REGISTRY_DOCKERD_MAX_CONNECTIONS=1\nK3D_REGISTRY_DOCKERD_NO_SYNC=true\n")
+        program.process.send_signal(signal.SIGHUP)
+        for name, restart in (("-untagged-age", ""), ("-store-limit", ""), ("-max-connections", ""),
+                              ("-no-sync", ", after a restart")):
+            line = program.wait_for_line(f"SIGHUP: {name}: ")
+            self.assertEqual(restart, line.rpartition(")")[2])
+        program.wait_for_line(f"store: removed the manifest {digest} of app")
+        self.assertEqual("STORE_FULL", program.request(*push).code)
+        with contextlib.closing(program.begin_get("/v2/")) as idle:
+            idle.read()
+            self.assertEqual(200, program.get("/v2/").status)
+        program.wait_for_line("new connections have to wait: 1 are open (-max-connections)")
 
     def test_the_line_that_k3d_waits_for(self):
         for level in ("debug", "error"):
