@@ -5329,12 +5329,14 @@ def pull_errors(reference: Reference, credentials: Credentials | None) -> Iterat
 
 
 @dataclass(frozen=True)
-class Promised:
-    """A blob that was promised with a manifest: its size in bytes, and where it comes from with whose credentials."""
+class Fetch:
+    """A blob to fetch: its size in bytes, where it comes from with whose credentials, and those of who asked."""
 
+    digest: Digest
     size: int
     source: Reference
     credentials: Credentials | None
+    asked_with: Credentials | None
 
 
 class Fetches:
@@ -5347,8 +5349,7 @@ class Fetches:
     def __init__(self, engine: Engine, store: Store, policy: PullPolicy, activity: Activity):
         self._engine, self._store, self._policy, self._activity = engine, store, policy, activity
         self._manifests, self._transfers = Jobs(PULLS_LIMIT), UnderWay[Transfer](BLOBS_LIMIT)
-        self._lock = threading.Lock()  # guards _promised
-        self._promised: dict[Hashable, Promised] = {}  # blobs that are not in the store yet
+        self._broken: Memory[Hashable, Fetch] = Memory()  # those that broke off, and may be begun again
 
     @staticmethod
     def _key(reference: Reference, digest: Digest, credentials: Credentials | None) -> Hashable:
@@ -5398,36 +5399,18 @@ class Fetches:
         if len(blobs) > BLOBS_LIMIT:
             raise RegistryError("MANIFEST_INVALID", f"{reference} has {len(blobs)} blobs: more than are fetched")
         used = self._policy.credentials(source, own)
-        promised = {self._key(reference, digest, client.credentials): Promised(size, source, used)
-                    for digest, size in blobs.items()}
-        with self._lock:
-            self._promised.update(promised)
-        with on_failure(functools.partial(self._forget, promised)):
-            digests = list(blobs)
-            for start in range(0, len(digests), FETCHES):
-                self._wait_for_start([self._join(reference, digest, client)
-                                      for digest in digests[start:start + FETCHES]], client.deadline)
-
-    def _forget(self, promised: Mapping[Hashable, Promised]) -> None:
-        """Take back promises, unless their blobs are arriving."""
-        with self._lock:
-            for key, promise in promised.items():
-                if self._promised.get(key) is promise and not self._transfers.get(key):
-                    del self._promised[key]
-
-    @staticmethod
-    def _wait_for_start(transfers: Iterable[Transfer | None], deadline: Deadline) -> None:
-        """Wait until each transfer has begun or failed, so that none is taken for one that will bring its blob. Raises
-        the first error."""
-        errors = []
-        for transfer in transfers:
-            try:
-                if transfer:
-                    transfer.wait_for_start(deadline)
-            except RegistryError as e:
-                errors.append(e)
-        if errors:
-            raise errors[0]
+        fetches = [Fetch(digest, size, source, used, client.credentials) for digest, size in blobs.items()]
+        for start in range(0, len(fetches), FETCHES):
+            transfers = [self._start(self._key(reference, fetch.digest, client.credentials), fetch)
+                         for fetch in fetches[start:start + FETCHES]]
+            errors = []
+            for transfer in transfers:  # all of them, so that none is taken for one that will bring its blob
+                try:
+                    transfer.wait_for_start(client.deadline)
+                except RegistryError as e:
+                    errors.append(e)
+            if errors:
+                raise errors[0]
 
     def is_fetching(self, reference: Reference, digest: Digest, client: Client) -> bool:
         """True if a blob has begun to arrive for clients with these credentials."""
@@ -5435,54 +5418,47 @@ class Fetches:
         return transfer is not None and transfer.started
 
     def blob(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
-        """A promised blob once it has begun to arrive, fetched again if need be; None if it was not promised.
+        """A blob that is fetched for clients with these credentials, once it has begun to arrive, or None.
 
-        Raises what PullPolicy.check() and pull_errors() do, and STILL_PULLING.
+        What broke off is begun again. Raises what PullPolicy.check() and pull_errors() do, and STILL_PULLING.
         """
-        transfer = self._join(reference, digest, client)
+        key = self._key(reference, digest, client.credentials)
+        transfer, broken = self._transfers.get(key), self._broken.get(key)
+        if transfer is None and broken:
+            transfer = self._start(key, broken)
         if transfer:
             transfer.wait_for_start(client.deadline)
         return transfer
 
-    def _join(self, reference: Reference, digest: Digest, client: Client) -> Transfer | None:
-        key = self._key(reference, digest, client.credentials)
-        with self._lock:
-            promised = self._promised.get(key)
-        if promised is None:
-            return None
-        return self._transfers.join(key, lambda: Transfer(promised.size), functools.partial(
-            self._fill, key, digest, promised, client.credentials))
+    def _start(self, key: Hashable, fetch: Fetch) -> Transfer:
+        return self._transfers.join(key, lambda: Transfer(fetch.size), functools.partial(self._fill, key, fetch))
 
-    def _fill(self, key: Hashable, digest: Digest, promised: Promised, asked_with: Credentials | None,
-              transfer: Transfer) -> None:
+    def _fill(self, key: Hashable, fetch: Fetch, transfer: Transfer) -> None:
         """Fetch a blob into the store, once; errors are those of pull_errors()."""
-        broke_off = False
+        self._broken.pop(key, None)
         try:
-            with pull_errors(promised.source, asked_with), self._activity.task(
-                    "fetch", str(digest), f" of {promised.source}, {human_bytes(promised.size)}",
-                    promised.source.docker_repository()) as task:
-                self._fetch(digest, promised, transfer, task)
+            with pull_errors(fetch.source, fetch.asked_with), self._activity.task(
+                    "fetch", str(fetch.digest), f" of {fetch.source}, {human_bytes(fetch.size)}",
+                    fetch.source.docker_repository()) as task:
+                self._fetch(fetch, transfer, task)
                 task.done("verified")
         except RegistryError:
-            broke_off = transfer.count > 0  # it may be begun again
+            if transfer.count:
+                self._broken[key] = fetch
             raise
-        finally:
-            with self._lock:
-                if not broke_off and self._promised.get(key) is promised:
-                    del self._promised[key]
 
-    def _fetch(self, digest: Digest, promised: Promised, transfer: Transfer, task: Task) -> None:
-        with BlobWriter(self._store, digest.algorithm) as writer, \
-                self._origin(promised.source, promised.credentials).open("blobs", digest) as response:
+    def _fetch(self, fetch: Fetch, transfer: Transfer, task: Task) -> None:
+        with BlobWriter(self._store, fetch.digest.algorithm) as writer, \
+                self._origin(fetch.source, fetch.credentials).open("blobs", fetch.digest) as response:
             transfer.begin_at(writer.path)
             while transfer.count <= transfer.size and (data := response.read1(PIECE)):
                 writer.write(data)
                 transfer.advance(len(data))
                 task.report_bytes(transfer.count, transfer.size)
             found = writer.finish()
-            if (found, transfer.count) != (digest, transfer.size):
+            if (found, transfer.count) != (fetch.digest, transfer.size):
                 raise PullFailed("ORIGIN_UNAVAILABLE",
-                                 f"{promised.source.namespace} gave {transfer.count} bytes of {found}")
+                                 f"{fetch.source.namespace} gave {transfer.count} bytes of {found}")
             writer.keep(self._store.docker)
 
 
