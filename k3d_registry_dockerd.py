@@ -4999,11 +4999,7 @@ class Content:
         return None
 
     def has(self, digest: Digest, size: int) -> bool:
-        """True if the content is here with its size in bytes.
-
-        A good answer holds for a few seconds: one pull asks for the same again and again, which costs Docker as much as
-        an inspect.
-        """
+        """True if content of this size is here. That holds for a few seconds: each pull asks for it repeatedly."""
         now = time.monotonic()
         if now < self._seen.get((digest, size), 0):
             return True
@@ -5042,30 +5038,20 @@ def engine_failures_logged() -> Iterator[None]:
 
 
 class ImageStore:
-    """One of Docker's image stores: the questions that they answer differently.
+    """Docker's containerd image store when its content can be read. Its subclasses answer some questions differently.
 
-    As it stands, this one is the containerd store whose content can be read as it is. An image's ID is the digest of
-    its manifest or index.
-
-    providers are where content is read from, after our own store; sources names for people where it comes from, and
-    problem what could be better, or None. flows says that content can be read while a pull brings it, can_restore that
-    restore() may bring something. made_type is the media type of every manifest, for a store whose manifests are made
-    here.
+    An image's ID is the digest of its manifest or index.
     """
 
-    flows = True
-    can_restore = False
-    made_type: str | None = None
+    flows = True                    # content can be read while a pull brings it
+    can_restore = False             # restore() may bring something
+    made_type: str | None = None    # the media type of every manifest, if they are made here
 
     def __init__(self, info: EngineInfo, content: Content, providers: Iterable[Provider | None], problem: str | None):
-        """Providers that are None do not count."""
+        """providers are asked for content after our own store, unless None. problem says what could be better."""
         self.info, self.problem, self._content = info, problem, content
         self.providers = tuple(provider for provider in providers if provider)
         self.sources = tuple(provider.name for provider in self.providers)
-
-    def is_like(self, other: ImageStore) -> bool:
-        """True if another one describes the same store, read in the same ways."""
-        return (self.info, self.sources, self.problem) == (other.info, other.sources, other.problem)
 
     def advice(self) -> str | None:
         """How to make pulls faster by having the files of Docker's image store read, or None if they are."""
@@ -5086,10 +5072,7 @@ class ImageStore:
         return image.id
 
     def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
-        """True if a digest is that of an image's manifest, or of one that its index lists.
-
-        Unless explore is set, that is answered only from what is known without an export.
-        """
+        """True if a digest is that of an image's manifest, or in its index. explore allows to export it for that."""
         if image.id == digest:
             return True
         index = self._content.manifest(self.target(image, deadline) if explore else image.id)
@@ -5193,7 +5176,7 @@ class ImageStores:
         chosen = self._choose(info)
         with self._lock:
             known = self._chosen  # perhaps of a request at the same time
-            if known and chosen.is_like(known):
+            if known and (known.info, known.sources, known.problem) == (info, chosen.sources, chosen.problem):
                 known.info = info
                 return known  # it may have made manifests already
             self._chosen = chosen
@@ -5211,12 +5194,11 @@ class ImageStores:
         folder = content_folder(root)
         files = ContentFolder(folder) if folder else None
         problem = self._folder_problem(files, root, info)
-        unserved = self._service.problem()
-        if unserved and (problem or not files):
+        files, unserved = None if problem else files, self._service.problem()
+        if unserved and not files:
             return ExportedImages(info, self.content, self._exports, (
                 f"images are exported one by one: Docker's content cannot be read: {unserved}"))
-        return ImageStore(info, self.content, (
-            None if problem else files, None if unserved else self._service), problem)
+        return ImageStore(info, self.content, (files, None if unserved else self._service), problem)
 
     def _folder_problem(self, files: Provider | None, root: Path, info: EngineInfo) -> str | None:
         """Why files that may be this engine's are not used, or None if they are (or if there are none by default).
@@ -5943,7 +5925,7 @@ class Mirror:
                             f"Docker has {reference}, but lacks {len(missing)} of its blobs: {some_of(missing)}")
 
     @staticmethod
-    def _try_names(names: Iterable[W], get: Callable[[W], T], problem: str) -> T:
+    def _try_names(names: Iterable[K], get: Callable[[K], T], problem: str) -> T:
         """What get() returns for the first name that it does not fail for. The error is the first one if it refuses."""
         errors = []
         for name in names:
