@@ -74,8 +74,8 @@ class Program:
         self.process = subprocess.Popen(
             [*command, "-addr", address, "-store", str(self.store), *arguments],
             stderr=subprocess.PIPE, text=True,
-            env=environment(DOCKER_HOST=docker_host, DOCKER_CONFIG="/nowhere", PYTHONUNBUFFERED="1",
-                            CONSTANTS=json.dumps(constants or {}), **(env or {})))
+            env=environment(**{"DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", "PYTHONUNBUFFERED": "1",
+                               "CONSTANTS": json.dumps(constants or {}), **(env or {})}))
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         line = self.wait_for_line("listening on ")
