@@ -809,89 +809,34 @@ def own_container() -> list[str]:
     return [*container_ids(*texts), *([socket.gethostname()] if in_container() else [])]
 
 
-class CommandFailed(OSError):
-    """The command that leads to Docker has failed. The message has what the command said."""
-
-
 class CommandSocket(socket.socket):
-    """A connection to the standard input and output of a command, which is ended when the connection is closed.
-
-    When the command fails, reads and writes raise CommandFailed.
-    """
-
-    STATUS_TIMEOUT = 2    # seconds that a command may take to end after it has closed its output
-    TEXT_LIMIT = 4 * KIB  # bytes that are read of what a command said
+    """A connection to the standard input and output of a command, which is ended when the connection is closed."""
 
     _process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, command: Iterable[str], timeout: float) -> CommandSocket:
-        """Start a command. timeout, in seconds, applies to each operation of the connection. Raises OSError."""
+    def start(cls, command: Iterable[str], errors: Path, timeout: float) -> CommandSocket:
+        """Start a command, whose standard error goes to a new file.
+
+        timeout, in seconds, applies to each operation of the connection. Raises OSError.
+        """
+        errors.unlink(missing_ok=True)
         ours, theirs = socket.socketpair()
-        with ours, theirs:
+        with ours, theirs, open(errors, "wb") as stderr:
             # A session of its own: no terminal to ask on, and no Ctrl-C that is meant for this program.
             process = subprocess.Popen([*command], stdin=theirs.fileno(), stdout=theirs.fileno(),  # noqa: S603
-                                       stderr=subprocess.PIPE, start_new_session=True)
+                                       stderr=stderr, start_new_session=True)
             sock = cls(fileno=ours.detach())
         sock._process = process
         sock.settimeout(timeout)
         return sock
-
-    def recv(self, count: int, flags: int = 0) -> bytes:
-        """See socket.socket.recv."""
-        with self._lost_connection():
-            data = super().recv(count, flags)
-        if not data:
-            self._check_command()
-        return data
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """See socket.socket.recv_into."""
-        with self._lost_connection():
-            count = super().recv_into(buffer, nbytes, flags)
-        if not count:
-            self._check_command()
-        return count
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        """See socket.socket.sendall."""
-        with self._lost_connection():
-            super().sendall(data, flags)
 
     def close(self) -> None:
         """See socket.socket.close, which is called again when the last file of the connection is closed."""
         super().close()
         if self.fileno() < 0:
             self._process.kill()  # SIGTERM may be blocked in it, as it is in this program
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(self.STATUS_TIMEOUT)
-            if self._process.stderr:
-                self._process.stderr.close()
-
-    @contextlib.contextmanager
-    def _lost_connection(self) -> Iterator[None]:
-        try:
-            yield
-        except ConnectionError:
-            self._check_command()
-            raise
-
-    def _check_command(self) -> None:
-        """Raise CommandFailed if the command has failed, rather than ended because Docker closed the connection."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(self.STATUS_TIMEOUT)
-            if status:
-                raise CommandFailed(f"status {status}: {self._said() or 'it said nothing'}")
-
-    def _said(self) -> str:
-        """Return the last lines that the command wrote to its standard error, as one."""
-        assert self._process.stderr is not None
-        descriptor, text = self._process.stderr.fileno(), b""
-        os.set_blocking(descriptor, False)  # a process in the background may keep it open
-        with contextlib.suppress(BlockingIOError):
-            text = os.read(descriptor, self.TEXT_LIMIT)
-        lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
-        return printable("; ".join(lines[-2:]), 300)
+            self._process.wait()
 
 
 @dataclass(frozen=True)
@@ -903,9 +848,8 @@ class Tunnel:
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ENGINE_TIMEOUT}",
-        "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=2")
-    SHARING: ClassVar[tuple[str, ...]] = ("-o", "ControlMaster=auto", "-o", "ControlPersist=60")
+        "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ENGINE_TIMEOUT}", "-o", "ServerAliveInterval=10",
+        "-o", "ServerAliveCountMax=2", "-o", "ControlMaster=auto", "-o", "ControlPersist=60")
 
     user: str
     host: str
@@ -930,25 +874,30 @@ class Tunnel:
         return ["docker", *([shlex.quote(f"--host=unix://{self.path}")] if self.path else [])]
 
     @functools.cached_property
-    def _folder(self) -> str:
-        """The folder for the socket by which processes of ssh share a connection. The end of the program removes it."""
+    def _folder(self) -> Path:
+        """The folder of the socket by which processes of ssh share a connection, and of what the last one said.
+
+        It is removed at the end of the program.
+        """
         folder = tempfile.mkdtemp(prefix="k3d-ssh-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
+        return Path(folder)
 
     def connect(self, timeout: float) -> socket.socket:
         """Open a connection, which is not known to lead to Docker before the first read. Raises OSError."""
-        command = ["ssh", *self.OPTIONS, *self.SHARING, "-o", f"ControlPath={self._folder}/%C", *self._target(),
-                   *self._docker(), "system", "dial-stdio"]
-        try:
-            return CommandSocket.start(command, timeout)
-        except FileNotFoundError:
-            raise CommandFailed("the program ssh is not installed here") from None
+        command = ["ssh", *self.OPTIONS, "-o", f"ControlPath={self._folder}/%C", *self._target(), *self._docker(),
+                   "system", "dial-stdio"]
+        return CommandSocket.start(command, self._folder / "errors", timeout)
 
     def advice(self, error: Exception) -> str:
-        """Explain an error to the user, with the command that shows it."""
+        """Explain an error to the user, with what ssh said, and the command that shows it."""
+        try:
+            lines = (self._folder / "errors").read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        said = "; ".join(line for line in map(str.strip, lines) if line)[-300:]
         command = " ".join(["ssh", "-o", "BatchMode=yes", *self._target(), *self._docker(), "version"])
-        return f"{self} failed with {error}. To see why, run: {command}"
+        return f"{self} failed: {error}{f' ({printable(said)})' if said else ''}. To see why, run: {command}"
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -1072,7 +1021,7 @@ class EngineHost:
 
     def advice(self, error: Exception) -> str:
         """Explain to the user why Docker cannot be reached, and what to do about it."""
-        if isinstance(error, CommandFailed) and self.tunnel:
+        if self.tunnel:
             return self.tunnel.advice(error)
         if isinstance(error, FileNotFoundError):
             looked = f" (address {self.origin})" if self.origin else ""
