@@ -2553,10 +2553,8 @@ def is_folder(path: Path) -> bool:
     """True if there is a folder of that name. OSError if that cannot be told: Path.is_dir() hides such errors."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except OSError as e:
-        if e.errno != errno.ELOOP:
+        if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
         return False
 
@@ -2569,20 +2567,19 @@ class Identity(NamedTuple):
     changed: int
 
     @classmethod
-    def of(cls, file: Path | int) -> Identity:
-        """The identity of a file, given by its path or its descriptor. OSError."""
-        status = os.stat(file)  # noqa: PTH116 - of a descriptor, too
+    def of(cls, path: Path) -> Identity:
+        """The identity of a file. OSError."""
+        status = path.stat()
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def hash_file(path: Path, algorithm: str) -> tuple[Any, Identity | None]:
-    """Return the hashlib object of a file's content, and what was read, or None if it changed meanwhile. OSError."""
+def hash_file(path: Path, algorithm: str) -> Any:
+    """Return the hashlib object of a file's content. OSError."""
     content = hashlib.new(algorithm)
     with open_file(path) as file:
-        identity = Identity.of(file.fileno())
         while data := file.read(MIB):
             content.update(data)
-        return content, identity if identity == Identity.of(file.fileno()) else None
+    return content
 
 
 class Disk:
@@ -2603,9 +2600,8 @@ class Disk:
         """durable says whether to wait until files are on the disk."""
         self.root, self.damaged, self._durable = root, root / "damaged", durable
         self._moving = threading.Lock()  # held while something is moved out of the way
-        # Paths that the log has named as damaged, and folders whose names are on the disk; one operation each: no lock.
-        self._named: set[Path] = set()
-        self._settled: set[Path] = set()
+        self._named: Memory[Path, bool] = Memory()    # what the log has named as damaged
+        self._settled: Memory[Path, bool] = Memory()  # folders whose names are on the disk
         self._change = threading.Condition()  # guards _unfinished and _reserved
         self._unfinished: set[Path] = set()
         self._reserved: set[Path] = set()
@@ -2674,9 +2670,7 @@ class Disk:
             self.move_away(folder, lambda: not is_folder(folder))
             folder.mkdir(exist_ok=True)
         self.sync(folder.parent)
-        if len(self._settled) >= VERIFIED_LIMIT:
-            self._settled.clear()
-        self._settled.add(folder)
+        self._settled[folder] = True
 
     def begin(self, folder: Path) -> Path:
         """Make a folder and return a temporary name in it. The caller must call end(). OSError."""
@@ -2758,9 +2752,7 @@ class Disk:
     def name_damaged(self, path: Path, why: str) -> None:
         """Say once in the log that something is damaged."""
         if path not in self._named:
-            if len(self._named) >= MEMORY_LIMIT:
-                self._named.clear()
-            self._named.add(path)
+            self._named[path] = True
             log.warning("store: %s is damaged (%s): it counts as absent", path, why)
 
     def move_away(self, path: Path, is_in_the_way: Callable[[], bool]) -> None:
@@ -2850,27 +2842,11 @@ class Space:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What is kept about one image: its manifest's digest, and the size in bytes of everything that it needs."""
 
     target: Digest
     content: Mapping[Digest, int]
-
-    @classmethod
-    def parse(cls, data: bytes) -> Record:
-        """Parse what dump() returns. Raises ValueError."""
-        try:
-            document = json.loads(data)
-            content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
-            return cls(Digest.parse(document["target"]), content)
-        except MALFORMED_ERRORS as e:
-            raise ValueError(f"not a record of an image: {e}") from e
-
-    def dump(self) -> bytes:
-        """The record as bytes that parse() understands."""
-        content = {str(digest): size for digest, size in self.content.items()}
-        return json.dumps({"target": str(self.target), "content": content}).encode()
 
 
 class Links:
@@ -3063,7 +3039,7 @@ class Store:
         found = self._verified.get(identity)
         if found and found.algorithm == expected.algorithm:
             return found
-        read = functools.partial(self._read, path, expected.algorithm)
+        read = functools.partial(self._read, path, identity, expected.algorithm)
         if identity.size <= MANIFEST_LIMIT:
             return read()
         try:
@@ -3073,11 +3049,10 @@ class Store:
         except RegistryError as e:
             raise RegistryError("UNAVAILABLE", f"the store is still reading {expected}: ask again") from e
 
-    def _read(self, path: Path, algorithm: str) -> Digest:
-        """Read a file, and return the digest of its content. OSError."""
-        content, identity = hash_file(path, algorithm)
-        found = Digest(algorithm, content.hexdigest())
-        if identity:
+    def _read(self, path: Path, identity: Identity, algorithm: str) -> Digest:
+        """Read a file, and return the digest of its content, which is remembered unless it has changed. OSError."""
+        found = Digest(algorithm, hash_file(path, algorithm).hexdigest())
+        if identity == Identity.of(path):
             self.remember(identity, found)
         return found
 
@@ -3121,11 +3096,19 @@ class Store:
 
     def _read_record(self, path: Path) -> Record | None:
         data = self.disk.read(path)
-        try:
-            return Record.parse(data) if data is not None else None
-        except ValueError as e:
-            self.disk.name_damaged(path, str(e))
+        if data is None:
             return None
+        try:
+            document = json.loads(data)
+            content = {Digest.parse(digest): int(size) for digest, size in document["content"].items()}
+            return Record(Digest.parse(document["target"]), content)
+        except MALFORMED_ERRORS as e:
+            self.disk.name_damaged(path, f"not a record of an image: {e}")
+            return None
+
+    def _write_record(self, path: Path, record: Record) -> None:
+        content = {str(digest): size for digest, size in record.content.items()}
+        self.disk.write(path, json.dumps({"target": str(record.target), "content": content}).encode())
 
     def _touch_record(self, path: Path, record: Record) -> None:
         """Mark a record and its content as used now: what is freed depends on the last use."""
@@ -3136,7 +3119,7 @@ class Store:
         """Note an exported image: the digest of its manifest, and the content that it needs, which is here."""
         with disk_errors(f"read {self.docker.folder}"):
             sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
-        self.disk.write(self._exports.path(image_id), Record(target, sizes).dump())
+        self._write_record(self._exports.path(image_id), Record(target, sizes))
 
     def noted_target(self, image_id: Digest) -> Digest | None:
         """The digest of the manifest that an image had when it was exported, or None if it never was."""
@@ -3163,7 +3146,7 @@ class Store:
             known = self._read_record(path)
             record = Record(manifest, {**(known.content if known else {}), **content})
             if record != known:
-                self.disk.write(path, record.dump())
+                self._write_record(path, record)
         self._touch_record(path, record)
 
     def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
@@ -3320,7 +3303,7 @@ class Writer:
         content = self._hash
         if algorithm not in (None, content.name):
             with disk_errors(f"read {self.path}"):
-                content, _ = hash_file(self.path, algorithm)
+                content = hash_file(self.path, algorithm)
         return Digest(content.name, content.hexdigest())
 
     def keep(self, owner: Links, expected: Digest | None = None) -> Digest:
@@ -3388,7 +3371,7 @@ class Upload(Writer):
         super().__init__(store, path, content)
         if content is None or size != self.size:
             with disk_errors(f"read {path}"):
-                self._hash, _ = hash_file(path, "sha256")
+                self._hash = hash_file(path, "sha256")
 
     def close(self) -> None:
         """Close the file, at the end of each request. If that fails, the upload is discarded."""
