@@ -2646,9 +2646,9 @@ class Disk:
         """The names in a folder, sorted, without those of temporary files."""
         return [entry.name for entry in self.entries(folder) if entry.name[0] != "."]
 
-    def files(self, folder: Path) -> Iterator[Path]:
-        """All files below a folder, temporary ones too."""
-        for entry in self.entries(folder):
+    def files(self, *folders: Path) -> Iterator[Path]:
+        """All files below some folders, temporary ones too."""
+        for entry in itertools.chain.from_iterable(map(self.entries, folders)):
             if entry.is_dir(follow_symlinks=False):
                 yield from self.files(Path(entry.path))
             else:
@@ -2658,8 +2658,7 @@ class Disk:
 
     def make_folder(self, folder: Path) -> None:
         """Make a folder, and those above it. Their names are on the disk when this returns. OSError."""
-        is_there, is_ours = is_folder(folder), self.root in (folder, *folder.parents)
-        if is_there and (folder in self._settled or not is_ours):
+        if is_folder(folder) and (folder in self._settled or self.root not in (folder, *folder.parents)):
             return
         self.make_folder(folder.parent)
         try:
@@ -2757,9 +2756,8 @@ class Disk:
 
     def move_away(self, path: Path, is_in_the_way: Callable[[], bool]) -> None:
         """Move what is in the place of something else to the folder of damaged files. OSError."""
-        folder = self.root if path == self.damaged else self.damaged
-        target = folder / f"{path.name}.{secrets.token_hex(4)}"
-        self.make_folder(folder)
+        target = (self.root if path == self.damaged else self.damaged) / f"{path.name}.{secrets.token_hex(4)}"
+        self.make_folder(target.parent)
         with self._moving:
             if is_in_the_way():
                 path.rename(target)
@@ -2853,8 +2851,7 @@ class Links:
     """The content that belongs to one owner, by digest: a folder of hard links to the store's content.
 
     The bytes are stored once, however many owners they have. The file system counts the owners: content with no
-    link but the store's own belongs to nobody. Linking is atomic, so no reader and no killed process ever sees half
-    of it.
+    link but the store's own belongs to nobody.
     """
 
     name = "store"
@@ -2879,13 +2876,8 @@ class Links:
     def find(self, digest: Digest, deadline: Deadline | None = None) -> FileBlob | None:
         """The content, or None if it does not belong here or is damaged. See Store.has_content for the deadline."""
         path = self.path(digest)
-        if not self._store.is_intact(path, digest, deadline):
-            return None
-        with disk_errors(f"read {path}"):
-            try:
-                return FileBlob(path)
-            except FileNotFoundError:  # removed a moment ago
-                return None
+        is_intact = self._store.is_intact(path, digest, deadline)
+        return self._store.disk.attempt("read", path, lambda: FileBlob(path), None) if is_intact else None
 
     def digests(self, strict: bool = False) -> Iterator[Digest]:
         """The digests of everything that belongs here; STORE_FAILED if not all of it can be listed.
@@ -2906,15 +2898,12 @@ class Links:
     def adopt(self, digest: Digest, size: int | None = None, deadline: Deadline | None = None) -> bool:
         """Make content of the store belong here too, as used now. True if the store has it, in this size in bytes."""
         source = self._store.blobs.path(digest)
-        with disk_errors(f"link {source}"):
-            try:
-                self._store.touch(source)
-                if not self._store.is_intact(source, digest, deadline) or size not in (None, source.stat().st_size):
-                    return False
+        with disk_errors(f"link {source}"), contextlib.suppress(FileNotFoundError):
+            self._store.touch(source)
+            if self._store.is_intact(source, digest, deadline) and size in (None, source.stat().st_size):
                 self._link(source, digest)
-            except FileNotFoundError:
-                return False
-            return True
+                return True
+        return False
 
     def take(self, file: Path, digest: Digest) -> bool:
         """Make a finished file, whose digest was verified, belong here. The file stays. True if it was new."""
@@ -2939,10 +2928,10 @@ class Links:
 
     def drop(self, digest: Digest) -> bool:
         """Make content no longer belong here, and free it if it belongs to nobody else. True if it did belong here."""
-        if not self._store.disk.remove(self.path(digest), self._durable):
-            return False
-        self._store.release(digest)
-        return True
+        gone = self._store.disk.remove(self.path(digest), self._durable)
+        if gone:
+            self._store.release(digest)
+        return gone
 
     def drop_unless_used(self, digest: Digest, now: float, age: float) -> None:
         """Drop content that was last used more than `age` seconds before now."""
@@ -2986,7 +2975,7 @@ class Store:
         self._verified: dict[Identity, Digest] = {}  # what is in a file; what was used last comes last
 
     def close(self) -> None:
-        """Remove everything half-written, at the end of the process."""
+        """See Disk."""
         self.disk.close()
 
     # ---- content
@@ -3024,8 +3013,7 @@ class Store:
     def has_content(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
         """True if a file is there and has the content of a digest. STORE_FAILED if it could not be read.
 
-        A large file that has to be read first may take longer than a deadline: then UNAVAILABLE, and the reading goes
-        on.
+        If a large file has to be read first, that may last longer than a deadline: then UNAVAILABLE, and it goes on.
         """
         return self._found(path, digest, deadline) == digest
 
@@ -3177,9 +3165,8 @@ class Store:
 
     def measure(self) -> None:
         """Count what the store has on the disk. What is written meanwhile may be miscounted until the next time."""
-        uploads = (self.repositories / name / "_uploads" for name in self.repository_names())
-        used = 0
-        for path in (path for folder in (self.root / "blobs", *uploads) for path in self.disk.files(folder)):
+        uploads, used = (self.repositories / name / "_uploads" for name in self.repository_names()), 0
+        for path in self.disk.files(self.root / "blobs", *uploads):
             with contextlib.suppress(OSError):
                 used += path.stat().st_size
         self.space.used, self.space.measured = used, True
@@ -3197,26 +3184,24 @@ class Store:
         if sum(status.st_size for status in old.values()) < self.space.lacking():
             return
         for digest in sorted(old, key=lambda digest: old[digest].st_mtime):
-            if not self.space.lacking():
-                return
-            self.docker.drop_unless_used(digest, now, SERVED_AGE)
-            log.info("store: removed the copy of %s, to make room", digest)
+            if self.space.lacking():
+                self.docker.drop_unless_used(digest, now, SERVED_AGE)
+                log.info("store: removed the copy of %s, to make room", digest)
 
     # ---- tidying up
 
     def tidy_up(self, in_docker: Callable[[Digest], bool], now: float) -> None:
         """Remove what nothing refers to any more. now is in seconds since the epoch.
 
-        That is: exports of images that Docker no longer has, what was fetched and not used for FETCHED_AGE
-        seconds, content without an owner, and what a killed process left half-written. What was used within the
-        last EVICTION_AGE seconds stays: a node may be in the middle of a pull, and an export or a push may still be
-        arriving.
+        That is: exports of images that Docker no longer has, what was fetched and not used for FETCHED_AGE seconds,
+        content without an owner, and what a killed process left half-written. What was used within the last
+        EVICTION_AGE seconds stays: a pull, an export or a push may be under way.
         """
         needed = self._needed(self._exports, now, EVICTION_AGE, in_docker)
         needed |= self._needed(self._fetched, now, FETCHED_AGE, lambda _: False)
         for digest in set(self.docker.digests()) - needed:
             self.docker.drop_unless_used(digest, now, EVICTION_AGE)
-        for path in (path for name in self.FOLDERS for path in self.disk.files(self.root / name)):
+        for path in self.disk.files(*(self.root / name for name in self.FOLDERS)):
             if path.name[0] == "." and self.disk.is_old(path, now, EVICTION_AGE):
                 self.disk.remove(path)
         for digest in self.blobs.digests():
