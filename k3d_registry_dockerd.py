@@ -3347,8 +3347,7 @@ def keep_content(store: Store, data: bytes, owner: Links, algorithm: str = "sha2
 class Upload(Writer):
     """An upload during one request. It has to be closed.
 
-    The hash is kept in the store's memory from one request to the next. After a restart it is computed again
-    from the file.
+    Its hash stays in memory from one request to the next. After a restart it is computed again from the file.
     """
 
     def __init__(self, store: Store, path: Path):
@@ -3388,9 +3387,9 @@ class Repository:
         <name>/_uploads/<session>                   what has arrived of an upload
 
     Path components of a repository's name never begin with an underscore, so nested names do not clash.
-    A tag or a referrer counts only while its manifest exists. So the order of two writes is enough for a push
-    to be there whole or not at all, whenever the process is killed. And a manifest is deleted without a look at each
-    tag: they go when the repository is tidied up, or before the same manifest is pushed again.
+    A tag or a referrer counts only while its manifest exists. So a push is there whole or not at all, whenever the
+    process is killed. And a manifest is deleted without a look at each tag: they go when the repository is tidied up,
+    or before the same manifest is pushed again.
     """
 
     def __init__(self, store: Store, name: str):
@@ -3410,11 +3409,9 @@ class Repository:
 
     def manifest(self, target: str | Digest) -> Manifest | None:
         """The manifest that a tag or a digest names here, or None."""
-        digest = target if isinstance(target, Digest) else self.tag(target)
-        if digest is None or not self.manifests.find(digest):
-            return None
-        data = self._disk.read(self.manifests.path(digest))
-        return Manifest(digest, self._media_type(digest, data), data) if data is not None else None
+        digest = target if isinstance(target, Digest) else self._tagged(target)
+        data = self._disk.read(self.manifests.path(digest)) if digest and self.manifests.find(digest) else None
+        return Manifest(digest, self._media_type(digest, data), data) if digest and data is not None else None
 
     def _media_type(self, digest: Digest, data: bytes) -> str:
         """The media type of a manifest: the one that it was pushed with, if it does not say that itself."""
@@ -3557,9 +3554,8 @@ class Repository:
     # ---- tidying up
 
     def tidy_up(self, now: float, untagged_age: float | None) -> None:
-        """Remove abandoned uploads, blobs that no manifest here refers to any more, and, if an age in seconds is given,
-        manifests that have had no tag for so long."""
-        for path in (self._uploads / name for name in self._disk.names(self._uploads)):
+        """Remove abandoned uploads, unused blobs, and, if an age in seconds is given, manifests without a tag."""
+        for path in map(self._uploads.joinpath, self._disk.names(self._uploads)):
             status = self._disk.status(path)
             if status and self._disk.is_old(path, now, UPLOAD_AGE) and self._disk.remove(path):
                 self._store.space.free(status.st_size)
@@ -3570,18 +3566,16 @@ class Repository:
         self._tidy_content(now, untagged_age)
 
     def _tidy_content(self, now: float, untagged_age: float | None) -> None:
-        unused, damaged = set(self.blobs.digests()), False
+        unused = set(self.blobs.digests())
         related: dict[Digest, set[Digest]] = {}  # manifest -> those that it lists, and those that have it as subject
         for digest in self.manifests.digests(strict=True):
             manifest = self.manifest(digest)
-            damaged = damaged or manifest is None
-            if manifest:
-                unused.difference_update(manifest.listed("config", "layers", "blobs"))
-                related.setdefault(digest, set()).update(manifest.listed("manifests"))
-                if manifest.subject:
-                    related.setdefault(manifest.subject, set()).add(digest)
-        if damaged:
-            return  # its blobs are not known
+            if manifest is None:
+                return  # it is damaged: its blobs are not known
+            unused.difference_update(manifest.listed("config", "layers", "blobs"))
+            related.setdefault(digest, set()).update(manifest.listed("manifests"))
+            if manifest.subject:
+                related.setdefault(manifest.subject, set()).add(digest)
         for digest in unused:
             self.blobs.drop_unless_used(digest, now, UPLOAD_AGE)
         if untagged_age is not None:
@@ -3604,10 +3598,7 @@ class Repository:
 
 
 class Hosted:
-    """The registry of what was pushed here: a complete one, which knows nothing of Docker.
-
-    Each method takes a reference whose namespace, if it has one, names this registry.
-    """
+    """The registry of what was pushed here: a complete one. References name it as their namespace, or none."""
 
     def __init__(self, store: Store, untagged_age: float | None = None):
         """untagged_age is how long a manifest without a tag is kept after its last use, in seconds; None: forever."""
@@ -3637,11 +3628,11 @@ class Hosted:
 
         It counts as used now: a client that was told that it is here may rely on that for UPLOAD_AGE seconds.
         """
-        blobs, digest = self.repository(reference.repository).blobs, reference.digest
-        blobs.touch(digest)
-        blob = blobs.find(digest, deadline)
+        blobs = self.repository(reference.repository).blobs
+        blobs.touch(reference.digest)
+        blob = blobs.find(reference.digest, deadline)
         if blob is None:
-            raise RegistryError("BLOB_UNKNOWN", f"{digest} was not pushed to {reference.repository}")
+            raise RegistryError("BLOB_UNKNOWN", f"{reference.digest} was not pushed to {reference.repository}")
         return blob
 
     def tags(self, reference: Reference, after: str = "") -> Iterator[str]:
@@ -3652,10 +3643,7 @@ class Hosted:
         return repository.tags(after)
 
     def referrers(self, reference: Reference, after: str = "") -> Iterator[dict[str, Any]]:
-        """The descriptors of the manifests in a repository that have the digest of a reference as their subject.
-
-        They are read one at a time, in the order of their digests, from behind one on.
-        """
+        """The descriptors of manifests that have a reference's digest as subject. See Repository.referrers."""
         return map(Manifest.referrer, self.repository(reference.repository).referrers(reference.digest, after))
 
     def catalog(self) -> list[str]:
@@ -3679,18 +3667,15 @@ class Hosted:
     def mount(self, reference: Reference, source: str | None) -> bool:
         """Make a blob of another repository belong to this one too. True if that repository has it.
 
-        Without a source, any repository will do (OCI Distribution Spec v1.1, "Mounting a blob from another
-        repository").
+        Without a source, any will do (OCI Distribution Spec v1.1, "Mounting a blob from another repository").
         """
-        digest = reference.digest
-        sources = self.names() if source is None else [source]
+        digest, sources = reference.digest, self.names() if source is None else [source]
         owned = any(self.repository(name).blobs.size(digest) is not None for name in sources)
         return owned and self.repository(reference.repository).blobs.adopt(digest)
 
     @staticmethod
     def accept_manifest(reference: Reference, data: bytes, content_type: str | None) -> Manifest:
-        """Check the bytes of a manifest that is pushed. MANIFEST_INVALID; DIGEST_INVALID if the reference has another
-        digest."""
+        """Check the bytes of a manifest that is pushed. MANIFEST_INVALID; DIGEST_INVALID if another one is named."""
         expected = reference.target if isinstance(reference.target, Digest) else None
         manifest = Manifest.accept(data, content_type, expected.algorithm if expected else "sha256")
         if expected not in (None, manifest.digest):
