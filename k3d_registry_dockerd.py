@@ -2948,7 +2948,6 @@ class Store:
         blobs/sha256/<hex>          content, whole and verified
         docker/sha256/<hex>         links to what came from Docker, or was fetched because Docker lacks it
         exports/sha256/<hex>        the record of one exported image, named by the image's ID
-        fetched/sha256/<hex>        the record of what Docker lacked of an image, named by its manifest
         repositories/<name>/...     what was pushed: see Repository
         damaged/...                 what was in the place of something else: see Disk
 
@@ -2958,19 +2957,18 @@ class Store:
     soon as anybody brings it.
     """
 
-    FOLDERS = ("blobs", "docker", "exports", "fetched", "repositories", "damaged")
+    FOLDERS = ("blobs", "docker", "exports", "repositories", "damaged")
 
     def __init__(self, root: Path, durable: bool = True, limit: int | None = None):
         """durable says whether what is pushed is on the disk before that is acknowledged; limit is in bytes."""
         self.root, self.repositories = root, root / "repositories"
         self.disk, self.space = Disk(root, durable), Space(root, limit)
-        self.blobs, self.docker, self._exports, self._fetched = (
-            Links(self, root / name, durable=False) for name in ("blobs", "docker", "exports", "fetched"))
+        self.blobs, self.docker, self._exports = (
+            Links(self, root / name, durable=False) for name in ("blobs", "docker", "exports"))
         # The size and the hash of uploads between two requests. Only whoever has reserved the path touches its entry.
         self.hashes: dict[Path, tuple[int, Any]] = {}
         self.jobs = Jobs()
         self.using = threading.Lock()  # held while content is marked as used, or removed because it was not
-        self._recording = threading.Lock()  # held while a record of fetched content, a small file, is read and written
         self._lock = threading.Lock()  # guards _verified
         self._verified: dict[Identity, Digest] = {}  # what is in a file; what was used last comes last
 
@@ -3080,7 +3078,7 @@ class Store:
         if status and status.st_nlink == 1 and self.disk.remove(path):
             self.space.free(status.st_size)
 
-    # ---- records: what was exported, and what was fetched
+    # ---- records of what was exported
 
     def _read_record(self, path: Path) -> Record | None:
         data = self.disk.read(path)
@@ -3094,20 +3092,11 @@ class Store:
             self.disk.name_damaged(path, f"not a record of an image: {e}")
             return None
 
-    def _write_record(self, path: Path, record: Record) -> None:
-        content = {str(digest): size for digest, size in record.content.items()}
-        self.disk.write(path, json.dumps({"target": str(record.target), "content": content}).encode())
-
-    def _touch_record(self, path: Path, record: Record) -> None:
-        """Mark a record and its content as used now: what is freed depends on the last use."""
-        for used in (path, *map(self.docker.path, record.content)):
-            self.touch(used)
-
     def record_export(self, image_id: Digest, target: Digest, content: Iterable[Digest]) -> None:
         """Note an exported image: the digest of its manifest, and the content that it needs, which is here."""
         with disk_errors(f"read {self.docker.folder}"):
-            sizes = {digest: self.docker.path(digest).stat().st_size for digest in content}
-        self._write_record(self._exports.path(image_id), Record(target, sizes))
+            sizes = {str(digest): self.docker.path(digest).stat().st_size for digest in content}
+        self.disk.write(self._exports.path(image_id), json.dumps({"target": str(target), "content": sizes}).encode())
 
     def noted_target(self, image_id: Digest) -> Digest | None:
         """The digest of the manifest that an image had when it was exported, or None if it never was."""
@@ -3121,26 +3110,9 @@ class Store:
         if record is None or not self.docker.find(record.target) or any(
                 self.docker.size(digest) != size for digest, size in record.content.items()):
             return None
-        self._touch_record(path, record)
+        for used in (path, *map(self.docker.path, record.content)):
+            self.touch(used)  # what is freed depends on the last use
         return record.target
-
-    def record_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
-        """Note that content, with its size in bytes, stays here for a manifest for as long as that is in use.
-
-        Content that is not here yet is kept once it arrives.
-        """
-        path = self._fetched.path(manifest)
-        with self._recording:
-            known = self._read_record(path)
-            record = Record(manifest, {**(known.content if known else {}), **content})
-            if record != known:
-                self._write_record(path, record)
-        self._touch_record(path, record)
-
-    def touch_fetch(self, manifest: Digest, content: Mapping[Digest, int]) -> None:
-        """If anything was fetched for a manifest, mark it as used now, and all of its content as needed."""
-        if self.disk.status(self._fetched.path(manifest)):
-            self.record_fetch(manifest, content)
 
     # ---- room
 
@@ -3193,31 +3165,28 @@ class Store:
     def tidy_up(self, in_docker: Callable[[Digest], bool], now: float) -> None:
         """Remove what nothing refers to any more. now is in seconds since the epoch.
 
-        That is: exports of images that Docker no longer has, what was fetched and not used for FETCHED_AGE seconds,
+        That is: exports of images that Docker no longer has, other copies that were not used for FETCHED_AGE seconds,
         content without an owner, and what a killed process left half-written. What was used within the last
         EVICTION_AGE seconds stays: a pull, an export or a push may be under way.
         """
-        needed = self._needed(self._exports, now, EVICTION_AGE, in_docker)
-        needed |= self._needed(self._fetched, now, FETCHED_AGE, lambda _: False)
+        needed: set[Digest] = set()
+        gone: set[Digest] = set()
+        for image_id in self._exports.digests():
+            path = self._exports.path(image_id)
+            record, is_gone = self._read_record(path), False
+            if self.disk.is_old(path, now, EVICTION_AGE) and not in_docker(image_id):
+                is_gone = self.disk.remove(path)
+            (gone if is_gone else needed).update(record.content if record else ())
         for digest in set(self.docker.digests()) - needed:
-            self.docker.drop_unless_used(digest, now, EVICTION_AGE)
+            status = self.disk.status(self.docker.path(digest))
+            is_pushed = status and status.st_nlink > 2  # and so it stays without this copy
+            self.docker.drop_unless_used(digest, now, EVICTION_AGE if digest in gone or is_pushed else FETCHED_AGE)
         for path in self.disk.files(*(self.root / name for name in self.FOLDERS)):
             if path.name[0] == "." and self.disk.is_old(path, now, EVICTION_AGE):
                 self.disk.remove(path)
         for digest in self.blobs.digests():
             if self.disk.is_old(self.blobs.path(digest), now, EVICTION_AGE):
                 self.release(digest)
-
-    def _needed(self, records: Links, now: float, age: float, is_needed: Callable[[Digest], bool]) -> set[Digest]:
-        """Remove the old records that nobody needs, and return the content of the others."""
-        needed: set[Digest] = set()
-        for about in records.digests():
-            path = records.path(about)
-            if self.disk.is_old(path, now, age) and not is_needed(about):
-                self.disk.remove(path)
-            elif record := self._read_record(path):
-                needed.update(record.content)
-        return needed
 
     @contextlib.contextmanager
     def log_freed(self) -> Iterator[None]:
@@ -5268,7 +5237,6 @@ class Fetches:
             if Digest.of(data, digest.algorithm) != digest or media_type is None:
                 raise PullFailed("ORIGIN_UNAVAILABLE", f"{reference.namespace} answered with something else")
         keep_content(self._store, data, self._store.docker, digest.algorithm)
-        self._store.record_fetch(digest, {digest: len(data)})
         return Manifest(digest, media_type, data)
 
     def begin(self, reference: Reference, blobs: Mapping[Digest, int], client: Client,
@@ -5668,7 +5636,8 @@ class Mirror:
                                    lambda: self._recover(reference, manifest, dataclasses.replace(
                                        client, deadline=Deadline())), f"getting what it lacks of {reference}")
             job.outcome(client.deadline)
-        self._store.touch_fetch(manifest.digest, manifest.sizes("config", "layers"))
+        for digest in (manifest.digest, *manifest.sizes("config", "layers")):
+            self._store.docker.touch(digest)  # if it was fetched, it stays for a while
         return manifest
 
     def _manifest_of_image(self, reference: Reference, client: Client) -> Manifest:
@@ -5852,7 +5821,6 @@ class Mirror:
             if self._store.docker.size(digest) not in (None, size):
                 self._store.docker.drop(digest)  # a crash cut it short
         self._fetches.begin(reference, missing, client, source)
-        self._store.record_fetch(manifest.digest, {**missing, **manifest.sizes("config", "layers")})
 
     @in_time
     def fetch_lost(self, client: Client, reference: Reference, manifest: Manifest, blobs: Mapping[Digest, int]) -> None:

@@ -186,52 +186,22 @@ class TestExports(StoreCase):
 
 
 class TestFetched(StoreCase):
-    def fetch(self, manifest, *contents):
-        content = {self.put(data): len(data) for data in contents}
-        self.store.record_fetch(manifest, content)
-        return content
+    """What was fetched because Docker lacks it: no record of an export names it."""
 
     def test_content_in_use_is_kept(self):
-        kept, gone = self.fetch(IMAGE, b"manifest", b"layer"), self.fetch(OTHER, b"another")
+        kept, gone = self.put(b"layer"), self.put(b"another")
         now = time.time()
         self.age(FETCHED_AGE + 60 + NOW - now)
-        self.store.touch_fetch(IMAGE, dict.fromkeys(list(kept)[:1], len(b"manifest")))
-        self.store.touch_fetch(Digest.of(b"never fetched"), {})
+        for digest in (kept, Digest.of(b"never fetched")):
+            self.store.docker.touch(digest)
         self.assertEqual(len(b"another"), self.tidy_up(lambda _: False, now))
-        self.assertTrue(all(self.store.docker.size(digest) for digest in kept))
-        self.assertIsNone(self.store.docker.size(next(iter(gone))))
+        self.assertEqual((5, None), (self.store.docker.size(kept), self.store.docker.size(gone)))
 
     def test_kept_longer_than_exports(self):
-        (digest,) = self.fetch(IMAGE, b"layer")
-        self.age(10 * EVICTION_AGE)
+        digest = self.put(b"layer")
+        self.age(FETCHED_AGE - 60)
         self.assertEqual(0, self.tidy_up(lambda _: False, NOW))
         self.assertEqual(5, self.store.docker.size(digest))
-
-    def test_concurrent_records(self):
-        digests = [Digest.of(b"%d" % i) for i in range(50)]
-        threads = [threading.Thread(target=self.store.record_fetch, args=(IMAGE, {digest: 1})) for digest in digests]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        (path,) = self.root.glob("fetched/*/*")
-        self.assertEqual(set(map(str, digests)), set(json.loads(path.read_bytes())["content"]))
-
-    def test_content_shared_by_two_manifests(self):
-        """It is kept while either manifest is in use, whichever it was fetched for."""
-        shared = self.fetch(IMAGE, b"shared")
-        self.fetch(OTHER, b"the other's manifest")
-        now = time.time()
-        self.age(FETCHED_AGE + 60 + NOW - now)
-        self.store.touch_fetch(OTHER, shared)
-        self.tidy_up(lambda _: False, now)
-        self.assertEqual(6, self.store.docker.size(next(iter(shared))))
-
-    def test_records_are_merged(self):
-        both = {**self.fetch(IMAGE, b"manifest"), **self.fetch(IMAGE, b"layer")}
-        self.age(10 * EVICTION_AGE)
-        self.tidy_up(lambda _: False, NOW)
-        self.assertTrue(all(self.store.docker.size(digest) for digest in both))
 
 
 class TestLinks(StoreCase):
