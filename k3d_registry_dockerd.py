@@ -1492,10 +1492,8 @@ class Task:
     replaced whole, so no lock is needed.
     """
 
-    def __init__(self, kind: str, subject: str, detail: str = "", repository: str | None = None,
-                 ended: Callable[[Task], None] = lambda _: None):
-        """ended is called once, at the end."""
-        self.kind, self.subject, self.repository, self._ended = kind, subject, repository, ended
+    def __init__(self, kind: str, subject: str, detail: str = "", repository: str | None = None):
+        self.kind, self.subject, self.repository = kind, subject, repository
         self._what = f"{kind} {subject}{detail}"
         self.parts: Mapping[str, tuple[int, int]] = {}
         self.status = ""                        # what it is doing now
@@ -1510,9 +1508,8 @@ class Task:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error and self.seconds is None:
-            self.error = printable(str(error))
-            self._end()
-            log.warning("%s: failed after %s: %s", self._what, human_seconds(self.seconds or 0), error)
+            self.error, self.seconds = printable(str(error)), time.monotonic() - self.started
+            log.warning("%s: failed after %s: %s", self._what, human_seconds(self.seconds), error)
 
     def report(self, parts: Mapping[str, tuple[int, int]], status: str = "") -> None:
         """Note the progress, and log it from time to time."""
@@ -1528,13 +1525,9 @@ class Task:
 
     def done(self, how: str = "") -> None:
         """Log the last line of work that succeeded. how is the result; without it, that is the progress at the end."""
-        how = how or self.line(time.monotonic())
-        self._end()
-        log.info("%s: done in %s, %s", self._what, human_seconds(self.seconds or 0), how)
-
-    def _end(self) -> None:
-        self.seconds = time.monotonic() - self.started
-        self._ended(self)
+        now = time.monotonic()
+        self.seconds = now - self.started
+        log.info("%s: done in %s, %s", self._what, human_seconds(self.seconds), how or self.line(now))
 
     def progress(self) -> tuple[int, int]:
         """The bytes that are done, and the bytes in all as far as they are known, or 0."""
@@ -1552,6 +1545,20 @@ class Task:
             return self.status
         share = f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
         return f"{share}, {human_bytes(self.rate(now))}/s" + (f", {self.status}" if self.status else "")
+
+
+class Recent(dict[K, T]):
+    """The values that were set last, each under its key, the newest last."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key: K, value: T) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        if len(self) > self._limit:
+            del self[next(iter(self))]
 
 
 @dataclass
@@ -1587,13 +1594,13 @@ class Activity:
     def __init__(self) -> None:
         self.started = time.time()
         self.lock = threading.Lock()  # guards everything that follows
-        self._tasks: dict[int, Task] = {}
+        self._tasks: list[Task] = []
         self._ended: collections.deque[tuple[float, Task]] = collections.deque(maxlen=self.ENDED)
         self._visits: dict[int, Visit] = {}
-        self._past: dict[str, collections.deque[Visit]] = {}
-        self._errors: dict[str, tuple[int, Visit]] = {}
-        self._served: dict[str, Visit] = {}
-        self._nodes: dict[str, Visit] = {}
+        self._past: Recent[str, collections.deque[Visit]] = Recent(self.REPOSITORIES)
+        self._errors: Recent[str, tuple[int, Visit]] = Recent(self.ENDED)
+        self._served: Recent[str, Visit] = Recent(self.CLIENTS)
+        self._nodes: Recent[str, Visit] = Recent(self.CLIENTS)
         self.requests: collections.Counter[tuple[str, int]] = collections.Counter()     # (method, status)
         self.request_seconds: collections.Counter[float] = collections.Counter()        # bucket -> requests
         self.pulls: collections.Counter[tuple[str, str]] = collections.Counter()        # (registry, result)
@@ -1602,22 +1609,24 @@ class Activity:
 
     # ---- tasks
 
-    def task(self, kind: str, subject: str, detail: str = "", repository: str | None = None) -> Task:
-        """Begin a task; see Task. It has to be used in a `with`."""
-        task = Task(kind, subject, detail, repository, self._end_task)
+    @contextlib.contextmanager
+    def task(self, *arguments: Any) -> Iterator[Task]:
+        """Begin a task, which ends with the `with`. The arguments are those of Task."""
+        task = Task(*arguments)
         with self.lock:
-            self._tasks[id(task)] = task
-        return task
-
-    def _end_task(self, task: Task) -> None:
-        with self.lock:
-            self._tasks.pop(id(task), None)
-            self._ended.appendleft((time.time(), task))
+            self._tasks.append(task)
+        try:
+            with task:
+                yield task
+        finally:
+            with self.lock:
+                self._tasks.remove(task)
+                self._ended.appendleft((time.time(), task))
 
     def tasks(self) -> list[Task]:
         """The tasks under way, the oldest first."""
         with self.lock:
-            return list(self._tasks.values())
+            return list(self._tasks)
 
     def ended_tasks(self) -> list[tuple[float, Task]]:
         """The last tasks that have ended, with the time of that in seconds since the epoch, the newest first."""
@@ -1638,9 +1647,7 @@ class Activity:
         with self.lock:
             self._visits[id(visit)] = visit
             if visit.is_node:
-                self._nodes.pop(visit.client, None)
                 self._nodes[visit.client] = visit
-                self._trim(self._nodes, self.CLIENTS)
 
     def end(self, visit: Visit) -> None:
         """A request has got its answer, with which the visit is completed."""
@@ -1650,28 +1657,16 @@ class Activity:
             self.request_seconds[self._bucket(visit.seconds)] += 1
             self.sums["response_bytes"] += visit.size
             self.sums["request_microseconds"] += int(visit.seconds * 1e6)
-            if visit.repository:
-                self._remember(visit)
-
-    def _remember(self, visit: Visit) -> None:
-        past = self._past.pop(visit.repository, None) or collections.deque(maxlen=self.VISITS)
-        past.appendleft(visit)
-        self._past[visit.repository] = past
-        self._trim(self._past, self.REPOSITORIES)
-        if visit.digest and visit.status == 200:
-            self._served.pop(visit.digest, None)
-            self._served[visit.digest] = visit
-            self._trim(self._served, self.CLIENTS)
-        elif visit.note and visit.status >= 400 and (visit.method, visit.status) != ("HEAD", 404):
-            count, _ = self._errors.pop(visit.note, (0, visit))
-            self._errors[visit.note] = count + 1, visit
-            self._trim(self._errors, self.ENDED)
-
-    @staticmethod
-    def _trim(memory: dict[Any, Any], limit: int) -> None:
-        """Forget the oldest entry if there are too many."""
-        if len(memory) > limit:
-            del memory[next(iter(memory))]
+            if not visit.repository:
+                return
+            past = self._past.get(visit.repository) or collections.deque(maxlen=self.VISITS)
+            past.appendleft(visit)
+            self._past[visit.repository] = past
+            if visit.digest and visit.status == 200:
+                self._served[visit.digest] = visit
+            elif visit.note and visit.status >= 400 and (visit.method, visit.status) != ("HEAD", 404):
+                count, _ = self._errors.get(visit.note, (0, visit))
+                self._errors[visit.note] = count + 1, visit
 
     @classmethod
     def _bucket(cls, seconds: float) -> float:
@@ -6064,8 +6059,7 @@ class Adoption:
         """Copy content out of Docker into the store."""
         if self.store.docker.adopt(digest, blob.size):
             return  # copied by a job that ended after the caller had looked
-        task = self.mirror.activity.task("copy", str(digest), f", {human_bytes(blob.size)}, for a push")
-        with task, \
+        with self.mirror.activity.task("copy", str(digest), f", {human_bytes(blob.size)}, for a push") as task, \
                 BlobWriter(self.store, digest.algorithm) as writer, \
                 contextlib.closing(blob.open(0, blob.size, Deadline())) as body:
             count = 0

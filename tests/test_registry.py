@@ -444,7 +444,7 @@ class TestImageStores(unittest.TestCase):
 
 class TestTask(unittest.TestCase):
     def test_line_every_few_seconds(self):
-        moments = iter([100.0, *[100.0 + i for i in range(13)], 113.0, 113.0])
+        moments = iter([100.0, *[100.0 + i for i in range(13)], 113.0])
         with mock.patch("time.monotonic", lambda: next(moments)), self.assertLogs("k3d-registry-dockerd") as logs:
             task = Task("pull", "x", ", 12 kB")
             for i in range(13):
