@@ -2597,8 +2597,8 @@ class Disk:
         self._moving = threading.Lock()  # held while something is moved out of the way
         self._named: Memory[Path, bool] = Memory()    # what the log has named as damaged
         self._settled: Memory[Path, bool] = Memory()  # folders whose names are on the disk
-        self._change = threading.Condition()  # guards _unfinished and _reserved
-        self._unfinished: set[Path] = set()
+        self._unfinished: set[Path] = set()   # one operation each: no lock
+        self._change = threading.Condition()  # guards _reserved
         self._reserved: set[Path] = set()
 
     # ---- reading
@@ -2670,14 +2670,12 @@ class Disk:
         """Make a folder and return a temporary name in it. The caller must call end(). OSError."""
         self.make_folder(folder)
         path = folder / f".{secrets.token_hex(8)}"
-        with self._change:
-            self._unfinished.add(path)
+        self._unfinished.add(path)
         return path
 
     def end(self, path: Path) -> None:
         """Remove what is left under a temporary name."""
-        with self._change:
-            self._unfinished.discard(path)
+        self._unfinished.discard(path)
         with contextlib.suppress(OSError):  # tidying up removes it later
             path.unlink(missing_ok=True)
 
@@ -2778,17 +2776,12 @@ class Disk:
 
     def is_old(self, path: Path, now: float, age: float) -> bool:
         """True if a file was last used more than `age` seconds before now, and nobody is writing to it."""
-        with self._change:
-            if path in self._unfinished or path in self._reserved:
-                return False
-        status = self.status(path)
+        status = self.status(path) if path not in self._unfinished and path not in self._reserved else None
         return status is not None and status.st_mtime < now - age
 
     def close(self) -> None:
         """Remove everything half-written, at the end of the process."""
-        with self._change:
-            unfinished = list(self._unfinished)
-        for path in unfinished:
+        for path in list(self._unfinished):
             self.end(path)
 
 
@@ -2848,8 +2841,6 @@ class Links:
     The bytes are stored once, however many owners they have. The file system counts the owners: content with no
     link but the store's own belongs to nobody.
     """
-
-    name = "store"
 
     def __init__(self, store: Store, folder: Path, durable: bool = True):
         """durable: what belongs here is synced before it is acknowledged."""
@@ -4398,7 +4389,6 @@ class Unpacking:
     """
 
     OCI_BLOB = re.compile(r"(?:\./)?blobs/(\w+)/(\w+)")
-    PROBLEMS_SHOWN = 5  # in an error; an index may have thousands of manifests
 
     def __init__(self, store: Store, image_id: Digest):
         self._store, self._image_id = store, image_id
@@ -4500,7 +4490,7 @@ class Unpacking:
         Of an index, the platforms that Docker does not have may be missing, but not all of them.
         """
         if not self._closure(target):
-            raise LookupError("; ".join(self._problems[:self.PROBLEMS_SHOWN]))
+            raise LookupError(some_of(self._problems))
         return self._closure(target)
 
     def _closure(self, digest: Digest) -> set[Digest]:
