@@ -3141,10 +3141,10 @@ class Store:
                if status and status.st_mtime < now - SERVED_AGE and status.st_nlink == 2}  # the store's own, and this
         if sum(status.st_size for status in old.values()) < self.space.lacking():
             return
-        for digest in sorted(old, key=lambda digest: old[digest].st_mtime):
-            if self.space.lacking():
-                self.docker.drop_unless_used(digest, now, SERVED_AGE)
-                log.info("store: removed the copy of %s, to make room", digest)
+        with self.log_freed("of copies, to make room"):
+            for digest in sorted(old, key=lambda digest: old[digest].st_mtime):
+                if self.space.lacking():
+                    self.docker.drop_unless_used(digest, now, SERVED_AGE)
 
     # ---- tidying up
 
@@ -3175,12 +3175,12 @@ class Store:
                 self.release(digest)
 
     @contextlib.contextmanager
-    def log_freed(self) -> Iterator[None]:
+    def log_freed(self, what: str = "that nothing refers to any more") -> Iterator[None]:
         """Log how many bytes were freed during the `with`."""
         before = self.space.freed
         yield
         if self.space.freed > before:
-            log.info("store: freed %s that nothing refers to any more", human_bytes(self.space.freed - before))
+            log.info("store: freed %s %s", human_bytes(self.space.freed - before), what)
 
 
 # =====================================================================================================================
