@@ -6525,23 +6525,21 @@ class Status:
 
     def _describe(self, repository: Repository, manifest: Manifest) -> Details:
         """The size and the platforms of a manifest that was pushed. An index has those of its images."""
-        children = [repository.manifest(digest) for digest in manifest.platforms()]
-        if not children:
-            return sum(manifest.sizes("config", "layers", "blobs").values()), self._platform(repository, manifest)
-        found = [self._describe(repository, child) for child in children if child and not child.platforms()]
-        return sum(size for size, _ in found), tuple(name for _, names in found for name in names)
+        children = map(repository.manifest, manifest.platforms())
+        images = [child for child in children if child and not child.platforms()] or [manifest]
+        platforms = (self._platform(repository, image) for image in images)
+        size = sum(size for image in images for size in image.sizes("config", "layers", "blobs").values())
+        return size, tuple(platform for platform in platforms if platform)
 
     @staticmethod
-    def _platform(repository: Repository, manifest: Manifest) -> tuple[str, ...]:
+    def _platform(repository: Repository, manifest: Manifest) -> str:
         """The platform that the config of an image says, or nothing: other artifacts have none."""
         for digest in manifest.listed("config"):
             blob = repository.blobs.find(digest)
             if blob and blob.size <= MANIFEST_LIMIT:
                 with contextlib.suppress(*MALFORMED_ERRORS):
-                    config = json.loads(read_blob(blob, MANIFEST_LIMIT))
-                    names = (config["os"], config["architecture"], config.get("variant"))
-                    return (printable("/".join(name for name in names if name), 100),)
-        return ()
+                    return printable(platform_of(json.loads(read_blob(blob, MANIFEST_LIMIT))), 100)
+        return ""
 
     # ---- metrics
 

@@ -114,6 +114,32 @@ class TestEndpoints(StatusCase):
                 self.assertIn(b"Docker cannot be reached", without.get("/", **accept).body)
             self.assertIn("k3d_registry_dockerd_engine_up 0", without.get("/metrics").body.decode())
 
+    def push(self, kind, repository, target, document, media_type=module.OCI_MANIFEST):
+        """Push a blob or a manifest of JSON, and return its descriptor."""
+        data = json.dumps(document).encode()
+        digest = str(module.Digest.of(data))
+        path = f"/v2/{repository}/" + (f"blobs/uploads/?digest={digest}" if kind == "blob" else f"manifests/{target}")
+        answer = self.program.request("POST" if kind == "blob" else "PUT", path, {"Content-Type": media_type}, data)
+        self.assertEqual(201, answer.status, answer.body)
+        return {"mediaType": media_type, "digest": digest, "size": len(data)}
+
+    def test_pushed_images(self):
+        """Size and platform are those of the image, or of all images of an index."""
+        images = []
+        for tag, config in (("arm", {"os": "linux", "architecture": "arm64", "variant": "v8"}),
+                            ("amd", {"os": "linux", "architecture": "amd64"}), ("other", ["no config"])):
+            blob = self.push("blob", "team/app", "", config, module.OCI_CONFIG)
+            document = {"schemaVersion": 2, "config": blob, "layers": []}
+            images.append((blob["size"], self.push("manifest", "team/app", tag, document)))
+        self.push("manifest", "team/app", "all", {"schemaVersion": 2, "manifests": [image for _, image in images]},
+                  module.OCI_INDEX)
+        shown = {image["tag"]: (image["size_bytes"], image["platforms"], image["source"])
+                 for image in self.program.get("/status").json["images"] if image["repository"] == "team/app"}
+        arm, amd, other = (size for size, _ in images)
+        self.assertEqual({"arm": (arm, ["linux/arm64/v8"], "pushed"), "amd": (amd, ["linux/amd64"], "pushed"),
+                          "other": (other, [], "pushed"),
+                          "all": (arm + amd + other, ["linux/arm64/v8", "linux/amd64"], "pushed")}, shown)
+
     def test_somebody_takes_it_for_docker(self):
         for method, path in (("GET", "/_ping"), ("HEAD", "/_ping"), ("GET", "/v1.45/version"), ("GET", "/info"),
                              ("GET", "/v1.45/images/json"), ("POST", "/v1.51/images/create"),
