@@ -5170,6 +5170,7 @@ def pull_errors(reference: Reference, credentials: Credentials | None) -> Iterat
 class Fetch:
     """A blob to fetch: its size in bytes, where it comes from with whose credentials, and those of who asked."""
 
+    key: Hashable       # see Fetches._key
     digest: Digest
     size: int
     source: Reference
@@ -5181,7 +5182,7 @@ class Fetches:
     """Gets content that Docker does not give from an image's own registry into the store.
 
     Requests for the same content with the same credentials share one transfer, and read it while it arrives. What
-    was promised to one client's credentials is not shown to other clients until it is in the store.
+    is fetched with one client's credentials is not shown to other clients until it is in the store.
     """
 
     def __init__(self, engine: Engine, store: Store, policy: PullPolicy, activity: Activity):
@@ -5236,12 +5237,12 @@ class Fetches:
         if len(blobs) > BLOBS_LIMIT:
             raise RegistryError("MANIFEST_INVALID", f"{reference} has {len(blobs)} blobs: more than are fetched")
         used = self._policy.credentials(source, own)
-        fetches = [Fetch(digest, size, source, used, client.credentials) for digest, size in blobs.items()]
+        fetches = [Fetch(self._key(reference, digest, client.credentials), digest, size, source, used,
+                         client.credentials) for digest, size in blobs.items()]
         for start in range(0, len(fetches), FETCHES):
-            transfers = [self._start(self._key(reference, fetch.digest, client.credentials), fetch)
-                         for fetch in fetches[start:start + FETCHES]]
             errors = []
-            for transfer in transfers:  # all of them, so that none is taken for one that will bring its blob
+            # All of them are waited for, so that none is taken for one that will bring its blob.
+            for transfer in [self._start(fetch) for fetch in fetches[start:start + FETCHES]]:
                 try:
                     transfer.wait_for_start(client.deadline)
                 except RegistryError as e:
@@ -5262,41 +5263,38 @@ class Fetches:
         key = self._key(reference, digest, client.credentials)
         transfer, broken = self._transfers.get(key), self._broken.get(key)
         if transfer is None and broken:
-            transfer = self._start(key, broken)
+            transfer = self._start(broken)
         if transfer:
             transfer.wait_for_start(client.deadline)
         return transfer
 
-    def _start(self, key: Hashable, fetch: Fetch) -> Transfer:
-        return self._transfers.join(key, lambda: Transfer(fetch.size), functools.partial(self._fill, key, fetch))
+    def _start(self, fetch: Fetch) -> Transfer:
+        return self._transfers.join(fetch.key, lambda: Transfer(fetch.size), functools.partial(self._fill, fetch))
 
-    def _fill(self, key: Hashable, fetch: Fetch, transfer: Transfer) -> None:
+    def _fill(self, fetch: Fetch, transfer: Transfer) -> None:
         """Fetch a blob into the store, once; errors are those of pull_errors()."""
-        self._broken.pop(key, None)
+        self._broken.pop(fetch.key, None)
+        task = self._activity.task("fetch", str(fetch.digest), f" of {fetch.source}, {human_bytes(fetch.size)}",
+                                   fetch.source.docker_repository())
         try:
-            with pull_errors(fetch.source, fetch.asked_with), self._activity.task(
-                    "fetch", str(fetch.digest), f" of {fetch.source}, {human_bytes(fetch.size)}",
-                    fetch.source.docker_repository()) as task:
-                self._fetch(fetch, transfer, task)
+            with pull_errors(fetch.source, fetch.asked_with), task, \
+                    BlobWriter(self._store, fetch.digest.algorithm) as writer, \
+                    self._origin(fetch.source, fetch.credentials).open("blobs", fetch.digest) as response:
+                transfer.begin_at(writer.path)
+                while transfer.count <= transfer.size and (data := response.read1(PIECE)):
+                    writer.write(data)
+                    transfer.advance(len(data))
+                    task.report_bytes(transfer.count, transfer.size)
+                found = writer.finish()
+                if (found, transfer.count) != (fetch.digest, transfer.size):
+                    raise PullFailed("ORIGIN_UNAVAILABLE",
+                                     f"{fetch.source.namespace} gave {transfer.count} bytes of {found}")
+                writer.keep(self._store.docker)
                 task.done("verified")
         except RegistryError:
             if transfer.count:
-                self._broken[key] = fetch
+                self._broken[fetch.key] = fetch
             raise
-
-    def _fetch(self, fetch: Fetch, transfer: Transfer, task: Task) -> None:
-        with BlobWriter(self._store, fetch.digest.algorithm) as writer, \
-                self._origin(fetch.source, fetch.credentials).open("blobs", fetch.digest) as response:
-            transfer.begin_at(writer.path)
-            while transfer.count <= transfer.size and (data := response.read1(PIECE)):
-                writer.write(data)
-                transfer.advance(len(data))
-                task.report_bytes(transfer.count, transfer.size)
-            found = writer.finish()
-            if (found, transfer.count) != (fetch.digest, transfer.size):
-                raise PullFailed("ORIGIN_UNAVAILABLE",
-                                 f"{fetch.source.namespace} gave {transfer.count} bytes of {found}")
-            writer.keep(self._store.docker)
 
 
 class Pulls:
