@@ -241,10 +241,12 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Format a number of seconds: 0.4 ms, 23 ms, 1.3 s."""
-    if seconds < 0.01:
-        return f"{seconds * 1000:.1f} ms"
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    """Format a number of seconds: 0.4 ms, 23 ms, 1.3 s, 2.5 min, 3.5 h, 2.0 days."""
+    for limit, unit, size, digits in ((0.01, "ms", 0.001, 1), (1, "ms", 0.001, 0), (100, "s", 1, 1),
+                                      (6000, "min", 60, 1), (48 * 3600, "h", 3600, 1)):
+        if seconds < limit:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def some_of(names: Iterable[object]) -> str:
@@ -5566,13 +5568,6 @@ class Mirror:
         except RegistryError as e:
             log.error("%s; this is tried again on each request", e.detail)
 
-    def is_docker_on_our_behalf(self, client: Client) -> bool:
-        """True if Docker sent a request because this program had asked it for something, for example a pull.
-
-        Docker repeats our User-Agent to registries. It may ask us, if it was told that this is a mirror of others.
-        """
-        return self.engine.token in client.user_agent
-
     def _is_docker(self, client: Client) -> bool:
         """True if the client is the engine itself: its User-Agent names its version, its commit and its kernel."""
         return client.user_agent.startswith("docker/") and client.user_agent.startswith(self.engine.info().user_agent)
@@ -6097,8 +6092,11 @@ class Front:
         return reference.of_path() or reference
 
     def _refuse_docker(self, reference: Reference, client: Client, code: str) -> None:
-        """Refuse a request that Docker sends while it pulls for us: each would wait for the other."""
-        if self.mirror.is_docker_on_our_behalf(client):
+        """Refuse a request that Docker sends while it pulls for us: each would wait for the other.
+
+        Docker repeats our User-Agent to registries. It may ask us if it was told that this is a mirror of others.
+        """
+        if self.mirror.engine.token in client.user_agent:
             raise RegistryError(code, f"{reference}: Docker asks for this program, which does not have it")
 
     def manifest(self, reference: Reference, client: Client, head: bool = False) -> Manifest | ArrivingManifest:
@@ -6675,7 +6673,7 @@ def head_lines(facts: Facts) -> Row:
     return ((about, "good" if engine["reachable"] else "bad"), (engine.get("problem") or "", "bad"),
             (engine.get("advice") or "", "soft"),
             (f"store: {store['path']}, {human_bytes(store['used_bytes'])}{limit} used{free}; "
-             f"up for {human_duration(facts['uptime_seconds'])}", "soft"))
+             f"up for {human_seconds(facts['uptime_seconds'])}", "soft"))
 
 
 def image_row(image: Facts) -> Row:
@@ -6701,14 +6699,6 @@ def error_row(error: Facts) -> Row:
             (error["time"], "less soft"))
 
 
-def human_duration(seconds: float) -> str:
-    """Format a duration: 45 s, 12 min, 3.5 h, 2.0 days."""
-    for limit, unit, size in ((100, "s", 1), (6000, "min", 60), (48 * 3600, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.{0 if size < 3600 else 1}f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
 def describe_bytes(part: Facts) -> str:
     """The bytes of a task or a part of it: "4.5 MB of 10.0 MB"."""
     total = f" of {human_bytes(part['total_bytes'])}" if part["total_bytes"] else ""
@@ -6720,7 +6710,7 @@ def describe_progress(task: Facts) -> str:
     left = task["seconds_left"]
     return ", ".join(filter(None, (
         describe_bytes(task), f"{human_bytes(task['bytes_per_second'])}/s",
-        None if left is None else f"{human_duration(left)} left", task["status"])))
+        None if left is None else f"{human_seconds(left)} left", task["status"])))
 
 
 # ---- HTML

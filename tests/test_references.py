@@ -21,7 +21,8 @@ class TestVocabulary(unittest.TestCase):
                                 (999_500, "1.0 MB"), (27_100_000, "27.1 MB"), (5e12, "5.0 TB"), (5e15, "5000.0 TB")):
             with self.subTest(count):
                 self.assertEqual(expected, module.human_bytes(count))
-        for seconds, expected in ((0, "0.0 ms"), (0.0042, "4.2 ms"), (0.25, "250 ms"), (1, "1.0 s"), (90, "90.0 s")):
+        for seconds, expected in ((0, "0.0 ms"), (0.0042, "4.2 ms"), (0.25, "250 ms"), (1, "1.0 s"), (90, "90.0 s"),
+                                  (150, "2.5 min"), (12_600, "3.5 h"), (180_000, "2.1 days")):
             with self.subTest(seconds):
                 self.assertEqual(expected, module.human_seconds(seconds))
 
