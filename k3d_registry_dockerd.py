@@ -6615,6 +6615,7 @@ progress { width: 100%; height: .6rem; accent-color: var(--bar); display: block;
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; } code, pre, .code { font: .85rem/1.45 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto; }
+th[class] { color: inherit; font: inherit; font-weight: 600; }
 summary { cursor: pointer; } .number { text-align: right; white-space: nowrap; }
 @media (max-width: 40rem) { .less { display: none; } .layers { grid-template-columns: 7rem 1fr; }
   .layers .number { display: none; } }
@@ -6681,7 +6682,8 @@ def image_row(image: Facts) -> Row:
     served = image["last_served"]
     return ((f"{image['repository']}:{image['tag']}", "name"), (image["source"], ""),
             (human_bytes(image["size_bytes"]), "number"), (", ".join(image["platforms"]), "less"),
-            (image["digest"][:19], "less code"), (f"{served['to']}, {served['time']}" if served else "never", "soft"))
+            (image["digest"][:19], "less code"), (served["to"] if served else "never", ""),
+            (served["time"] if served else "", "less soft"))
 
 
 def visit_row(visit: Facts) -> Row:
@@ -6738,7 +6740,7 @@ def page_html(facts: Facts, host: str) -> str:
             "<p class=soft>Nothing is being pulled, fetched or exported.</p>")) + ended,
         "errors": errors and f"<h2>Errors</h2>{errors}",
         "images": f"<h2>Images ({len(images)})</h2>" + (table_html(
-            map(image_row, images), "Image", "From", "Size", "Platforms", "Digest", "Last served to")
+            map(image_row, images), "Image", "From", "Size", "Platforms", "Digest", "Last served to", "At")
             or "<p class=soft>There are none.</p>"),
         "requests": f"<h2>Last requests</h2>{requests or '<p class=soft>There were none.</p>'}"}
     body = "".join(f'<section id="{name}" aria-label="{name.replace("-", " ")}">{content}</section>'
