@@ -5276,10 +5276,10 @@ class Fetches:
     def _fill(self, fetch: Fetch, transfer: Transfer) -> None:
         """Fetch a blob into the store, once; errors are those of pull_errors()."""
         self._broken.pop(fetch.key, None)
-        task = self._activity.task("fetch", str(fetch.digest), f" of {fetch.source}, {human_bytes(fetch.size)}",
-                                   fetch.source.docker_repository())
+        about = f" of {fetch.source}, {human_bytes(fetch.size)}"
         try:
-            with pull_errors(fetch.source, fetch.asked_with), task, \
+            with pull_errors(fetch.source, fetch.asked_with), \
+                    self._activity.task("fetch", str(fetch.digest), about, fetch.source.docker_repository()) as task, \
                     BlobWriter(self._store, fetch.digest.algorithm) as writer, \
                     self._origin(fetch.source, fetch.credentials).open("blobs", fetch.digest) as response:
                 transfer.begin_at(writer.path)
