@@ -5,9 +5,13 @@ lab's root, which is mounted into it, so that no image has to be made. Pulls nee
 """
 
 import contextlib
+import json
+import os
 import re
 import shutil
 import socket
+import unittest
+import uuid
 
 import lab
 from program import MODULE
@@ -70,17 +74,18 @@ class Container:
         self.engine.docker("rm", "-f", "-v", self.name, check=False)
 
 
-def as_k3d(engine, port, *more, inside=5000, mount=None):
+def as_k3d(engine, port, inside=5000, mount=None, settings=None):
     """Return the arguments of `docker run` for what k3d 5.9 does in `k3d registry create --port PORT --volume MOUNT
     --proxy-remote-url "*" --delete-enabled`; with another port inside also with `--enforce-port-match`.
 
-    The mount is by default that of Docker's socket.
+    The mount is by default that of Docker's socket. settings is the settings file, as seen from inside the roots.
     """
     return ("--hostname", NAME, "--privileged", "--init", "--restart", "unless-stopped",
             "--tmpfs", "/run", "--tmpfs", "/var/run", "--network", "bridge", "-p", f"0.0.0.0:{port}:{inside}",
             "-e", "REGISTRY_PROXY_REMOTEURL=*", "-e", "REGISTRY_STORAGE_DELETE_ENABLED=true",
             *(["-e", f"REGISTRY_HTTP_ADDR=:{inside}"] if inside != 5000 else []),
-            "-v", mount or f"{engine.inside}/docker.sock:/var/run/docker.sock", *more, IMAGE)
+            "-v", mount or f"{engine.inside}/docker.sock:/var/run/docker.sock",
+            *(["-v", f"{settings}:/etc/k3d-registry-dockerd.env:ro"] if settings else []), IMAGE)
 
 
 @contextlib.contextmanager
@@ -91,6 +96,45 @@ def network(engine):
         yield
     finally:
         engine.docker("network", "rm", NETWORK)
+
+
+@contextlib.contextmanager
+def registry(engine, **options):
+    """Start the registry as k3d does, and connect it to the network of the cluster. Yields the Container."""
+    with Container(engine, NAME, *as_k3d(engine, PORT, **options)) as container:
+        engine.docker("network", "connect", NETWORK, NAME)
+        container.wait_for_line("listening on")
+        yield container
+
+
+class Origin(Container):
+    """A registry that wants credentials, on the network of the cluster."""
+
+    HOST = "172.30.0.100:5000"
+
+    def __init__(self, engine):
+        folder = engine.folder / "origin"
+        folder.mkdir(exist_ok=True)
+        (folder / "htpasswd").write_text(lab.HTPASSWD)
+        (folder / "config.yml").write_text(
+            "version: 0.1\nlog: {level: warn}\nstorage: {filesystem: {rootdirectory: /origin/data}}\n"
+            "http: {addr: ':5000'}\nauth: {htpasswd: {realm: lab, path: /origin/htpasswd}}\n")
+        super().__init__(engine, "origin", "--restart", "unless-stopped", "--network", NETWORK,
+                         "--ip", self.HOST.partition(":")[0], *MACHINE, "-v", f"{engine.inside}/origin:/origin",
+                         "base:1", "/usr/bin/docker-registry", "serve", "/origin/config.yml")
+        lab.wait_for("origin", lambda: engine.docker("login", "-u", lab.USER, "--password-stdin", self.HOST,
+                                                     input=lab.PASSWORD))
+        engine.docker("logout", self.HOST)
+
+    def take(self, image, name):
+        """Move an image from the engine to this registry. Returns its name there."""
+        target = f"{self.HOST}/{name}"
+        self.engine.docker("login", "-u", lab.USER, "--password-stdin", self.HOST, input=lab.PASSWORD)
+        self.engine.docker("tag", image, target)
+        self.engine.docker("push", "-q", target)
+        self.engine.docker("logout", self.HOST)
+        self.engine.remove(image, target)
+        return target
 
 
 HOSTS = """\
@@ -169,3 +213,56 @@ def first_field(data):
     assert data[0] == 1 << 3 | 2, data
     assert data[1] < 128, data
     return data[2:2 + data[1]].decode()
+
+
+class StageCase(unittest.TestCase):
+    """Tests on a stage. The first class of a module starts it and builds the image; its end clears it away."""
+
+    engine: lab.StageEngine
+
+    @classmethod
+    def setUpClass(cls):
+        lab.require()
+        cls.start_engine()
+
+    @classmethod
+    def start_engine(cls):
+        if not cls.engine.pid():
+            unittest.addModuleCleanup(cls.engine.clear)
+            cls.engine.start()
+            lab.base_image(cls.engine)
+            build_image(cls.engine)
+
+    @classmethod
+    def enter_class(cls, context):
+        """Enter a context for all tests of the class; return its value."""
+        value = context.__enter__()
+        cls.addClassCleanup(context.__exit__, None, None, None)
+        return value
+
+    def enter(self, context):
+        """Enter a context for this test; return its value."""
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def setUp(self):
+        self.name = f"t{uuid.uuid4().hex[:10]}"
+
+    def build(self, *names):
+        """Build an image with content of its own under some names. Returns the digest of its config."""
+        self.engine.build(names[0], {"file": os.urandom(1000)})
+        for name in names[1:]:
+            self.engine.docker("tag", names[0], name)
+        self.addCleanup(self.engine.remove, *names)
+        return self.config_of(names[0])
+
+    def config_of(self, image):
+        """Return the digest of an image's config, which nodes take for its ID."""
+        image_id = self.engine.inspect(image)["Id"]
+        if not self.engine.containerd_store:
+            return image_id
+        document = json.loads(self.engine.content(image_id))
+        if "manifests" in document:
+            document = json.loads(self.engine.content(document["manifests"][0]["digest"]))
+        return document["config"]["digest"]

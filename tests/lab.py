@@ -267,19 +267,20 @@ class Stage(Daemon):
 class StageEngine(Engine):
     """A dockerd on a stage of its own, with bridges. The tests that use it start it, and clear it away.
 
-    options are more arguments of dockerd.
+    options are more arguments of dockerd. Registries on its networks need no TLS.
     """
 
     def __init__(self, name, containerd_store):
         super().__init__(name, "forky", containerd_store)
-        self.stage, self.options = Stage(f"{name}-stage"), []
+        self.stage, self.options = Stage(f"{name}-stage"), ()
 
     def entry(self):
         return self.stage.enter()
 
     def command(self):
         withheld = ("--iptables", "--ip6tables", "--bridge")
-        return [*(word for word in super().command() if not word.startswith(withheld)), *self.options]
+        return [*(word for word in super().command() if not word.startswith(withheld)),
+                "--insecure-registry=172.16.0.0/12", *self.options]
 
     def start(self):
         """Start dockerd, on a new stage if there is none: then without images and containers."""

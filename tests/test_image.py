@@ -1,14 +1,13 @@
-"""The image of the Dockerfile, and a cluster that uses it, on an engine that can do what Docker does on a machine."""
+"""The image of the Dockerfile, on an engine that can do what Docker does on a machine."""
 
 import json
 import os
 import sys
 import unittest
-import uuid
 
 import cluster
 import lab
-from cluster import Container, as_k3d
+from cluster import Container, StageCase, as_k3d
 from program import MODULE
 
 sys.path.insert(0, str(MODULE.parent))
@@ -22,53 +21,6 @@ class TestDockerfile(unittest.TestCase):
     def test_base(self):
         """A new minor version of Python comes with a commit here, not by itself."""
         self.assertRegex(cluster.base_of_image(), r"^python:3\.\d+-slim$")
-
-
-class StageCase(unittest.TestCase):
-    """Tests on a stage. The first class starts it and builds the image; it is cleared away after the last."""
-
-    engine: lab.StageEngine
-
-    @classmethod
-    def setUpClass(cls):
-        lab.require()
-        if not cls.engine.pid():
-            unittest.addModuleCleanup(cls.engine.clear)
-            cls.engine.start()
-            lab.base_image(cls.engine)
-            cluster.build_image(cls.engine)
-
-    def setUp(self):
-        self.name = f"t{uuid.uuid4().hex[:10]}"
-
-    def run_container(self, name, *arguments):
-        container = Container(self.engine, name, *arguments)
-        self.addCleanup(container.__exit__)
-        return container
-
-    def build(self, *names):
-        """Build an image with content of its own under some names. Returns the digest of its config."""
-        self.engine.build(names[0], {"file": os.urandom(1000)})
-        for name in names[1:]:
-            self.engine.docker("tag", names[0], name)
-        self.addCleanup(self.engine.remove, *names)
-        return self.config_of(names[0])
-
-    def config_of(self, image):
-        """Return the digest of an image's config, which nodes take for its ID."""
-        image_id = self.engine.inspect(image)["Id"]
-        if not self.engine.containerd_store:
-            return image_id
-        document = json.loads(self.engine.content(image_id))
-        if "manifests" in document:
-            document = json.loads(self.engine.content(document["manifests"][0]["digest"]))
-        return document["config"]["digest"]
-
-    def check_health(self):
-        """Run the health check now, as Docker does from time to time, and return what it prints."""
-        kind, *command = self.engine.inspect(cluster.IMAGE)["Config"]["Healthcheck"]["Test"]
-        self.assertEqual("CMD", kind)
-        return self.engine.docker("exec", self.name, *command, check=False)
 
 
 class Image(StageCase):
@@ -107,6 +59,12 @@ class Image(StageCase):
             self.engine.docker("pull", "-q", image)
             self.assertEqual(config, self.config_of(image))
 
+    def check_health(self):
+        """Run the health check now, as Docker does from time to time, and return what it prints."""
+        kind, *command = self.engine.inspect(cluster.IMAGE)["Config"]["Healthcheck"]["Test"]
+        self.assertEqual("CMD", kind)
+        return self.engine.docker("exec", self.name, *command, check=False)
+
 
 class TestImage(Image):
     engine = lab.STAGES["stage"]
@@ -115,8 +73,8 @@ class TestImage(Image):
     def test_settings_file(self):
         (self.engine.folder / "settings.env").write_text(
             "K3D_REGISTRY_DOCKERD_PULL=never\nREGISTRY_HTTP_ADDR=:5103\nREGISTRY_LOG_FORMATTER=json\n")
-        container = self.run_container(self.name, *as_k3d(
-            self.engine, 5103, "-v", f"{self.engine.inside}/settings.env:/etc/k3d-registry-dockerd.env:ro"))
+        container = self.enter(Container(self.engine, self.name, *as_k3d(
+            self.engine, 5103, settings=f"{self.engine.inside}/settings.env")))
         container.wait_for_line("listening on [::]:5103 (from REGISTRY_HTTP_ADDR")
         self.assertEqual("healthy", self.check_health())
         for line in container.log().splitlines():
@@ -124,7 +82,7 @@ class TestImage(Image):
 
     def test_stop_during_an_upload(self):
         """The upload goes on, but the program, which is the first process, ends by itself."""
-        container = self.run_container(self.name, cluster.IMAGE)
+        container = self.enter(Container(self.engine, self.name, cluster.IMAGE))
         container.wait_for_line("listening on")
         upload = ("import http.client, time; c = http.client.HTTPConnection('localhost', 5000);"
                   "c.request('POST', '/v2/app/blobs/uploads/'); r = c.getresponse(); r.read();"
