@@ -2313,8 +2313,7 @@ class Transfer:
         self._file: BinaryIO | None = None
         self._blob: Blob | None = None
         self._ended = False
-        # Not the exception itself: its traceback would keep this transfer, and so the file, alive.
-        self._error: tuple[str, str, Mapping[str, str]] | None = None
+        self._error: RegistryError | None = None
 
     # ---- for the source
 
@@ -2324,11 +2323,6 @@ class Transfer:
         with self._change:
             self._file = file
             self._change.notify_all()
-
-    def begin_at(self, path: Path) -> None:
-        """The same with a path. The file may be renamed or removed later. STORE_FAILED."""
-        with disk_errors(f"read {path}"):
-            self.begin(open(path, "rb"))  # noqa: SIM115 - closed when nobody needs it
 
     def advance(self, count: int) -> None:
         """The file has grown by this many bytes."""
@@ -2342,18 +2336,18 @@ class Transfer:
             self._blob, self._ended = blob, True
             self._change.notify_all()
 
-    def end(self, error: BaseException | None = None) -> None:
+    def end(self, error: Exception | None = None) -> None:
         """End the transfer: all content is verified, or error says why no more comes. Later calls have no effect.
 
         Errors other than RegistryError are UNKNOWN to readers.
         """
-        known = error if error is None or isinstance(error, RegistryError) else (
-            RegistryError("UNKNOWN", type(error).__name__))
+        if error is None and self.count != self.size:
+            error = RegistryError("ENGINE_FAILED", f"the content ended {self.size - self.count} bytes early")
+        if error is not None and not isinstance(error, RegistryError):
+            error = RegistryError("UNKNOWN", type(error).__name__)
         with self._change:
-            if known is None and self._blob is None and self.count != self.size:
-                known = RegistryError("ENGINE_FAILED", f"the content ended {self.size - self.count} bytes early")
             if not self._ended:
-                self._ended, self._error = True, (known.code, known.detail, known.headers) if known else None
+                self._ended, self._error = True, error
                 self._change.notify_all()
 
     # ---- for readers
@@ -2361,14 +2355,12 @@ class Transfer:
     @property
     def failed(self) -> bool:
         """True if it has ended with an error."""
-        with self._change:
-            return self._error is not None
+        return self._error is not None
 
     @property
     def started(self) -> bool:
         """True if the content has begun to arrive, and nothing has gone wrong so far."""
-        with self._change:
-            return self._file is not None and self._error is None
+        return self._file is not None and not self.failed
 
     def wait_for_start(self, deadline: Deadline) -> None:
         """Wait until the content has begun to arrive. Raises the source's error, or STILL_PULLING."""
@@ -2411,19 +2403,17 @@ class Transfer:
         return deadline.wait(lambda seconds: self._change.wait_for(condition, seconds))
 
     def _raise(self) -> None:
+        # Not the exception itself: its traceback would keep this transfer, and so the file, alive.
         if self._error:
-            raise RegistryError(*self._error)
+            raise RegistryError(self._error.code, self._error.detail, self._error.headers)
 
     def _readable(self) -> int:
         return self.count if self._ended else min(self.count, self.size - 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class SharedRead:
-    """Content that is being read: how many readers there are, and what they follow once there is a second one.
-
-    read(start, length) reads from the source; size is in bytes.
-    """
+    """Content that is being read; see SharedReads.open()."""
 
     size: int
     read: Callable[[int, int], Body]
@@ -2445,8 +2435,9 @@ class SharedReads:
     def __init__(self, folder: Path):
         """folder is where the files are. It is made when it is needed."""
         self._folder = folder
-        self._lock = threading.Lock()  # guards _reads, and what is in it
+        self._lock = threading.Lock()  # guards _reads, and the number of readers
         self._reads: dict[Digest, SharedRead] = {}
+        self._transfers = UnderWay[Transfer]()
 
     def open(self, digest: Digest, size: int, read: Callable[[int, int], Body], deadline: Deadline) -> Body:
         """All of some content, whose size is in bytes. read(start, length) reads it from its source."""
@@ -2457,11 +2448,9 @@ class SharedReads:
             shared.readers += 1
             first = shared.readers == 1
         leave = functools.partial(self._leave, digest, shared)
-        with on_failure(leave):
-            source = read(0, size) if first else None
-            if not first:
-                self._begin(shared)
-        if source:
+        if first:
+            with on_failure(leave):
+                source = read(0, size)
             parts = self._first(shared, source, deadline)
             return Body(parts, size, parts.close, source.close, leave)
         parts = self._follow(shared, 0, deadline)
@@ -2484,11 +2473,12 @@ class SharedReads:
                 yield from self._follow(shared, position, deadline)
                 return
 
-    @staticmethod
-    def _follow(shared: SharedRead, position: int, deadline: Deadline) -> Generator[Part, None, None]:
-        """The content from a position on, out of the file; or from the source if that fails."""
-        assert shared.transfer is not None
+    def _follow(self, shared: SharedRead, position: int, deadline: Deadline) -> Generator[Part, None, None]:
+        """The content from a position on, out of a file; or from the source if that fails."""
         try:
+            if shared.transfer is None or shared.transfer.failed:
+                shared.transfer = self._transfers.join(
+                    shared, lambda: Transfer(shared.size), functools.partial(self._fill, shared))
             for part in shared.transfer.follow(position, shared.size - position, deadline):
                 yield part
                 position += len(part)
@@ -2497,37 +2487,22 @@ class SharedReads:
             with contextlib.closing(shared.read(position, shared.size - position)) as body:
                 yield from body.parts
 
-    def _begin(self, shared: SharedRead) -> None:
-        """Have the content read into a file, if that is not under way and has not been done."""
-        with self._lock:
-            if shared.transfer and not shared.transfer.failed:
-                return
-            shared.transfer = transfer = Transfer(shared.size)
-        try:
-            start_thread(self._fill, shared, transfer)
-        except RegistryError as e:
-            transfer.end(e)
-
     def _fill(self, shared: SharedRead, transfer: Transfer) -> None:
         """Read all of the content into a file, for as long as there are readers."""
-        try:
-            with contextlib.closing(shared.read(0, shared.size)) as source, disk_errors(f"write to {self._folder}"):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the transfer closes it
-                transfer.begin(file)
-                position = 0
-                for piece in source:
-                    rest = memoryview(piece)
-                    while rest:  # not with write(): sendfile moves the file's own position about
-                        count = os.pwrite(file.fileno(), rest, position)
-                        position, rest = position + count, rest[count:]
-                    if position - transfer.count >= self.STEP or position == shared.size:
-                        transfer.advance(position - transfer.count)
-                    if not shared.readers:
-                        raise RegistryError("UNAVAILABLE", "nobody reads the content any more")
-            transfer.end()
-        except Exception as e:  # a boundary: the readers go on by themselves
-            transfer.end(e)
+        with contextlib.closing(shared.read(0, shared.size)) as source, disk_errors(f"write to {self._folder}"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the transfer closes it
+            transfer.begin(file)
+            position = 0
+            for piece in source:
+                rest = memoryview(piece)
+                while rest:  # not with write(): sendfile moves the file's own position about
+                    count = os.pwrite(file.fileno(), rest, position)
+                    position, rest = position + count, rest[count:]
+                if position - transfer.count >= self.STEP or position == shared.size:
+                    transfer.advance(position - transfer.count)
+                if not shared.readers:
+                    raise RegistryError("UNAVAILABLE", "nobody reads the content any more")
 
 
 # =====================================================================================================================
@@ -5282,7 +5257,8 @@ class Fetches:
                     self._activity.task("fetch", str(fetch.digest), about, fetch.source.docker_repository()) as task, \
                     BlobWriter(self._store, fetch.digest.algorithm) as writer, \
                     self._origin(fetch.source, fetch.credentials).open("blobs", fetch.digest) as response:
-                transfer.begin_at(writer.path)
+                with disk_errors(f"read {writer.path}"):
+                    transfer.begin(open(writer.path, "rb"))  # noqa: SIM115 - closed when nobody needs it
                 while transfer.count <= transfer.size and (data := response.read1(PIECE)):
                     writer.write(data)
                     transfer.advance(len(data))
