@@ -853,10 +853,8 @@ class Tunnel:
         "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ENGINE_TIMEOUT}", "-o", "ServerAliveInterval=10",
         "-o", "ServerAliveCountMax=2", "-o", "ControlMaster=auto", "-o", "ControlPersist=60")
 
-    user: str
-    host: str
-    port: int | None = None
-    path: str = ""  # of the socket there, if it is not the default one
+    text: str                   # ssh://...
+    command: tuple[str, ...]    # what follows the options: the host, and the docker command there
 
     @classmethod
     def parse(cls, text: str) -> Tunnel:
@@ -864,16 +862,11 @@ class Tunnel:
         parts = urllib.parse.urlsplit(f"//{text}")
         if parts.password is not None or parts.query or parts.fragment or not parts.hostname:
             raise ValueError("use ssh://[user@]host[:port][/socket], without a password")
-        path = urllib.parse.unquote(parts.path)
-        return cls(urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.hostname), parts.port,
-                   path if path.strip("/") else "")
-
-    def _target(self) -> list[str]:
-        user, port = ["-l", self.user] if self.user else [], ["-p", str(self.port)] if self.port else []
-        return [*user, *port, "--", self.host]
-
-    def _docker(self) -> list[str]:
-        return ["docker", *([shlex.quote(f"--host=unix://{self.path}")] if self.path else [])]
+        path, host = urllib.parse.unquote(parts.path), urllib.parse.unquote(parts.hostname)
+        user = ("-l", urllib.parse.unquote(parts.username)) if parts.username else ()
+        port = ("-p", str(parts.port)) if parts.port else ()
+        socket_there = (shlex.quote(f"--host=unix://{path}"),) if path.strip("/") else ()
+        return cls(f"ssh://{text.rstrip('/')}", (*user, *port, "--", host, "docker", *socket_there))
 
     @functools.cached_property
     def _folder(self) -> Path:
@@ -887,8 +880,7 @@ class Tunnel:
 
     def connect(self, timeout: float) -> socket.socket:
         """Open a connection, which is not known to lead to Docker before the first read. Raises OSError."""
-        command = ["ssh", *self.OPTIONS, "-o", f"ControlPath={self._folder}/%C", *self._target(), *self._docker(),
-                   "system", "dial-stdio"]
+        command = ["ssh", *self.OPTIONS, "-o", f"ControlPath={self._folder}/%C", *self.command, "system", "dial-stdio"]
         return CommandSocket.start(command, self._folder / "errors", timeout)
 
     def advice(self, error: Exception) -> str:
@@ -898,13 +890,11 @@ class Tunnel:
         except OSError:
             lines = []
         said = "; ".join(line for line in map(str.strip, lines) if line)[-300:]
-        command = " ".join(["ssh", "-o", "BatchMode=yes", *self._target(), *self._docker(), "version"])
+        command = " ".join(["ssh", "-o", "BatchMode=yes", *self.command, "version"])
         return f"{self} failed: {error}{f' ({printable(said)})' if said else ''}. To see why, run: {command}"
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return (f"ssh://{self.user}{'@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
-                f"{self.path}")
+        return self.text
 
 
 def client_tls(folder: Path, verified: bool = True, needs_authority: bool = True) -> ssl.SSLContext:
@@ -1163,7 +1153,7 @@ class DockerConfig:
     @staticmethod
     def _host(key: str) -> str:
         """Return the host of a key of `auths`, which may be a URL."""
-        return key.partition("://")[2].partition("/")[0] if "://" in key else key.partition("/")[0]
+        return key.rpartition("://")[2].partition("/")[0]
 
     @staticmethod
     def _from_entry(entry: Mapping[str, str]) -> Credentials | None:
