@@ -11,7 +11,6 @@ import unittest
 from pathlib import Path
 
 from program import MODULE, Program
-from test_behaviour import IMPATIENT
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -172,9 +171,7 @@ class TestRunning(SettingsCase):
 
     def test_sighup_changes_limits(self):
         self.file.write_text("")
-        program = Program("unix:///nowhere", "-env-file", str(self.file),
-                          command=[sys.executable, "-c", IMPATIENT, str(MODULE)],
-                          env={"CONSTANTS": json.dumps({"TIDY_INTERVAL": 0.1})})
+        program = Program("unix:///nowhere", "-env-file", str(self.file), constants={"TIDY_INTERVAL": 0.1})
         self.addCleanup(program.__exit__)
         data = json.dumps({"schemaVersion": 2, "mediaType": module.OCI_MANIFEST, "layers": []}).encode()
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
