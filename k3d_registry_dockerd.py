@@ -1509,7 +1509,7 @@ class Task:
         now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + PROGRESS_INTERVAL
-            log.info("%s: %s", self._what, self.line(now))
+            log.info("%s: %s", self._what, self.line(now), extra={"is_progress": True})  # for Console
 
     def report_bytes(self, done: int, total: int = 0) -> None:
         """The same, for work that has one part."""
@@ -6388,14 +6388,13 @@ class Status:
     def document(self) -> dict[str, Any]:
         """All facts, as /status gives them. Sizes are in bytes, times in seconds, or since the epoch as RFC 3339."""
         self._refresh(self._read_engine, self._read_images)
-        now = time.monotonic()
         return {
             "version": __version__, "address": self._address, "started": rfc3339(self._activity.started),
             "uptime_seconds": round(time.time() - self._activity.started), "engine": self._engine,
             "store": self._store(), "nodes": [{
                 "address": visit.client, "last_request": rfc3339(visit.time), "user_agent": visit.user_agent}
                 for visit in self._activity.nodes()],
-            "under_way": [self._task(task, now) for task in self._activity.tasks()],
+            "under_way": self.under_way(),
             "ended": [{"kind": task.kind, "what": task.subject, "ended": rfc3339(moment),
                        "seconds": round(task.seconds or 0, 3), "bytes": task.progress()[0], "error": task.error}
                       for moment, task in self._activity.ended_tasks()],
@@ -6427,6 +6426,10 @@ class Status:
             free = None
         return {"path": str(store.root), "used_bytes": store.space.used, "limit_bytes": store.space.limit,
                 "free_bytes": free}
+
+    def under_way(self) -> list[dict[str, Any]]:
+        """The facts about all work that is going on now."""
+        return [self._task(task, time.monotonic()) for task in self._activity.tasks()]
 
     def _task(self, task: Task, now: float) -> dict[str, Any]:
         (done, total), rate = task.progress(), task.rate(now)
@@ -7913,7 +7916,8 @@ class Server(ThreadingHTTPServer):
         if self._all_interfaces or ":" in address.host:
             self.address_family = socket.AF_INET6
         super().__init__((address.host, address.port), Handler)
-        self.endpoints = Endpoints(registry, Status(registry, self.activity, str(self.address)))
+        self.status = Status(registry, self.activity, str(self.address))
+        self.endpoints = Endpoints(registry, self.status)
 
     def change(self, policy: Policy) -> None:
         """Apply a policy from the next request, or connection, on."""
@@ -8897,7 +8901,7 @@ def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
 
 # =====================================================================================================================
 # 31. Command line: subcommands, signals
-# Uses: waiting, engine, store, hosted, mirror, front, verification, server, doctor, configurations, settings.
+# Uses: waiting, engine, store, hosted, mirror, front, verification, status, page, server, doctor, configurations, settings.
 # =====================================================================================================================
 
 
@@ -8920,13 +8924,53 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({"time": f"{moment}.{int(record.msecs):03}Z", "level": level, "message": message})
 
 
-def configure_log(level: str, form: str) -> None:
+class Console(logging.Handler):
+    """Logs on standard error. On a terminal, work under way is drawn below the lines, instead of lines about it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars = ""  # what is below the last line now; guarded by the handler's lock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        try:
+            if not (self._bars and hasattr(record, "is_progress")):
+                self._write(f"{self.format(record)}\n", self._bars)
+        except Exception:  # as in logging.StreamHandler
+            self.handleError(record)
+
+    def _write(self, text: str, bars: str) -> None:
+        """Go up to the first bar, clear all from there on, and write text and other bars."""
+        count = self._bars.count("\n")
+        sys.stderr.write((f"\033[{count}F\033[J" if count else "") + text + bars)
+        sys.stderr.flush()
+        self._bars = bars
+
+    def draw(self, lines: list[str]) -> None:
+        """Draw lines on the terminal in place of those before. OSError if it is not there any more."""
+        size = os.get_terminal_size(sys.stderr.fileno())
+        shown = () if isinstance(self.formatter, JsonFormatter) else lines[:max(size.lines - 1, 0)]
+        assert self.lock
+        with self.lock:
+            self._write("", "".join(f"{printable(line)[:size.columns - 1]}\n" for line in shown))
+
+    def draw_until(self, end: threading.Event, status: Status) -> None:
+        """Draw what is under way every second, and nothing at the end."""
+        with contextlib.suppress(OSError):
+            while not end.wait(WATCH_INTERVAL):
+                self.draw([line for task in status.under_way() for line in task_lines(task)])
+            self.draw([])
+            sys.stderr.write("\r\033[K")  # over the ^C that the terminal shows
+
+
+def configure_log(level: str, form: str) -> Console:
     """Log on standard error, from a level on, as text or json."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if form == "json" else
+    console = next((handler for handler in logging.root.handlers if isinstance(handler, Console)), None) or Console()
+    console.setFormatter(JsonFormatter() if form == "json" else
                          logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    logging.root.handlers[:] = [handler]
+    logging.root.handlers[:] = [console]
     log.setLevel(LOG_LEVELS[level])
+    return console
 
 
 class EngineName(logging.Filter):
@@ -9062,10 +9106,17 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     start_thread(server.serve_forever, 0.1)  # seconds that the end may wait for
     start_thread(work_in_background, settings, registry, reachable(server.address))
     start_thread(registry.warming.run)
+    ended, console = threading.Event(), configure_log(settings.log_level, settings.log_format)
+    drawing = threading.Thread(target=console.draw_until, args=(ended, server.status), daemon=True)
+    if on_terminal and os.environ.get("TERM") != "dumb":
+        drawing.start()
     while (number := signal.sigwait({*endings, signal.SIGHUP})) not in endings:
         if on_terminal and not sys.stderr.isatty():
             break  # the terminal was closed
         settings = reload(settings, arguments, registry, server)
+    ended.set()
+    if drawing.ident:  # it was started
+        drawing.join()
     log.info("ending on %s", signal.Signals(number).name)
     server.shutdown()
     server.server_close()
@@ -9185,7 +9236,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         parser.error(printable(str(e)))
     configure_log(settings.log_level, settings.log_format)
-    return 0 if COMMANDS[name].run(settings, arguments) else 1
+    try:
+        return 0 if COMMANDS[name].run(settings, arguments) else 1
+    except KeyboardInterrupt:
+        return 130  # like shells
 
 
 if __name__ == "__main__":
