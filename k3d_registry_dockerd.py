@@ -8901,7 +8901,7 @@ def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
 
 # =====================================================================================================================
 # 31. Command line: subcommands, signals
-# Uses: waiting, engine, store, hosted, mirror, front, verification, status, page, server, doctor, configurations, settings.
+# Uses: waiting, engine, store, hosted, mirror, front, verification, page, server, doctor, configurations, settings.
 # =====================================================================================================================
 
 
@@ -8954,11 +8954,11 @@ class Console(logging.Handler):
         with self.lock:
             self._write("", "".join(f"{printable(line)[:size.columns - 1]}\n" for line in shown))
 
-    def draw_until(self, end: threading.Event, status: Status) -> None:
-        """Draw what is under way every second, and nothing at the end."""
+    def draw_until(self, end: threading.Event, under_way: Callable[[], Iterable[Facts]]) -> None:
+        """Draw the tasks that are under way every second, and nothing at the end."""
         with contextlib.suppress(OSError):
             while not end.wait(WATCH_INTERVAL):
-                self.draw([line for task in status.under_way() for line in task_lines(task)])
+                self.draw([*itertools.chain.from_iterable(map(task_lines, under_way()))])
             self.draw([])
             sys.stderr.write("\r\033[K")  # over the ^C that the terminal shows
 
@@ -9107,7 +9107,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     start_thread(work_in_background, settings, registry, reachable(server.address))
     start_thread(registry.warming.run)
     ended, console = threading.Event(), configure_log(settings.log_level, settings.log_format)
-    drawing = threading.Thread(target=console.draw_until, args=(ended, server.status), daemon=True)
+    drawing = threading.Thread(target=console.draw_until, args=(ended, server.status.under_way), daemon=True)
     if on_terminal and os.environ.get("TERM") != "dumb":
         drawing.start()
     while (number := signal.sigwait({*endings, signal.SIGHUP})) not in endings:
