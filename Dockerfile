@@ -2,7 +2,7 @@
 FROM python:3.13-slim
 LABEL org.opencontainers.image.title="k3d-registry-dockerd" \
       org.opencontainers.image.description="A registry for k3d that answers out of the local Docker daemon" \
-      org.opencontainers.image.version="0.9" \
+      org.opencontainers.image.version="1.0.0" \
       org.opencontainers.image.licenses="MIT"
 
 # Where pushed images go, and exported ones. For images that can be read out of Docker itself nothing is written.

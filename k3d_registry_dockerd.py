@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = []
+# ///
 """k3d-registry-dockerd: an OCI registry that answers out of the local Docker daemon.
 
 Kubernetes in Docker (k3d) pulls its images from here, and gets what Docker already has: no download,
@@ -145,7 +149,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
-__version__ = "0.9"
+__version__ = "1.0.0"
 __all__ = ["Digest", "Engine", "EngineHost", "Front", "Hosted", "Mirror", "Reference", "RegistryError", "Server",
            "Store", "main"]
 

@@ -74,18 +74,19 @@ class Container:
         self.engine.docker("rm", "-f", "-v", self.name, check=False)
 
 
-def as_k3d(engine, port, inside=5000, mount=None, settings=None):
+def as_k3d(engine, port, inside=5000, mount=None, settings=None, host="0.0.0.0", more=()):
     """Return the arguments of `docker run` for what k3d 5.9 does in `k3d registry create --port PORT --volume MOUNT
     --proxy-remote-url "*" --delete-enabled`; with another port inside also with `--enforce-port-match`.
 
-    The mount is by default that of Docker's socket. settings is the settings file, as seen from inside the roots.
+    The mount is by default that of Docker's socket. settings is the settings file, as seen from inside the roots. host
+    is the address to publish the port at, and more has further arguments.
     """
     return ("--hostname", NAME, "--privileged", "--init", "--restart", "unless-stopped",
-            "--tmpfs", "/run", "--tmpfs", "/var/run", "--network", "bridge", "-p", f"0.0.0.0:{port}:{inside}",
+            "--tmpfs", "/run", "--tmpfs", "/var/run", "--network", "bridge", "-p", f"{host}:{port}:{inside}",
             "-e", "REGISTRY_PROXY_REMOTEURL=*", "-e", "REGISTRY_STORAGE_DELETE_ENABLED=true",
             *(["-e", f"REGISTRY_HTTP_ADDR=:{inside}"] if inside != 5000 else []),
             "-v", mount or f"{engine.inside}/docker.sock:/var/run/docker.sock",
-            *(["-v", f"{settings}:/etc/k3d-registry-dockerd.env:ro"] if settings else []), IMAGE)
+            *(["-v", f"{settings}:/etc/k3d-registry-dockerd.env:ro"] if settings else []), *more, IMAGE)
 
 
 @contextlib.contextmanager
