@@ -4059,62 +4059,6 @@ class ServiceBlob:
 # =====================================================================================================================
 
 
-class LayerFiles:
-    """Opens files in the folder of a layer by their names in the tar, without ever leaving the folder.
-
-    A layer is untrusted: a symbolic link in a path may point anywhere. So each component of a path is opened
-    on its own, without following links. The last folder is kept open because a tar lists files by folder.
-    """
-
-    STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: it may be a pipe
-
-    def __init__(self, root: Path, newest: float):
-        """newest is a time in seconds since the epoch. A file that was changed later is refused."""
-        self._root, self._newest = root, newest
-        self._name: bytes | None = None  # of the folder that is open
-        self._folder: int | None = None
-
-    def close(self) -> None:
-        """Close the folder."""
-        self._move(None)
-
-    def _move(self, folder: int | None) -> None:
-        if self._folder is not None:
-            os.close(self._folder)
-        self._folder = folder
-
-    def _enter(self, name: bytes) -> None:
-        self._name = None
-        self._move(os.open(self._root, self.STEP))
-        for step in name.split(b"/"):
-            if step == b"..":
-                raise ValueError(f"{name!r} has a .. component")
-            if step not in (b"", b"."):
-                self._move(os.open(step, self.STEP, dir_fd=self._folder))
-        self._name = name
-
-    def check(self, name: bytes, size: int) -> bytes:
-        """Raise OSError or ValueError if a file has changed since the layer was made. size is in bytes.
-
-        Opens its folder, and returns the last component of its name.
-        """
-        parent, _, last = name.rpartition(b"/")
-        if last in (b"", b".", b".."):
-            raise ValueError(f"{name!r} is not the name of a file")
-        if parent != self._name:
-            self._enter(parent)
-        status = os.stat(last, dir_fd=self._folder, follow_symlinks=False)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
-            raise ValueError(f"{name!r} has changed")
-        return last
-
-    def open(self, name: bytes, size: int) -> BinaryIO:
-        """Open a file unbuffered. Checks it and raises like check()."""
-        last = self.check(name, size)
-        return open(os.open(last, self.FILE, dir_fd=self._folder), "rb", buffering=0)
-
-
 class Layer:
     """A layer of the classic store as its original tar, which is reassembled while it is read.
 
@@ -4133,7 +4077,9 @@ class Layer:
 
     def __init__(self, diff_id: str, metadata: Path, files: Path):
         """metadata and files are folders. A layer with a failure cannot be used; the log has said why."""
-        self._diff_id, self._split, self._files = diff_id, metadata / "tar-split.json.gz", files
+        self._diff_id, self._split = diff_id, metadata / "tar-split.json.gz"
+        self._root = os.fsencode(os.path.realpath(files))
+        self._safe = b""  # a folder that no symbolic link leads to: a tar lists files by folder
         self.size, self.failure = 0, ""
         with contextlib.suppress(RegistryError), self._errors():
             self._newest = self._split.stat().st_ctime + self.SLACK
@@ -4170,17 +4116,32 @@ class Layer:
                     raise ValueError("the metadata has a line that is too long")
         yield from json.loads(b"[%s]" % rest)
 
+    def _path(self, name: bytes, size: int) -> bytes:
+        """Return the path of a file. Raises ValueError or OSError if it has changed since the layer was made.
+
+        A layer is untrusted: a symbolic link may point anywhere. So none is followed, and none leads out of the folder.
+        """
+        path = self._root + os.path.normpath(b"/" + name.lstrip(b"/"))
+        folder = os.path.dirname(path)
+        if folder != self._safe:
+            if os.path.realpath(folder) != folder:
+                raise ValueError(f"{name!r} is behind a symbolic link")
+            self._safe = folder
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size or status.st_ctime > self._newest:
+            raise ValueError(f"{name!r} has changed")
+        return path
+
     def _measure(self) -> int:
         """Return the size of the tar in bytes. Raises ValueError or OSError if a file has changed."""
-        size = 0
-        with contextlib.closing(LayerFiles(self._files, self._newest)) as files:
-            for name, length, piece in self._segments():
-                if name is not None:
-                    files.check(name, length)
-                elif length >= self.EXTENDED and self.SPARSE in piece:
-                    raise ValueError("sparse files are not supported")
-                size += length
-        return size
+        total = 0
+        for name, size, piece in self._segments():
+            if name is not None:
+                self._path(name, size)
+            elif size >= self.EXTENDED and self.SPARSE in piece:
+                raise ValueError("sparse files are not supported")
+            total += size
+        return total
 
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
@@ -4190,13 +4151,13 @@ class Layer:
     def _parts(self, start: int, end: int) -> Generator[Part, None, None]:
         """Yield the tar from position start up to end. Small parts are joined."""
         position, pending = 0, bytearray()
-        with self._errors(), contextlib.closing(LayerFiles(self._files, self._newest)) as files:
+        with self._errors():
             for name, size, piece in self._segments():
                 first, last = max(start - position, 0), min(end - position, size)
                 if name is None:
                     pending += piece[first:last]
                 elif first < last:
-                    with files.open(name, size) as file:
+                    with open(self._path(name, size), "rb", buffering=0) as file:
                         if last - first < self.SENDFILE:
                             pending += os.pread(file.fileno(), last - first, first)
                         else:
