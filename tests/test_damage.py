@@ -222,7 +222,7 @@ class TestDamage(DamageCase):
     def test_the_folder_of_damaged_files_is_damaged(self):
         store = self.copy()
         (store / "damaged").write_text("not a folder")
-        (store / FILES["tag"]).write_bytes(b"not a digest")
+        DAMAGES["a folder"](store / FILES["tag"])
         with HostedProgram(store) as program:
             self.assertIsNone(state(program, "a/app")["app"])
             self.assertEqual({201}, push(program, "a/app"))
