@@ -2844,11 +2844,10 @@ class Links:
         is_damaged = os.path.lexists(self.folder) and not is_folder(self.folder)
         for algorithm in self._store.disk.names(self.folder):
             for name in self._store.disk.names(self.folder / algorithm):
-                try:
-                    yield Digest.parse(f"{algorithm}:{name}")
-                except ValueError:
-                    self._store.disk.name_damaged(self.folder / algorithm / name, "its name is not a digest")
-                    is_damaged = True
+                digest = self._store.parse_digest(f"{algorithm}:{name}", self.folder / algorithm / name)
+                is_damaged = is_damaged or digest is None
+                if digest:
+                    yield digest
         if strict and is_damaged:
             raise RegistryError("STORE_FAILED", f"{self.folder} is damaged: what belongs there is not known")
 
@@ -2932,6 +2931,14 @@ class Store:
     def close(self) -> None:
         """See Disk."""
         self.disk.close()
+
+    def parse_digest(self, text: str, path: Path) -> Digest | None:
+        """The digest that is the name of a file, or in it. None if it is malformed: then the log names the file."""
+        try:
+            return Digest.parse(text)
+        except ValueError:
+            self.disk.name_damaged(path, "not a digest")
+            return None
 
     # ---- content
 
@@ -3402,11 +3409,8 @@ class Repository:
         """The manifests here that have this subject, in the order of their own digests, behind one of these."""
         folder = self._path("_referrers", subject)
         for name in self._disk.names(folder):
-            try:
-                manifest = self.manifest(Digest.parse(name)) if name > after else None
-            except ValueError:
-                self._disk.name_damaged(folder / name, "its name is not a digest")
-                continue
+            digest = self._store.parse_digest(name, folder / name) if name > after else None
+            manifest = self.manifest(digest) if digest else None
             if manifest:
                 yield manifest
 
@@ -3422,11 +3426,7 @@ class Repository:
         """The digest that a tag's file has, or None."""
         path = self._tags / tag
         data = self._disk.read(path)
-        try:
-            return Digest.parse(data.decode()) if data is not None else None
-        except ValueError:
-            self._disk.name_damaged(path, "it does not hold a digest")
-            return None
+        return self._store.parse_digest(data.decode(errors="replace"), path) if data is not None else None
 
     def tag(self, tag: str) -> Digest | None:
         """The digest of the manifest that a tag names, or None if there is no such tag or manifest."""
