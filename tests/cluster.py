@@ -12,6 +12,7 @@ import shutil
 import socket
 import unittest
 import uuid
+from pathlib import PurePosixPath
 
 import lab
 from program import MODULE
@@ -74,19 +75,21 @@ class Container:
         self.engine.docker("rm", "-f", "-v", self.name, check=False)
 
 
-def as_k3d(engine, port, inside=5000, mount=None, settings=None, host="0.0.0.0", more=()):
-    """Return the arguments of `docker run` for what k3d 5.9 does in `k3d registry create --port PORT --volume MOUNT
+SOCKET = "docker.sock:/var/run/docker.sock"
+SETTINGS = "settings.env:/etc/k3d-registry-dockerd.env:ro"
+
+
+def as_k3d(engine, port, volumes=(SOCKET,), host="0.0.0.0", inside=5000):
+    """Return the arguments of `docker run` for what k3d 5.9 does in `k3d registry create --port HOST:PORT --volume …
     --proxy-remote-url "*" --delete-enabled`; with another port inside also with `--enforce-port-match`.
 
-    The mount is by default that of Docker's socket. settings is the settings file, as seen from inside the roots. host
-    is the address to publish the port at, and more has further arguments.
+    The source of a volume is a path in the engine's folder, or begins with a slash.
     """
     return ("--hostname", NAME, "--privileged", "--init", "--restart", "unless-stopped",
             "--tmpfs", "/run", "--tmpfs", "/var/run", "--network", "bridge", "-p", f"{host}:{port}:{inside}",
             "-e", "REGISTRY_PROXY_REMOTEURL=*", "-e", "REGISTRY_STORAGE_DELETE_ENABLED=true",
             *(["-e", f"REGISTRY_HTTP_ADDR=:{inside}"] if inside != 5000 else []),
-            "-v", mount or f"{engine.inside}/docker.sock:/var/run/docker.sock",
-            *(["-v", f"{settings}:/etc/k3d-registry-dockerd.env:ro"] if settings else []), *more, IMAGE)
+            *[f"--volume={PurePosixPath(engine.inside, volume)}" for volume in volumes], IMAGE)
 
 
 @contextlib.contextmanager
@@ -100,9 +103,9 @@ def network(engine):
 
 
 @contextlib.contextmanager
-def registry(engine, **options):
+def registry(engine, volumes=(SOCKET,)):
     """Start the registry as k3d does, and connect it to the network of the cluster. Yields the Container."""
-    with Container(engine, NAME, *as_k3d(engine, PORT, **options)) as container:
+    with Container(engine, NAME, *as_k3d(engine, PORT, volumes, "127.0.0.1")) as container:
         engine.docker("network", "connect", NETWORK, NAME)
         container.wait_for_line("listening on")
         yield container
@@ -216,8 +219,11 @@ def first_field(data):
     return data[2:2 + data[1]].decode()
 
 
+STARTED = set()  # engines that this process has started
+
+
 class StageCase(unittest.TestCase):
-    """Tests on a stage. The first class of a module starts it and builds the image; its end clears it away."""
+    """Tests on a stage. The first class of a module begins it and builds the image; the end of the module ends it."""
 
     engine: lab.StageEngine
 
@@ -228,10 +234,11 @@ class StageCase(unittest.TestCase):
 
     @classmethod
     def start_engine(cls):
-        if not cls.engine.pid():
-            unittest.addModuleCleanup(cls.engine.clear)
-            cls.engine.start()
-            lab.base_image(cls.engine)
+        if cls.engine not in STARTED:
+            STARTED.add(cls.engine)
+            unittest.addModuleCleanup(STARTED.remove, cls.engine)
+            unittest.addModuleCleanup(cls.engine.end)
+            cls.engine.begin()
             build_image(cls.engine)
 
     @classmethod

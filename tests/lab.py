@@ -265,7 +265,7 @@ class Stage(Daemon):
 
 
 class StageEngine(Engine):
-    """A dockerd on a stage of its own, with bridges. The tests that use it start it, and clear it away.
+    """A dockerd on a stage of its own, with bridges. It is not up with the lab: tests begin and end it.
 
     options are more arguments of dockerd. Registries on its networks need no TLS.
     """
@@ -283,9 +283,6 @@ class StageEngine(Engine):
                 "--insecure-registry=172.16.0.0/12", *self.options]
 
     def start(self):
-        """Start dockerd, on a new stage if there is none: then without images and containers."""
-        if not self.stage.pid():
-            self.clear()
         self.stage.start()
         super().start()
 
@@ -295,7 +292,13 @@ class StageEngine(Engine):
             self.stage.run("busybox", "kill", f"-{int(how)}", (self.folder / "dockerd.pid").read_text())
             wait_for(f"the end of {self.name}", lambda: not self.pid())
 
-    def clear(self):
+    def begin(self):
+        """Start it without any containers and images but `base:1`."""
+        self.end()  # what tests that were killed have left
+        self.start()
+        base_image(self)
+
+    def end(self):
         """End everything on the stage, and remove all data of the engine."""
         self.stage.stop()
         wait_for(f"the end of {self.name}", lambda: not self.pid())
@@ -874,7 +877,7 @@ def up():
 
 def down():
     for stage in STAGES.values():
-        stage.clear()  # there is none, unless tests were killed
+        stage.end()  # there is none, unless tests were killed
     for daemon in reversed(DAEMONS):
         daemon.stop()
     for suite in SUITES:

@@ -130,9 +130,9 @@ class LiveRestore(ClusterCase):
         cls.engine.options = options
         cls.engine.restart()
 
-    def restart_under(self, **options):
+    def restart_under(self, *options):
         """Start a registry, build an image, restart Docker. Returns the digest of the image's config."""
-        self.registry = self.enter(cluster.registry(self.engine, **options))
+        self.registry = self.enter(cluster.registry(self.engine, *options))
         self.pull_when_ready("base:1")
         config = self.build(f"{self.name}:1")
         started = self.registry.state("StartedAt")
@@ -151,10 +151,8 @@ class LiveRestore(ClusterCase):
         self.assertEqual(config, self.pull_when_ready(f"{self.name}:1"))
 
     def test_folder_of_the_socket_is_mounted(self):
-        settings = self.engine.folder / "settings.env"
-        settings.write_text("DOCKER_HOST=unix:///docker/docker.sock\n")
-        config = self.restart_under(mount=f"{self.engine.inside}:/docker:ro",
-                                    settings=f"{self.engine.inside}/{settings.name}")
+        (self.engine.folder / "settings.env").write_text("DOCKER_HOST=unix:///docker/docker.sock\n")
+        config = self.restart_under([".:/docker:ro", cluster.SETTINGS])
         self.assertEqual(config, self.node.pull(f"{self.name}:1"))
 
 

@@ -1,5 +1,6 @@
 """The image of the Dockerfile, on an engine that can do what Docker does on a machine."""
 
+import base64
 import json
 import os
 import sys
@@ -74,11 +75,29 @@ class TestImage(Image):
         (self.engine.folder / "settings.env").write_text(
             "K3D_REGISTRY_DOCKERD_PULL=never\nREGISTRY_HTTP_ADDR=:5103\nREGISTRY_LOG_FORMATTER=json\n")
         container = self.enter(Container(self.engine, self.name, *as_k3d(
-            self.engine, 5103, settings=f"{self.engine.inside}/settings.env")))
+            self.engine, 5103, [cluster.SOCKET, cluster.SETTINGS])))
         container.wait_for_line("listening on [::]:5103 (from REGISTRY_HTTP_ADDR")
         self.assertEqual("healthy", self.check_health())
         for line in container.log().splitlines():
             self.assertIn("message", json.loads(line))
+
+    def test_credentials_of_docker_login(self):
+        """A config.json at its usual place is used for requests without credentials."""
+        self.enter(cluster.network(self.engine))
+        origin = self.enter(cluster.Origin(self.engine))
+        self.build(f"{self.name}:1")
+        image = origin.take(f"{self.name}:1", f"lab/{self.name}:1")
+        self.addCleanup(self.engine.remove, image)
+        token = base64.b64encode(f"{lab.USER}:{lab.PASSWORD}".encode()).decode()
+        (self.engine.folder / "config.json").write_text(json.dumps({"auths": {origin.HOST: {"auth": token}}}))
+        ask = ("import urllib.request\ntry: print(urllib.request.urlopen("
+               f"'http://localhost:5000/v2/lab/{self.name}/manifests/1?ns={origin.HOST}').status)\n"
+               "except urllib.error.HTTPError as e: print(e.code)")
+        for volumes, expected in (([cluster.SOCKET], "401"),
+                                  ([cluster.SOCKET, "config.json:/root/.docker/config.json:ro"], "200")):
+            with self.subTest(volumes), Container(self.engine, self.name, *as_k3d(self.engine, 5105, volumes)) as ours:
+                ours.wait_for_line("listening on")
+                self.assertEqual(expected, ours.python(ask))
 
     def test_stop_during_an_upload(self):
         """The upload goes on, but the program, which is the first process, ends by itself."""

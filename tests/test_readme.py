@@ -13,8 +13,8 @@ import unittest
 
 import cluster
 import lab
+from cluster import StageCase
 from program import MODULE
-from test_image import StageCase
 from test_settings import module
 
 try:
@@ -175,10 +175,7 @@ class Reader:
     def start_registry(self, name, host, port, image, volumes):
         assert (name, image) == (cluster.NAME, cluster.IMAGE), "that is what the node of this test is configured for"
         self.make_room(name)
-        first, *others = volumes
-        more = [word for volume in others for word in ("-v", volume)]
-        self.engine.docker("run", "-d", "--name", name,
-                           *cluster.as_k3d(self.engine, port, mount=first, host=host, more=more))
+        self.engine.docker("run", "-d", "--name", name, *cluster.as_k3d(self.engine, port, volumes, host))
         self.engine.docker("network", "connect", cluster.NETWORK, name)
         lab.wait_for("the registry", lambda: self.engine.docker("exec", name, "python3", f"/{MODULE.name}", "check",
                                                                 check=False) == "healthy")
