@@ -10,7 +10,8 @@ goes to stderr; the tables, in Markdown, to stdout.
 
 The image has layers of random data and of text. A pull is `ctr content fetch` by a containerd node that has none of
 it: everything that a kubelet does, including hashing, except unpacking, which takes the same time wherever
-the content is from. "Ten nodes" are processes that each read all blobs of the image at once and discard them.
+the content is from. Of one image, a Debian system, the node unpacks the layers too, since that is what a person waits
+for. "Ten nodes" are processes that each read all blobs of the image at once and discard them.
 """
 
 import argparse
@@ -115,6 +116,13 @@ def many_files(engine, name):
     engine.build(name, {"files.tar": layer}, "base:1", add=True)
 
 
+def debian(engine, name):
+    """Make an image of a Debian system: the root of an older engine of the lab."""
+    root = lab.ENGINES["containerd-26"].root
+    files = lab.run("tar", "-C", root, "-c", "etc", "usr", text=False).stdout
+    engine.build(name, {"files.tar": files}, "base:1", add=True)
+
+
 # ---- what is measured
 
 
@@ -124,10 +132,10 @@ def registry(image, mounted=False):
     return Program(f"unix://{image.engine.socket}", *options)
 
 
-def pull(image, address):
+def pull(image, address, unpack=False):
     """Return the seconds of a cold pull by the node."""
     lab.NODE.forget()
-    return seconds(lab.NODE.fetch, image.reference, address)
+    return seconds(lab.NODE.pull if unpack else lab.NODE.fetch, image.reference, address)
 
 
 def save(engine, name):
@@ -135,11 +143,12 @@ def save(engine, name):
     return seconds(lab.chroot, "sh", "-c", f"docker -H {engine.host} save {name} > /dev/null")
 
 
-def save_and_import(image):
+def save_and_import(image, unpack=False):
     """Return the seconds of what `k3d image import` does: write a tar to disk, and import it on the node."""
     lab.NODE.forget()
+    no_unpack = "" if unpack else "--no-unpack"
     return seconds(lab.chroot, "sh", "-c", f"docker -H {image.engine.host} save {image.name} > /lab/image.tar && "
-                                           "ctr -a /lab/node/containerd.sock -n k8s.io images import --no-unpack "
+                                           f"ctr -a /lab/node/containerd.sock -n k8s.io images import {no_unpack} "
                                            "/lab/image.tar > /dev/null && rm /lab/image.tar")
 
 
@@ -238,15 +247,15 @@ class Series:
                        "to save": median / medians["docker save"] if "docker save" in medians else None, **cost}
 
 
-def cold_pulls(series, case, image, runs):
+def cold_pulls(series, case, image, runs, unpack=False):
     static = lab.ORIGINS["open"].host
     for _ in range(runs):
         series.add(case, "docker save", save(image.engine, image.name))
-        series.add(case, "save + import", save_and_import(image))
-        series.add(case, "static registry", pull(image, static))
+        series.add(case, "save + import", save_and_import(image, unpack))
+        series.add(case, "static registry", pull(image, static, unpack))
         for way, mounted in WAYS:
             with registry(image, mounted) as program:
-                series.add(case, way, pull(image, program.address), cost(program))
+                series.add(case, way, pull(image, program.address, unpack), cost(program))
 
 
 def rebuilt(series, image, runs):
@@ -296,7 +305,7 @@ def pushes(series, image, runs):
         addresses = {"static registry": stack.enter_context(empty_registry()),
                      **{way: program.address for way, program in programs.items()}}
         for way, address in addresses.items():
-            say(f"{series.engine.name}: the first push to {way}: {push(image.engine, image.name, address):.2f} s")
+            series.add("first push", way, push(image.engine, image.name, address))
         for _ in range(runs):
             tag = uuid.uuid4().hex[:8]
             name = f"{image.name.split(':')[0]}:{tag}"
@@ -383,11 +392,13 @@ def main():
             engine, size = lab.ENGINES[name], arguments.size * MIB
             say(f"{name}: building images")
             tag = uuid.uuid4().hex[:8]
-            large, files = Image(engine, f"bench-{tag}", app(size)), Image(engine, f"bench-files-{tag}", many_files)
-            images += [large, files]
+            large, files, system = (Image(engine, f"bench-{kind}-{tag}", make) for kind, make in (
+                ("app", app(size)), ("files", many_files), ("debian", debian)))
+            images += [large, files, system]
             series = Series(engine)
             cold_pulls(series, f"cold pull, {large.size / 1e6:.0f} MB", large, arguments.runs)
             cold_pulls(series, "cold pull, 20,000 files", files, arguments.runs)
+            cold_pulls(series, f"Debian, {system.size / 1e6:.0f} MB, unpacked", system, arguments.runs, unpack=True)
             rebuilt(series, large, arguments.runs)
             pushes(series, large, arguments.runs)
             ten_nodes(series, large, arguments.runs)

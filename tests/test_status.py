@@ -233,7 +233,10 @@ class SlowOrigin(lab.Gate):
 
 @unittest.skipUnless(CHROMIUM, "needs Chromium: apt-get install chromium")
 class TestPage(EngineCase):
-    engine = lab.ENGINES["containerd"]
+    """The names are those of a picture for people: Docker gets images of Docker Hub from mirrors here."""
+
+    engine = lab.ENGINES["mirrors"]
+    PULLED = "docker.io/library/postgres:17"
 
     def setUp(self):
         lab.require()
@@ -244,28 +247,39 @@ class TestPage(EngineCase):
 
     def test_during_a_pull(self):
         """The page is opened while a node waits for a slow pull: it shows that, and then that it has ended."""
-        lab.push_platforms(lab.ORIGINS["open"], f"lab/{self.name}", "1", ["amd64"],
-                           [("one", os.urandom(6_000_000)), ("two", os.urandom(5_000_000))])
-        with SlowOrigin(lab.ORIGINS["open"]) as gate:
-            self.images.append(f"{gate.host}/lab/{self.name}:1")
+        self.images += [self.PULLED, "backend:dev", "frontend:dev"]
+        self.engine.remove(*self.images)
+        lab.push_platforms(lab.ORIGINS["open"], "library/postgres", "17", ["amd64"],
+                           [(f"layer{i}", os.urandom(i * 1_000_000)) for i in (6, 4, 9)])
+        with SlowOrigin(lab.ORIGINS["open"], ("127.0.0.1", int(lab.FIRST_MIRROR.rpartition(":")[2]))) as gate:
             program = self.program()
             self.assertIn(b"No node has asked yet", program.get("/", **HTML).body)
-            path = f"/v2/lab/{self.name}/manifests/1?ns={gate.host}"
+            self.have_images(program)
+            path = "/v2/library/postgres/manifests/17?ns=docker.io"
             node = threading.Thread(target=program.get, args=(path,), kwargs=NODE)
             node.start()
             program.wait_for_line("pull ")
             wait_until(lambda: program.get("/status").json["under_way"][0]["total_bytes"])
             (task,) = program.get("/status").json["under_way"]
-            self.assertEqual(("pull", f"{gate.host}/lab/{self.name}:1", ["127.0.0.1"]),
-                             (task["kind"], task["what"], task["waiting"]))
+            self.assertEqual(("pull", self.PULLED, ["127.0.0.1"]), (task["kind"], task["what"], task["waiting"]))
             self.assertLess(task["done_bytes"], task["total_bytes"])
-            self.assertIn(f"pull {gate.host}/lab/{self.name}:1\n  [", program.get("/").body.decode())
+            self.assertIn(f"pull {self.PULLED}\n  [", program.get("/").body.decode())
             with Browser(f"http://localhost:{program.port}/") as browser:
-                self.see_a_pull(browser, f"{gate.host}/lab/{self.name}:1", gate, node)
+                self.see_a_pull(browser, self.PULLED, gate, node)
             self.assertEqual({f"http://localhost:{program.port}/"}, browser.requested())
         self.assertEqual([], browser.complaints())
-        (image,) = [image for image in program.get("/status").json["images"] if self.name in image["repository"]]
-        self.assertEqual(("1", "docker", "127.0.0.1"), (image["tag"], image["source"], image["last_served"]["to"]))
+        (image,) = [image for image in program.get("/status").json["images"] if "postgres" in image["repository"]]
+        self.assertEqual(("17", "docker", "127.0.0.1"), (image["tag"], image["source"], image["last_served"]["to"]))
+
+    def have_images(self, program):
+        """Build two images, push one of them, and have a node pull both."""
+        for name in ("backend:dev", "frontend:dev"):
+            self.engine.build(name, {"app": os.urandom(2_000_000)})
+            lab.NODE.fetch(f"docker.io/library/{name}", program.address)
+        pushed = f"{program.address}/shop/web:1.4"
+        self.images.append(pushed)
+        self.engine.docker("tag", "frontend:dev", pushed)
+        self.engine.docker("push", "-q", pushed)
 
     def see_a_pull(self, browser, name, gate, node):
         """The bar of a pull moves, and then it is gone, without a reload; what a person has opened stays open."""
@@ -286,7 +300,7 @@ class TestPage(EngineCase):
         gate.open()
         node.join()
         wait_until(lambda: "Nothing is being pulled" in browser.evaluate(text))
-        self.assertIn(name, browser.evaluate("document.querySelector('#images').innerText"))
+        self.assertIn("postgres:17", browser.evaluate("document.querySelector('#images').innerText"))
         self.assertIn("done", browser.evaluate("document.querySelector('#under-way details').textContent"))
         self.assertEqual("once", browser.evaluate("document.body.dataset.loaded"))
 
