@@ -2429,7 +2429,7 @@ class SharedReads:
     def __init__(self, folder: Path):
         """folder is where the files are. It is made when it is needed."""
         self._folder = folder
-        self._lock = threading.Lock()  # guards _reads, and the number of readers
+        self._lock = threading.Lock()  # guards _reads, and the readers and the transfer of each
         self._reads: dict[Digest, SharedRead] = {}
         self._transfers = UnderWay[Transfer]()
 
@@ -2470,9 +2470,10 @@ class SharedReads:
     def _follow(self, shared: SharedRead, position: int, deadline: Deadline) -> Generator[Part, None, None]:
         """The content from a position on, out of a file; or from the source if that fails."""
         try:
-            if shared.transfer is None or shared.transfer.failed:
-                shared.transfer = self._transfers.join(
-                    shared, lambda: Transfer(shared.size), functools.partial(self._fill, shared))
+            with self._lock:  # or one that another reader has just started could have ended before it is noticed here
+                if shared.transfer is None or shared.transfer.failed:
+                    shared.transfer = self._transfers.join(
+                        shared, lambda: Transfer(shared.size), functools.partial(self._fill, shared))
             for part in shared.transfer.follow(position, shared.size - position, deadline):
                 yield part
                 position += len(part)
