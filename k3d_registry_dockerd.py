@@ -4592,7 +4592,8 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
         """See urllib.request, which would read the whole body, whatever its length."""
         fp.read = lambda *_: b""
-        return super().http_error_302(req, fp, code, msg, headers)
+        with on_failure(fp.close):
+            return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -4664,7 +4665,8 @@ class Origin:
         try:
             return self._try(path)
         except urllib.error.HTTPError as e:
-            self._authorization = self._answer(e.headers) if e.code == 401 and self._is_own(e.url) else None
+            with on_failure(e.close):
+                self._authorization = self._answer(e.headers) if e.code == 401 and self._is_own(e.url) else None
             if self._authorization is None:
                 raise
             e.close()
@@ -4714,6 +4716,8 @@ class Origin:
                 return str(token)
             raise ValueError("not a token")
         except MALFORMED_ERRORS as e:
+            if isinstance(e, urllib.error.HTTPError):
+                e.close()
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} did not return a token: {type(e).__name__}") from None
 
     def _token_request(self, realm: str, query: dict[str, str]) -> urllib.request.Request:
