@@ -4524,7 +4524,7 @@ class Exports:
 
 # =====================================================================================================================
 # 16. Origin: an image's own registry
-# Uses: configuration, engine.
+# Uses: configuration, waiting, engine.
 # =====================================================================================================================
 
 
@@ -4592,8 +4592,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
         """See urllib.request, which would read the whole body, whatever its length."""
         fp.read = lambda *_: b""
-        with on_failure(fp.close):
+        try:
             return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:  # the Location is not a valid URL
+            fp.close()
+            raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -4689,7 +4692,7 @@ class Origin:
         request.add_header("User-Agent", f"k3d-registry-dockerd/{__version__}")
         try:
             response: http.client.HTTPResponse = self._opener.open(request, timeout=ORIGIN_TIMEOUT)
-        except ValueError as e:  # the Location is not a valid URL
+        except ValueError as e:
             raise urllib.error.URLError(str(e)) from None
         return response
 
