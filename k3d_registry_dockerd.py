@@ -5008,8 +5008,13 @@ class PullProgress:
         if status == "Downloading" and known and sizes[1] and (
                 layer in self.layers or len(self.layers) < BLOBS_LIMIT):
             self.layers[layer] = (min(sizes), sizes[1])
-        elif status in ("Download complete", "Pull complete", "Extracting") and layer in self.layers:
+        elif status in ("Download complete", "Pull complete", "Already exists", "Extracting") and layer in self.layers:
             self.layers[layer] = (self.layers[layer][1],) * 2
+
+    def expect(self, layers: Mapping[Digest, int]) -> None:
+        """Count layers, with their sizes in bytes, that Docker has not begun to report: it names them by 12 digits."""
+        for digest, size in layers.items():
+            self.layers.setdefault(digest.hex[:12], (0, size))
 
 
 @dataclass
@@ -5205,6 +5210,14 @@ class Fetches:
             raise
 
 
+class Pull(Job):
+    """A pull by Docker, with these credentials. old is the image that it is to replace."""
+
+    def __init__(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None = None):
+        super().__init__(f"pulling {reference}")
+        self.reference, self.credentials, self.old, self.progress = reference, credentials, old, PullProgress()
+
+
 class Pulls:
     """Has Docker pull images: one pull for all requests for the same image. Knows what the pulls under way will bring.
 
@@ -5214,10 +5227,10 @@ class Pulls:
     def __init__(self, engine: Engine, images: ImageStores, policy: PullPolicy, activity: Activity):
         self._engine, self._images, self._policy, self._activity = engine, images, policy, activity
         self._content = images.content
-        self._jobs, self._look_ups = Jobs(PULLS_LIMIT), Jobs()
+        self._pulls, self._look_ups = UnderWay[Pull](PULLS_LIMIT), Jobs()
         self._transfers = UnderWay[Transfer]()
         self._lock = threading.Lock()  # guards _expected
-        self._expected: dict[Digest, tuple[int, Job]] = {}  # what a pull will bring: its size in bytes, and the pull
+        self._expected: dict[Digest, tuple[int, Pull]] = {}  # what a pull will bring: its size in bytes, and the pull
 
     def pull(self, reference: Reference, client: Client, old: EngineImage | None = None) -> Manifest | None:
         """Have Docker pull an image; requests for the same image with the same credentials share one pull.
@@ -5228,10 +5241,10 @@ class Pulls:
         """
         if not client.may_pull:
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker has no image {reference}")
-        pull, used = self._start(reference, client.credentials, old)
+        pull = self._start(reference, client.credentials, old)
         ended = client.deadline.within(EARLY_ANSWER).wait(pull.done.wait)
         if not ended and self._images.current().flows:
-            look_up = None if isinstance(reference.target, Digest) else self._look_up(reference, used)
+            look_up = None if isinstance(reference.target, Digest) else self._look_up(reference, pull.credentials)
             manifest = self._await_manifest(
                 pull, lambda: look_up.result if look_up else reference.digest, client.deadline)
             if manifest:
@@ -5244,24 +5257,23 @@ class Pulls:
     def complete(self, reference: Reference) -> None:
         """See that Docker has an image: wait for the end of its pull, if it lacks it. Raises what pull() does."""
         if not self._engine.image(str(reference)):
-            pull, used = self._start(reference, None)
-            with pull_errors(reference, used):
+            pull = self._start(reference, None)
+            with pull_errors(reference, pull.credentials):
                 pull.outcome(Deadline())
 
-    def _start(self, reference: Reference, own: Credentials | None, old: EngineImage | None = None
-               ) -> tuple[Job, Credentials | None]:
-        """The pull of an image, and the credentials that it uses."""
+    def _start(self, reference: Reference, own: Credentials | None, old: EngineImage | None = None) -> Pull:
+        """The pull of an image that is under way, or a new one."""
         self._policy.check(reference)
         used = self._policy.credentials(reference, own)
-        job = self._jobs.start((reference, used), lambda: self._run(reference, used, old), f"pulling {reference}")
-        return job, used
+        return self._pulls.join((reference, used), lambda: Pull(reference, used, old), self._run)
 
-    def _run(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None) -> None:
+    def _run(self, pull: Pull) -> None:
+        reference, credentials, progress = pull.reference, pull.credentials, pull.progress
         image = self._engine.image(str(reference))
-        if image and (old is None or image.id != old.id):
+        if image and (pull.old is None or image.id != pull.old.id):
             return  # pulled by a job that ended after the caller had looked
         detail = f" as {credentials.username!r}" if credentials else ""
-        progress, started, result = PullProgress(), time.monotonic(), "ok"
+        started, result = time.monotonic(), "ok"
         try:
             with self._activity.task("pull", str(reference), detail, reference.docker_repository()) as task:
 
@@ -5300,7 +5312,7 @@ class Pulls:
 
     # ---- what a pull is bringing
 
-    def _await_manifest(self, pull: Job, digest: Callable[[], Digest | None], deadline: Deadline) -> Manifest | None:
+    def _await_manifest(self, pull: Pull, digest: Callable[[], Digest | None], deadline: Deadline) -> Manifest | None:
         """A manifest as soon as a pull has brought it, or None if the pull has ended without it.
 
         digest() returns its digest once that is known. What the manifest refers to is expected from then on.
@@ -5321,15 +5333,17 @@ class Pulls:
         _, pull = self._coming(digest)
         return self._await_manifest(pull, lambda: digest, deadline) if pull else None
 
-    def _expect(self, pull: Job, manifest: Manifest) -> None:
+    def _expect(self, pull: Pull, manifest: Manifest) -> None:
         """Remember what a manifest says of the content that a pull will bring."""
         with self._lock:
             self._expected = {digest: (size, job) for digest, (size, job) in self._expected.items()
                               if not job.done.is_set()}
             sizes = manifest.sizes("config", "layers", "manifests")
             self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
+        pull.progress.expect({digest: size for digest, size in manifest.sizes("layers").items()
+                              if not self._content.has(digest, size)})
 
-    def _coming(self, digest: Digest) -> tuple[int, Job | None]:
+    def _coming(self, digest: Digest) -> tuple[int, Pull | None]:
         """The size of some content in bytes, and the pull under way that will bring it, if there is one."""
         with self._lock:
             size, pull = self._expected.get(digest, (0, None))
@@ -5346,7 +5360,7 @@ class Pulls:
             return None
         return self._transfers.join(digest, lambda: Transfer(size), functools.partial(self._await_blob, digest, pull))
 
-    def _await_blob(self, digest: Digest, pull: Job, transfer: Transfer) -> None:
+    def _await_blob(self, digest: Digest, pull: Pull, transfer: Transfer) -> None:
         """Lead the readers of a transfer to content as soon as Docker has it."""
         while True:
             ended = pull.done.wait(ARRIVAL_INTERVAL)
@@ -5375,9 +5389,8 @@ class Warming:
         """Work until the list is done. Failures are logged."""
         count = len(self._missing)
         for pause in itertools.chain(WARMING_PAUSES, itertools.repeat(WARMING_PAUSES[-1])):
-            waiting = collections.deque(self._missing)
-            threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True)
-                       for _ in range(min(WARMING_PULLS, len(waiting)))]
+            waiting = iter(self.missing())
+            threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True) for _ in range(WARMING_PULLS)]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -5391,19 +5404,15 @@ class Warming:
         if count:
             log.info("warm: Docker has all images of the list, %d", count)
 
-    def _work(self, waiting: collections.deque[Reference]) -> None:
-        while waiting:
-            with contextlib.suppress(IndexError):  # the other thread took it
-                self._get(waiting.popleft())
-
-    def _get(self, reference: Reference) -> None:
-        self._missing[reference] = "it is being looked for, or pulled"
-        try:
-            self._pulls.complete(reference)
-        except Exception as e:  # a boundary: it is tried again
-            self._missing[reference] = e.detail if isinstance(e, RegistryError) else repr(e)
-        else:
-            del self._missing[reference]
+    def _work(self, waiting: Iterator[Reference]) -> None:
+        for reference in waiting:  # which the threads share
+            self._missing[reference] = "it is being looked for, or pulled"
+            try:
+                self._pulls.complete(reference)
+            except Exception as e:  # a boundary: it is tried again
+                self._missing[reference] = e.detail if isinstance(e, RegistryError) else repr(e)
+            else:
+                del self._missing[reference]
 
 
 # =====================================================================================================================

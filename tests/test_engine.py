@@ -161,6 +161,17 @@ class TestPullProgress(unittest.TestCase):
                     progress.update(message)
                 self.assertEqual(expected, self.line(progress))
 
+    def test_layers_that_are_known_before_docker_reports_them(self):
+        """They count from then on, as what Docker says when it reports them."""
+        digests = [module.Digest.of(bytes([number])) for number in range(3)]
+        progress = module.PullProgress()
+        progress.update(self.downloading(digests[0].hex[:12], 1_000_000, 4_000_000))
+        progress.expect(dict.fromkeys(digests, 4_000_000))
+        self.assertEqual("8%, 1.0 MB of 12.0 MB, 100.0 kB/s, downloading", self.line(progress))
+        progress.update(self.downloading(digests[1].hex[:12], 2_000_000, 4_000_000))
+        progress.update({"status": "Already exists", "id": digests[2].hex[:12], "progressDetail": {}})
+        self.assertEqual("58%, 7.0 MB of 12.0 MB, 700.0 kB/s, already exists", self.line(progress))
+
     def test_more_layers_than_any_image_has(self):
         progress = module.PullProgress()
         for number in range(5000):

@@ -377,7 +377,7 @@ class TestSharedWork(MirrorCase):
         self.daemon.pulls[str(reference)] = lambda: self.daemon.add(str(reference), self.image) and chunked(b"{}")
         with self.assertLogs("k3d-registry-dockerd"):
             for _ in range(2):
-                self.mirror.pulls._run(reference, None, None)
+                self.mirror.pulls._run(module.Pull(reference, None))
         self.assertEqual(1, self.asked("/images/create"))
 
     def test_credentials_are_part_of_the_key(self):
@@ -391,7 +391,7 @@ class TestSharedWork(MirrorCase):
 
         reference = Reference.parse("team/app", "1", "registry.example")
         self.mirror.images.current()
-        with mock.patch.object(self.mirror.pulls._jobs, "start", remember):
+        with mock.patch.object(self.mirror.pulls._pulls, "join", remember):
             for credentials in (None, Credentials("a", "x"), Credentials("b", "x"), Credentials("a", "y")):
                 with self.assertRaises(RegistryError):
                     self.mirror.manifest(Client(credentials=credentials), reference)
