@@ -231,6 +231,26 @@ class SlowOrigin(lab.Gate):
     BYTES = 2_500_000
 
 
+class TestTotal(EngineCase):
+    engine = lab.ENGINES["containerd"]
+
+    def test_layers_that_docker_has_not_begun(self):
+        """Docker gets three layers at a time. All of them count once a node has the manifest."""
+        _, (manifest,) = lab.push_platforms(lab.ORIGINS["open"], f"lab/{self.name}", "1", ["amd64"],
+                                            [(str(number), os.urandom(3_000_000)) for number in range(6)])
+        with SlowOrigin(lab.ORIGINS["open"]) as gate:
+            self.images.append(f"{gate.host}/lab/{self.name}:1")
+            program = self.program()
+            for target in ("1", manifest):
+                answer = program.get(f"/v2/lab/{self.name}/manifests/{target}?ns={gate.host}", **NODE)
+                self.assertEqual(200, answer.status, answer.body)
+            (task,) = program.get("/status").json["under_way"]
+            self.assertGreater(task["total_bytes"], 18_000_000)
+            self.assertLess(task["done_bytes"], 18_000_000)
+            gate.open()
+            program.wait_for_line(": done in ")
+
+
 @unittest.skipUnless(CHROMIUM, "needs Chromium: apt-get install chromium")
 class TestPage(EngineCase):
     """The names are those of a picture for people: Docker gets images of Docker Hub from mirrors here."""
