@@ -5216,6 +5216,7 @@ class Pull(Job):
     def __init__(self, reference: Reference, credentials: Credentials | None, old: EngineImage | None = None):
         super().__init__(f"pulling {reference}")
         self.reference, self.credentials, self.old, self.progress = reference, credentials, old, PullProgress()
+        self.sizes: dict[Digest, int] = {}  # what it will bring, as far as is known, in bytes
 
 
 class Pulls:
@@ -5229,8 +5230,8 @@ class Pulls:
         self._content = images.content
         self._pulls, self._look_ups = UnderWay[Pull](PULLS_LIMIT), Jobs()
         self._transfers = UnderWay[Transfer]()
-        self._lock = threading.Lock()  # guards _expected
-        self._expected: dict[Digest, tuple[int, Pull]] = {}  # what a pull will bring: its size in bytes, and the pull
+        self._lock = threading.Lock()  # held while _expected is replaced
+        self._expected: Mapping[Digest, Pull] = {}  # content that a pull will bring
 
     def pull(self, reference: Reference, client: Client, old: EngineImage | None = None) -> Manifest | None:
         """Have Docker pull an image; requests for the same image with the same credentials share one pull.
@@ -5325,39 +5326,31 @@ class Pulls:
         found = deadline.wait(arrived)
         if not isinstance(found, Manifest):
             return None
-        self._expect(pull, found)
+        sizes = found.sizes("config", "layers", "manifests")
+        pull.sizes.update(sizes)
+        pull.progress.expect({layer: size for layer, size in found.sizes("layers").items()
+                              if not self._content.has(layer, size)})
+        with self._lock:
+            running = {known: other for known, other in self._expected.items() if not other.done.is_set()}
+            self._expected = {**running, **dict.fromkeys(sizes, pull)}
         return found
 
     def manifest(self, digest: Digest, deadline: Deadline) -> Manifest | None:
         """A manifest that a pull under way will bring, as soon as it is here; None if no pull brings it."""
-        _, pull = self._coming(digest)
+        pull = self.bringing(digest)
         return self._await_manifest(pull, lambda: digest, deadline) if pull else None
 
-    def _expect(self, pull: Pull, manifest: Manifest) -> None:
-        """Remember what a manifest says of the content that a pull will bring."""
-        with self._lock:
-            self._expected = {digest: (size, job) for digest, (size, job) in self._expected.items()
-                              if not job.done.is_set()}
-            sizes = manifest.sizes("config", "layers", "manifests")
-            self._expected.update((digest, (size, pull)) for digest, size in sizes.items())
-        pull.progress.expect({digest: size for digest, size in manifest.sizes("layers").items()
-                              if not self._content.has(digest, size)})
-
-    def _coming(self, digest: Digest) -> tuple[int, Pull | None]:
-        """The size of some content in bytes, and the pull under way that will bring it, if there is one."""
-        with self._lock:
-            size, pull = self._expected.get(digest, (0, None))
-        return size, pull if pull and not pull.done.is_set() else None
-
-    def is_bringing(self, digest: Digest) -> bool:
-        """True if a pull under way will bring some content."""
-        return self._coming(digest)[1] is not None
+    def bringing(self, digest: Digest) -> Pull | None:
+        """The pull under way that will bring some content, or None."""
+        pull = self._expected.get(digest)
+        return pull if pull and not pull.done.is_set() else None
 
     def blob(self, digest: Digest) -> Transfer | None:
         """Content that a pull under way will bring, or None."""
-        size, pull = self._coming(digest)
+        pull = self.bringing(digest)
         if pull is None:
             return None
+        size = pull.sizes[digest]
         return self._transfers.join(digest, lambda: Transfer(size), functools.partial(self._await_blob, digest, pull))
 
     def _await_blob(self, digest: Digest, pull: Pull, transfer: Transfer) -> None:
@@ -5368,7 +5361,7 @@ class Pulls:
             if blob:
                 return transfer.found(blob)
             if ended:
-                _, other = self._coming(digest)
+                other = self.bringing(digest)
                 if other is None:
                     raise RegistryError("ORIGIN_UNAVAILABLE", f"the pull ended without {digest}: {pull.error}")
                 pull = other
@@ -5658,10 +5651,10 @@ class Mirror:
         """
         # In this order: what is no longer on its way when it is asked for has arrived by then.
         missing = {digest: size for digest, size in manifest.sizes("config", "layers").items()
-                   if not (self.pulls.is_bringing(digest) or self._fetches.is_fetching(reference, digest, client)
+                   if not (self.pulls.bringing(digest) or self._fetches.is_fetching(reference, digest, client)
                            or self._content.has(digest, size))}
         for digest in manifest.platforms():
-            if self.pulls.is_bringing(digest):
+            if self.pulls.bringing(digest):
                 return {}
             child = self._content.manifest(digest)
             if child and not child.platforms():  # an index in an index is seen to when it is asked for
