@@ -7768,12 +7768,7 @@ class Handler(BaseHTTPRequestHandler):
             if isinstance(part, FileSlice):
                 yield from self._send_file(part)
                 continue
-            data = part if not chunked else b"%x\r\n%s\r\n" % (len(part), part)
-            if len(data) < self.wbufsize // 4:
-                self.wfile.write(data)
-            else:  # bypass the buffer, which would copy the data
-                self.wfile.flush()
-                self.connection.sendall(data)
+            self.wfile.write(part if not chunked else b"%x\r\n%s\r\n" % (len(part), part))
             yield len(part)
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
