@@ -8028,8 +8028,7 @@ def check_clock(setup: Setup) -> Finding:
                          str(info.details.get("SystemTime")))
     if not match:
         return Finding(GOOD, "Docker does not tell its time")
-    there = datetime.datetime.fromisoformat(match[1] + match[2].replace("Z", "+00:00")).timestamp()
-    ahead = info.read_at - there
+    ahead = info.read_at - datetime.datetime.fromisoformat(match[1] + match[2].replace("Z", "+00:00")).timestamp()
     if abs(ahead) <= CLOCK_TOLERANCE:
         return Finding(GOOD, "as Docker's")
     return Finding(BAD, f"{abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} Docker's", (
@@ -8056,21 +8055,21 @@ def leads_here(url: str, port: int) -> bool:
 
 
 def check_origin(setup: Setup) -> Finding | None:
-    """Does the way to Docker Hub work through Docker?"""
+    """Does the way to Docker Hub work through Docker? Podman cannot be asked this."""
     reference = Reference("library/hello-world", "latest", "docker.io")
     try:
         setup.pulls.check(reference)
     except RegistryError:
         return None  # the settings forbid it
-    if setup.engine.info().is_podman:
-        return None  # it cannot be asked this
     try:
-        setup.engine.origin_digest(reference, setup.pulls.credentials(reference, None))
+        if not setup.engine.info().is_podman:
+            setup.engine.origin_digest(reference, setup.pulls.credentials(reference, None))
+            return Finding(GOOD, "it answers through Docker")
     except (PullFailed, RegistryError) as e:
         reason = e.detail if isinstance(e, RegistryError) else str(e)
         return Finding(HINT, f"Docker cannot get library/hello-world from there: {printable(reason, 300)}", (
             "images that Docker lacks cannot be pulled. See whether `docker pull hello-world` works"))
-    return Finding(GOOD, "it answers through Docker")
+    return None
 
 
 # ---- this program
@@ -8096,25 +8095,24 @@ def check_store(setup: Setup) -> Finding:
     return Finding(GOOD, f"{setup.store}, {human_bytes(free)} free")
 
 
-def ask_server(address: Address, tls: bool, path: str) -> tuple[int, Message, bytes]:
+def ask_server(address: Address, tls: bool, path: str, is_guess: bool = True) -> tuple[int, Message, bytes]:
     """GET a path of a server that may be this registry. Returns the status, the headers, and a megabyte of the body.
 
     tls is a guess: it may have been set on the server's command line only. Raises OSError and HTTPException.
     """
-    problem: Exception | None = None
-    for with_tls in (tls, not tls):
-        connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
-        if with_tls:  # the certificate need not name this address
-            connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
-                                                     context=ssl._create_unverified_context())  # noqa: S323
-        with contextlib.closing(connection):
-            try:
-                connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
-                response = connection.getresponse()
-                return response.status, response.headers, response.read(MIB)
-            except (ssl.SSLError, http.client.HTTPException, ConnectionResetError) as e:
-                problem = problem or e
-    raise problem or OSError("no answer")
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
+    if tls:  # the certificate need not name this address
+        connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
+                                                 context=ssl._create_unverified_context())  # noqa: S323
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read(MIB)
+        except (ssl.SSLError, http.client.HTTPException, ConnectionResetError):
+            if is_guess:
+                return ask_server(address, not tls, path, False)
+            raise
 
 
 def check_port(setup: Setup) -> Finding:
@@ -8127,7 +8125,10 @@ def check_port(setup: Setup) -> Finding:
         return Finding(HINT, f"nothing listens at {setup.server}", "start it, or name its address with -addr")
     except (OSError, http.client.HTTPException):
         pass  # it may be anything
-    owner = owner_of(setup.server.port) or "something that is not this registry"
+    # Not the whole command: there are passwords on command lines.
+    owner = next((f"pid {process} ({printable(' '.join(words[:2]), 100).strip()})"
+                  for process, words, address in servers() if address.port == setup.server.port),
+                 "something that is not this registry")
     return Finding(BAD, f"{setup.server} is in use by {owner}", "stop that, or choose another port with -addr")
 
 
@@ -8173,26 +8174,16 @@ def reachable(address: Address) -> Address:
                    address.port)
 
 
-def owner_of(port: int) -> str | None:
-    """Name the process that listens on a port, or None if it cannot be seen from here."""
-    # Not the whole command: there are passwords on command lines.
-    return next((f"pid {process} ({printable(' '.join(words[:2]), 100).strip()})"
-                 for process, words, address in servers() if address.port == port), None)
-
-
 def check_nodes(setup: Setup) -> Finding | None:
     """Has a node ever asked?"""
     try:
-        status, _, body = ask_server(setup.server, setup.tls, "/status")
-        seen = json.loads(body)["nodes"] if status == 200 else None
+        _, _, body = ask_server(setup.server, setup.tls, "/status")
+        if json.loads(body)["nodes"]:
+            return Finding(GOOD, "nodes have asked")
     except (OSError, http.client.HTTPException, *MALFORMED_ERRORS):
         return None  # check_port says what is wrong
-    if seen is None:
-        return None
-    if not seen:
-        return Finding(HINT, "no node has asked yet", (
-            "is your cluster pointed here? `k3d-registry-dockerd config k3d` prints how (or k3s, kind, …)"))
-    return Finding(GOOD, "nodes have asked")
+    return Finding(HINT, "no node has asked yet", (
+        "is your cluster pointed here? `k3d-registry-dockerd config k3d` prints how (or k3s, kind, …)"))
 
 
 def check_proxies(setup: Setup) -> Finding:
@@ -8910,19 +8901,6 @@ def configure_log(level: str, form: str) -> Console:
     return console
 
 
-class EngineName(logging.Filter):
-    """Has the log call the engine by its name."""
-
-    def __init__(self, engine: Engine):
-        super().__init__()
-        self._engine = engine
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """See logging.Filter."""
-        record.msg, record.args = call_engine(self._engine.name, record.getMessage()), ()
-        return True
-
-
 def log_always(message: str, *arguments: object) -> None:
     """Log a message at level info, whatever the level is set to."""
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, arguments, None))
@@ -9032,10 +9010,17 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     endings, on_terminal = {signal.SIGTERM, signal.SIGINT}, sys.stderr.isatty()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*endings, signal.SIGHUP})
     registry = make_registry(settings)
-    log.addFilter(EngineName(registry.mirror.engine))
+
+    def named(text: str) -> str:
+        return call_engine(registry.mirror.engine.name, text)
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = named(record.getMessage()), ()
+        return True
+
+    log.addFilter(rename)
     try:
-        server = Server(settings.address, registry, settings.policy, settings.tls,
-                        lambda text: call_engine(registry.mirror.engine.name, text), registry.mirror.activity)
+        server = Server(settings.address, registry, settings.policy, settings.tls, named, registry.mirror.activity)
     except OSError as e:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.origin("-addr"), e.strerror or e)
         return False
