@@ -582,12 +582,18 @@ def docker_reference(text: str) -> Reference:
 # =====================================================================================================================
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8 without a byte order mark, no NaN. Raises ValueError and RecursionError."""
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object as RFC 8259 has it: UTF-8 without a byte order mark, no NaN. Raises ValueError."""
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    return json.loads(data.decode(), parse_constant=refuse)
+    try:
+        document = json.loads(data.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("it is a value of another type")
+    return document
 
 
 def manifest_type(data: bytes) -> str | None:
@@ -596,10 +602,8 @@ def manifest_type(data: bytes) -> str | None:
     Without a `mediaType`, it is derived from the other properties (OCI Image Spec v1.1).
     """
     try:
-        document = parse_json(data)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(document, dict):
+        document = parse_object(data)
+    except ValueError:
         return None
     if document.get("schemaVersion") == 1:
         return DOCKER_SCHEMA1
@@ -679,12 +683,9 @@ class Manifest:
     def document(self) -> Mapping[str, Any]:
         """The parsed manifest. Raises MANIFEST_INVALID if it is not a JSON object."""
         try:
-            document = parse_json(self.data)
-        except (ValueError, RecursionError) as e:
-            raise RegistryError("MANIFEST_INVALID", f"the manifest is not JSON: {e}") from None
-        if not isinstance(document, dict):
-            raise RegistryError("MANIFEST_INVALID", "the manifest is not a JSON object")
-        return document
+            return parse_object(self.data)
+        except ValueError as e:
+            raise RegistryError("MANIFEST_INVALID", f"the manifest is not a JSON object: {e}") from None
 
     def check(self) -> None:
         """Raise MANIFEST_INVALID if a property that holds descriptors is malformed, or holds too many."""
@@ -2053,11 +2054,9 @@ class Engine:
         """Yield the messages of a pull, JSON objects on a line each. Raises PullFailed if one reports a failure."""
         for line in filter(bytes.strip, self._lines(response)):
             try:
-                message = json.loads(line)
-            except (ValueError, RecursionError):
-                message = None
-            if not isinstance(message, dict):
-                raise RegistryError("ENGINE_FAILED", f"Docker sent a line that is not JSON: {line[:200]!r}")
+                message = parse_object(line)
+            except ValueError:
+                raise RegistryError("ENGINE_FAILED", f"Docker sent a line that is not JSON: {line[:200]!r}") from None
             detail = message.get("errorDetail")
             error = message.get("error") or (isinstance(detail, dict) and detail.get("message")) or (
                 response.status >= 300 and self._message(response.status, message))
