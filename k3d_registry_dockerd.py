@@ -265,7 +265,7 @@ def printable(text: str, limit: int = 1000) -> str:
 
 
 class Memory(dict[K, T]):
-    """What is remembered for a while. When it is too much, all of it is forgotten. Each operation needs no lock."""
+    """Remembers things for a while: when there are too many, all are forgotten. Needs no lock."""
 
     def __setitem__(self, key: K, value: T) -> None:
         if len(self) >= MEMORY_LIMIT:
@@ -4834,7 +4834,7 @@ class ImageStore:
         return image.id
 
     def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
-        """True if a digest is that of an image's manifest, or in its index. explore allows to export it for that."""
+        """True if a digest is that of an image's manifest or in its index. explore allows an export to find out."""
         if image.id == digest:
             return True
         index = self._content.manifest(self.target(image, deadline) if explore else image.id)
@@ -5565,11 +5565,12 @@ class Mirror:
         return found
 
     def _inspected_image(self, reference: Reference, client: Client) -> EngineImage | None:
+        """The image that Docker finds under a name now, or under another name for the same, or None."""
         images = (self.engine.image(str(name)) for name in self._names(reference, client))
         return next((image for image in images if image), None)
 
     def _local_image(self, reference: Reference, client: Client) -> EngineImage | None:
-        """The same, or an image that Docker lists under a name that is not fully qualified, by which it finds none."""
+        """The same; or an image that Docker lists under a name that is not fully qualified, and does not find by it."""
         image = self._inspected_image(reference, client)
         if image is None:
             wanted = {(docker_name(name.docker_repository()), name.target) for name in self._names(reference, client)}
@@ -5682,7 +5683,10 @@ class Mirror:
 
     @staticmethod
     def _try_names(names: Iterable[K], get: Callable[[K], T], problem: str) -> T:
-        """What get() returns for the first name that it does not fail for. The error is the first one if it refuses."""
+        """What get() returns for the first name with which it succeeds.
+
+        If it never does, the error is the first name's, if that was refused; otherwise MANIFEST_UNKNOWN.
+        """
         errors = []
         for name in names:
             try:
@@ -5815,7 +5819,7 @@ class Mirror:
 
     @in_time
     def image(self, client: Client, reference: Reference) -> EngineImage | None:
-        """The image that Docker finds under a name now, or under another name for the same, or None."""
+        """See _inspected_image."""
         return self._inspected_image(reference, client)
 
     # ---- lists
@@ -6023,7 +6027,7 @@ class Front:
         return self.mirror.manifest(client, self._in_docker(reference, client))
 
     def _hosted(self, reference: Reference, client: Client, unknown: str, read: Callable[[], T]) -> T | None:
-        """What read() finds of what was pushed, or None if that has an error code, or is not what is asked for."""
+        """What read() returns of what was pushed, or None if it raises an error with this code, or is not asked for."""
         try:
             return read() if self._is_ours(reference, client) else None
         except RegistryError as e:
