@@ -1698,8 +1698,6 @@ class EngineInfo:
     store: str
     root: Path
     identity: str
-    indexes: tuple[tuple[str, bool], ...] = ()  # configured registry, True if it is secure
-    insecure_networks: tuple[str, ...] = ()
     platform: str = ""          # linux/amd64
     is_podman: bool = False
     user_agent: str = ""        # how it begins, when the engine asks registries for anything
@@ -1923,14 +1921,10 @@ class Engine:
             api = tuple(int(part) for part in version["ApiVersion"].split("."))
             major, minor = min(api, API_VERSION)
             snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
-            registries = info.get("RegistryConfig") or {}
-            indexes = (registries.get("IndexConfigs") or {}).items()
             components = [component.get("Name") for component in version.get("Components") or ()]
             names = ("Version", "GoVersion", "GitCommit", "KernelVersion", "Os", "Arch")
             return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
                               Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]),
-                              tuple((str(name), bool(index.get("Secure"))) for name, index in indexes),
-                              tuple(str(network) for network in registries.get("InsecureRegistryCIDRs") or ()),
                               platform_of({"os": version.get("Os"), "architecture": version.get("Arch")}),
                               "Podman Engine" in components,
                               "docker/{} go/{} git-commit/{} kernel/{} os/{} arch/{}".format(*map(version.get, names)),
@@ -1957,17 +1951,17 @@ class Engine:
         Docker's own rule (docs.docker.com/reference/cli/dockerd/#insecure-registries): the configured value
         for this host; otherwise True if one of its addresses is in an insecure network.
         """
-        info = self.info()
-        configured = dict(info.indexes).get(registry)
-        if configured is not None:
-            return not configured
+        configured = self.info().details.get("RegistryConfig") or {}
         try:
-            networks = [ipaddress.ip_network(network) for network in info.insecure_networks]
+            index = (configured.get("IndexConfigs") or {}).get(registry)
+            if index:
+                return not index.get("Secure")
+            networks = [ipaddress.ip_network(network) for network in configured.get("InsecureRegistryCIDRs") or ()]
             host = urllib.parse.urlsplit(f"//{registry}").hostname or ""
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             addresses = [ipaddress.ip_address(str(address[4][0]).partition("%")[0]) for address in found]
             return any(address in network for address in addresses for network in networks)
-        except (OSError, ValueError):  # the name does not resolve or is invalid
+        except (OSError, *MALFORMED_ERRORS):  # the name does not resolve, for example
             return False
 
     def _path(self, path: str) -> str:

@@ -407,9 +407,10 @@ class TestInsecure(unittest.TestCase):
 
     def test_insecure_hosts(self):
         engine = Engine(EngineHost(path="/nowhere"))
-        info = EngineInfo("28", (1, 51), "classic", Path("/"), "x",
-                          (("docker.io", True), ("plain.example:5000", False), ("127.0.0.9:1", True)),
-                          ("127.0.0.0/8", "::1/128", "10.0.0.0/8"))
+        info = EngineInfo("28", (1, 51), "classic", Path("/"), "x", details={"RegistryConfig": {
+            "IndexConfigs": {"docker.io": {"Secure": True}, "plain.example:5000": {"Secure": False},
+                             "127.0.0.9:1": {"Secure": True}},
+            "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128", "10.0.0.0/8"]}})
         with mock.patch.object(engine, "info", lambda: info):
             for registry, expected in (
                     ("docker.io", False), ("plain.example:5000", True), ("plain.example", False),
