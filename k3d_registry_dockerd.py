@@ -4286,7 +4286,6 @@ class Unpacking:
     def __init__(self, store: Store, image_id: Digest):
         self._store, self._image_id = store, image_id
         self._new: dict[Digest, BlobWriter] = {}
-        self._present: set[Digest] = set()      # in the store already
         self._names: dict[str, Digest] = {}     # members of a docker-archive
         self._links: dict[str, str] = {}
         self._documents: dict[str, bytes] = {}  # index.json, manifest.json
@@ -4316,7 +4315,6 @@ class Unpacking:
 
     def _take_blob(self, stream: ExportStream, expected: Digest | None, size: int) -> Digest:
         if expected and (expected in self._new or self._store.docker.adopt(expected, size)):
-            self._present.add(expected)
             return expected
         return self._write(expected, stream.content(size))
 
@@ -4362,7 +4360,7 @@ class Unpacking:
         return self._write(None, [data])
 
     def _has(self, digest: Digest) -> bool:
-        return digest in self._new or digest in self._present
+        return digest in self._new or self._store.docker.size(digest) is not None
 
     def _path(self, digest: Digest) -> Path:
         return self._new[digest].path if digest in self._new else self._store.docker.path(digest)
