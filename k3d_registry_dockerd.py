@@ -3716,13 +3716,13 @@ class GrpcCall:
     STREAM = 1
 
     def __init__(self, sock: socket.socket):
-        self._sock, self._reader = sock, sock.makefile("rb", FRAME_LIMIT)
+        self._sock = sock
+        self._input = Payload(iter(functools.partial(sock.recv, FRAME_LIMIT), b""), "the connection")
         self._idle = 0      # frames since the last one that brought data
         self._consumed = 0  # bytes of data since the windows were enlarged
 
     def close(self) -> None:
         """Close the connection."""
-        self._reader.close()
         self._sock.close()
 
     def answers(self, path: str, message: bytes) -> Iterator[Payload]:
@@ -3755,14 +3755,8 @@ class GrpcCall:
         """Encode a header without indexing and Huffman coding (RFC 7541, 6.2.2)."""
         return bytes((0, len(name))) + name + bytes((len(value),)) + value
 
-    def _read_exactly(self, count: int) -> bytes:
-        data: bytes = self._reader.read(count)
-        if len(data) < count:
-            raise Http2Error("the connection was closed")
-        return data
-
     def _read_frame(self) -> Frame:
-        head = self._read_exactly(9)
+        head = self._input.take(9)
         length = int.from_bytes(head[:3], "big")
         if length > FRAME_LIMIT:
             raise Http2Error("the frame is too large, or the server does not speak HTTP/2")
@@ -3770,7 +3764,7 @@ class GrpcCall:
         if self._idle > IDLE_FRAMES:
             raise Http2Error(f"the server sent {IDLE_FRAMES} frames without data")
         kind, flags, stream = struct.unpack(">BBI", head[3:])
-        return Frame(kind, flags, stream & WINDOW, self._read_exactly(length))
+        return Frame(kind, flags, stream & WINDOW, self._input.take(length))
 
     def _data(self) -> Iterator[bytes]:
         """Yield the data of the call as it arrives, then check the status in its trailers."""

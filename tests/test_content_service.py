@@ -149,9 +149,9 @@ class TestCall(unittest.TestCase):
     def test_malformed_answers(self):
         status = TRAILERS_OK[:-2]  # without its value
         for what, sent, text in (
-                ("nothing", b"", "closed"),
-                ("half of a head", b"\0\0", "closed"),
-                ("half of a frame", START + data(b"hello")[:-1], "closed"),
+                ("nothing", b"", "ended too early"),
+                ("half of a head", b"\0\0", "ended too early"),
+                ("half of a frame", START + data(b"hello")[:-1], "ended too early"),
                 ("no settings", frame(PING, 0, 0, bytes(8)) + START, "settings first"),
                 ("HTTP/1.1", b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak HTTP/2"),
                 ("a frame above the limit", START + b"\x01\x00\x01" + bytes(6), "too large"),
@@ -168,7 +168,7 @@ class TestCall(unittest.TestCase):
                  START + frame(HEADERS, 0, 1) + frame(CONTINUATION, END_HEADERS, 3), "interrupts"),
                 ("a ping in the midst of headers",
                  START + frame(HEADERS, 0, 1) + frame(PING, 0, 0, bytes(8)), "interrupts"),
-                ("headers that end with the connection", START + frame(HEADERS, 0, 1, b"abc"), "closed"),
+                ("headers that end with the connection", START + frame(HEADERS, 0, 1, b"abc"), "ended too early"),
                 ("an end without trailers", START + data(message(b""), END_STREAM), "without a status"),
                 ("trailers without a status", START + frame(HEADERS, 5, 1, b"abc"), "grpc-status"),
                 ("a status without a value", START + frame(HEADERS, 5, 1, status), "grpc-status"),

@@ -303,7 +303,7 @@ class TestContentService(FaultCase):
             receive(sock, len(SETTINGS_ACKNOWLEDGED))  # without a reader for it, the request would fail at once
             sock.shutdown(2)
 
-        self.check_broken_in_the_middle(close, "connection was closed")
+        self.check_broken_in_the_middle(close, "connection ended too early")
 
     def test_content_that_ends_early(self):
         self.check_broken_in_the_middle(
