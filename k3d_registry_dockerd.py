@@ -2138,13 +2138,12 @@ Part = Data | FileSlice
 class Body:
     """length bytes as an iterator of parts. It has to be closed.
 
-    A slice of a file is valid until the next part is taken. length is None if it is not known yet. waits says that the
-    first part may take long, so headers should be sent before it is asked for.
+    A slice of a file is valid until the next part is taken. length is None if it is not known yet.
     """
 
-    def __init__(self, parts: Iterator[Part], length: int | None, *closing: Callable[[], Any], waits: bool = False):
+    def __init__(self, parts: Iterator[Part], length: int | None, *closing: Callable[[], Any]):
         """closing are called in order when the body is closed, even if one of them raises."""
-        self.parts, self.length, self.waits = parts, length, waits
+        self.parts, self.length = parts, length
         self._closing = contextlib.ExitStack()
         for action in reversed(closing):
             self._closing.callback(action)
@@ -2327,7 +2326,7 @@ class Transfer:
         with self._change:
             self._raise()
         parts = self.follow(start, length, deadline)
-        return Body(parts, length, parts.close, waits=True)
+        return Body(parts, length, parts.close)
 
     def follow(self, start: int, length: int, deadline: Deadline) -> Generator[Part, None, None]:
         """length bytes from start on, as they arrive, for as long as the client of a deadline is there."""
@@ -2408,7 +2407,7 @@ class SharedReads:
             parts = self._first(shared, source, deadline)
             return Body(parts, size, parts.close, source.close, leave)
         parts = self._follow(shared, 0, deadline)
-        return Body(parts, size, parts.close, leave, waits=True)
+        return Body(parts, size, parts.close, leave)
 
     def _leave(self, digest: Digest, shared: SharedRead) -> None:
         with self._lock:
@@ -5409,7 +5408,7 @@ class ArrivingManifest:
     def body(self) -> Body:
         """Its bytes, as soon as they are here."""
         pieces = (self.wait().data for _ in range(1))
-        return Body(pieces, None, pieces.close, waits=True)
+        return Body(pieces, None, pieces.close)
 
 
 class TimelyBlob:
@@ -7010,7 +7009,7 @@ def multipart(blob: Blob, ranges: list[tuple[int, int]], boundary: str, deadline
 
     pieces = parts()
     total = sum(map(len, [*heads, end])) + sum(length for _, length in ranges)
-    return Body(pieces, total, pieces.close, waits=True)
+    return Body(pieces, total, pieces.close)
 
 
 def parse_content_range(header: str | None, length: int | None) -> int | None:
@@ -7751,8 +7750,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.connection.settimeout(STALL_TIMEOUT)
         chunked = body.length is None and not self._is_http_1_0
-        if body.waits:
-            self.wfile.flush()
+        self.wfile.flush()  # the first part may take long
         for part in body.parts:
             if isinstance(part, FileSlice):
                 yield from self._send_file(part)
