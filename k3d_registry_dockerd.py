@@ -208,13 +208,13 @@ WATCH_INTERVAL = 1          # seconds between two redrawings of a terminal
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
 STOP_GRACE = 5              # seconds that running requests get to finish on shutdown
 EVICTION_AGE = 3600         # seconds that unreferenced content is kept after its last use
-FETCHED_AGE = 7 * 24 * 3600  # seconds that fetched content, which Docker lacks, is kept after its last use
+FETCHED_AGE = 7 * 24 * 3600  # seconds that copies are kept after their last use, except exports
 SERVED_AGE = 300            # seconds that content which can be had again is kept after its last use when room is needed
 UPLOAD_AGE = 24 * 3600      # seconds that an upload is kept after its last byte, and a blob without a manifest
 TIDY_INTERVAL = 3600        # seconds between two cleanups of the store
 
 MINIMUM_FREE = 10**9        # bytes of the disk that pushes and copies leave free
-VERIFIED_LIMIT = 50_000     # files whose content is known to be right, folders that are known to be on the disk
+VERIFIED_LIMIT = 50_000     # files whose content is known
 
 FETCHES = 10                # fetches of blobs of one manifest that are started at once
 PULLS_LIMIT = 100           # pulls by Docker, exports, fetches of manifests at once; each has a thread
