@@ -2976,7 +2976,7 @@ class Store:
                 if status and status.st_ino != inode and owner is not self.blobs:
                     self.disk.link(file, owner.path(digest))
                     self.disk.sync(owner.path(digest).parent)
-            log.info("store: %s is whole again", digest)
+                    log.info("store: %s is whole again", owner.path(digest))
         self.disk.link(file, self.blobs.path(digest))  # the last one: after a kill, the others are repeated
 
     def owners(self) -> Iterator[Links]:
