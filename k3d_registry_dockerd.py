@@ -6742,52 +6742,36 @@ HOST_VALUE = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 3986, 3.2
 HEAD_END = re.compile(rb"[^\r\n]\r*\n\r?\n")  # an empty line after others: RFC 9112, 2.2, ignores those before
 
 
-@dataclass(frozen=True)
-class Head:
-    """The first line and the headers of a request. headers may hold a name several times, in any case."""
+def parse_head(data: bytes) -> tuple[str, str, str, Message]:
+    """Parse the bytes of a request up to the empty line (RFC 9112, 3 and 5): method, target, HTTP/1.x, headers.
 
-    method: str
-    target: str
-    is_http_1_0: bool
-    headers: Message
-
-    @classmethod
-    def parse(cls, data: bytes) -> Head:
-        """Parse the bytes up to the empty line (RFC 9112, 3 and 5).
-
-        Raises REQUEST_INVALID for everything that another reader of the same bytes might take for something else,
-        METHOD_UNKNOWN, VERSION_UNKNOWN and HEAD_TOO_LARGE.
-        """
-        text = data.decode("latin-1").lstrip("\r\n")
-        first, *lines = (line.removesuffix("\r") for line in text.split("\n")[:-2])
-        match = re.fullmatch(rf"({TOKEN.pattern}) ([^ ]*) HTTP/([0-9])\.([0-9])", first, re.DOTALL)
-        if not match:
-            raise RegistryError("REQUEST_INVALID", "the first line is not METHOD TARGET HTTP/1.1")
-        method, target, major, minor = match.groups()
-        if major != "1":
-            raise RegistryError("VERSION_UNKNOWN", f"HTTP/{major}.{minor}: this is an HTTP/1.1 server")
-        if method not in METHODS:
-            raise RegistryError("METHOD_UNKNOWN", f"{method} is none of {', '.join(METHODS)}")
-        if len(lines) > HEADERS_LIMIT:
-            raise RegistryError("HEAD_TOO_LARGE", f"{len(lines)} headers; the limit is {HEADERS_LIMIT}")
-        headers = Message()
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon or not TOKEN.fullmatch(name) or "\r" in value or "\0" in value:
-                raise RegistryError("REQUEST_INVALID", "a header line is malformed")
-            headers[name] = value.strip(" \t")
-        hosts = headers.get_all("Host", [])
-        if len(hosts) > 1 or (not hosts and minor != "0") or not all(map(HOST_VALUE.fullmatch, hosts)):
-            raise RegistryError("REQUEST_INVALID", "there is not one valid Host header")
-        if minor == "0" and "Transfer-Encoding" in headers:
-            raise RegistryError("REQUEST_INVALID", "HTTP/1.0 has no Transfer-Encoding")
-        return cls(method, target, minor == "0", headers)
-
-    @property
-    def keeps_alive(self) -> bool:
-        """True if another request may follow on the connection."""
-        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        return not self.is_http_1_0 and "close" not in (option.strip(" \t") for option in options)
+    Raises REQUEST_INVALID for everything that another reader of the same bytes might take for something else,
+    METHOD_UNKNOWN, VERSION_UNKNOWN and HEAD_TOO_LARGE.
+    """
+    text = data.decode("latin-1").lstrip("\r\n")
+    first, *lines = (line.removesuffix("\r") for line in text.split("\n")[:-2])
+    match = re.fullmatch(rf"({TOKEN.pattern}) ([^ ]*) (HTTP/[0-9]\.[0-9])", first, re.DOTALL)
+    if not match:
+        raise RegistryError("REQUEST_INVALID", "the first line is not METHOD TARGET HTTP/1.1")
+    method, target, version = match.groups()
+    if not version.startswith("HTTP/1."):
+        raise RegistryError("VERSION_UNKNOWN", f"{version}: this is an HTTP/1.1 server")
+    if method not in METHODS:
+        raise RegistryError("METHOD_UNKNOWN", f"{method} is none of {', '.join(METHODS)}")
+    if len(lines) > HEADERS_LIMIT:
+        raise RegistryError("HEAD_TOO_LARGE", f"{len(lines)} headers; the limit is {HEADERS_LIMIT}")
+    headers = Message()
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not TOKEN.fullmatch(name) or "\r" in value or "\0" in value:
+            raise RegistryError("REQUEST_INVALID", "a header line is malformed")
+        headers[name] = value.strip(" \t")
+    hosts = headers.get_all("Host", [])
+    if len(hosts) > 1 or (not hosts and version != "HTTP/1.0") or not all(map(HOST_VALUE.fullmatch, hosts)):
+        raise RegistryError("REQUEST_INVALID", "there is not one valid Host header")
+    if version == "HTTP/1.0" and "Transfer-Encoding" in headers:
+        raise RegistryError("REQUEST_INVALID", "HTTP/1.0 has no Transfer-Encoding")
+    return method, target, version, headers
 
 
 class RequestBody:
@@ -7573,7 +7557,11 @@ class Handler(BaseHTTPRequestHandler):
     rbufsize = 64 * KIB                     # many chunks of the chunked coding are read at once
     wbufsize = 64 * KIB                     # headers and a small body are sent in one packet
     timeout = IDLE_TIMEOUT
-    _is_http_1_0 = False
+
+    @property
+    def is_http_1_0(self) -> bool:
+        """True if the client knows neither chunks nor 100 Continue. Its connection serves one request."""
+        return self.request_version == "HTTP/1.0"
 
     def handle_one_request(self) -> None:
         """Wait for a request and answer it. Until its headers are there, the connection is idle."""
@@ -7593,10 +7581,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             data = self._read_head()
             self.server.connections.set_busy(self.connection)
-            head = Head.parse(data)
-            self.command, self.path, self.headers = head.method, head.target, head.headers
-            self.close_connection, self._is_http_1_0 = not head.keeps_alive, head.is_http_1_0
-            body = RequestBody(head.headers, self.rfile, self._invite_body)
+            self.command, self.path, self.request_version, self.headers = parse_head(data)
+            options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+            self.close_connection = self.is_http_1_0 or "close" in map(str.strip, options)
+            body = RequestBody(self.headers, self.rfile, self._invite_body)
             response = self._respond(body)
             response.note = f"received {human_bytes(body.count)}" if body.count else ""
         except ClientGone:
@@ -7682,7 +7670,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _invite_body(self) -> None:
         """Send 100 Continue if the client waits for it (RFC 9110, 10.1.1)."""
-        if self.headers.get("Expect", "").lower() == "100-continue" and not self._is_http_1_0:
+        if self.headers.get("Expect", "").lower() == "100-continue" and not self.is_http_1_0:
             self.send_response_only(100)
             self.end_headers()
             self.wfile.flush()
@@ -7731,7 +7719,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (*own.items(), *response.lines,
                             *(line for line in self.server.policy.headers if line[0].lower() not in known)):
             self.send_header(name, value)
-        if length is None and self._is_http_1_0:
+        if length is None and self.is_http_1_0:
             self.close_connection = True  # this is the end of the body
         elif length is None and self.command != "HEAD":
             self.send_header("Transfer-Encoding", "chunked")
@@ -7749,7 +7737,7 @@ class Handler(BaseHTTPRequestHandler):
             yield len(body)
             return
         self.connection.settimeout(STALL_TIMEOUT)
-        chunked = body.length is None and not self._is_http_1_0
+        chunked = body.length is None and not self.is_http_1_0
         self.wfile.flush()  # the first part may take long
         for part in body.parts:
             if isinstance(part, FileSlice):
