@@ -7154,7 +7154,7 @@ class Endpoints:
         if mount is not None and self._mount(repository, mount, request.parameter("from")):
             return self._created(repository, mount)
         if digest is None or (mount is not None and request.body.length == 0):
-            return self._upload_status(202, repository, repository.begin_upload(), 0)
+            return self._upload_status(202, 0, repository.name, repository.begin_upload())
         self._registry.hosted.push_blob(Reference(repository.name, requested_digest(digest)), request.body.length,
                                         request.body)
         return self._created(repository, digest)
@@ -7171,22 +7171,20 @@ class Endpoints:
 
     def upload(self, request: Request) -> Response:
         """end-13, GET /v2/<name>/blobs/uploads/<session>: the progress of an upload."""
-        repository, session = self._repository(request), request.captured[1]
-        return self._upload_status(204, repository, session, repository.upload_size(session))
+        size = self._repository(request).upload_size(request.captured[1])
+        return self._upload_status(204, size, *request.captured)
 
     def append_to_upload(self, request: Request) -> Response:
         """end-5, PATCH /v2/<name>/blobs/uploads/<session>: append bytes, with or without Content-Range."""
-        repository, session = self._repository(request), request.captured[1]
-        with repository.upload(session) as upload:
-            self._receive(request, repository, session, upload)
-            return self._upload_status(202, repository, session, upload.size)
+        with self._repository(request).upload(request.captured[1]) as upload:
+            self._receive(request, upload)
+            return self._upload_status(202, upload.size, *request.captured)
 
     def finish_upload(self, request: Request) -> Response:
         """end-6, PUT /v2/<name>/blobs/uploads/<session>?digest=<digest>: append the last bytes, if any, and finish."""
-        repository, session = self._repository(request), request.captured[1]
-        expected = requested_digest(request.parameter("digest"))
-        with repository.upload(session) as upload:
-            self._receive(request, repository, session, upload)
+        repository, expected = self._repository(request), requested_digest(request.parameter("digest"))
+        with repository.upload(request.captured[1]) as upload:
+            self._receive(request, upload)
             upload.keep(repository.blobs, expected)
         return self._created(repository, str(expected))
 
@@ -7200,20 +7198,20 @@ class Endpoints:
         Reference.check_repository(request.captured[0], request.namespace)
         return self._registry.hosted.repository(request.captured[0])
 
-    def _receive(self, request: Request, repository: Repository, session: str, upload: Upload) -> None:
+    def _receive(self, request: Request, upload: Upload) -> None:
         """Append the body of a request. Raises RANGE_INVALID if it does not start at the end of the upload."""
         start = parse_content_range(request.headers.get("Content-Range"), request.body.length)
         if start not in (None, upload.size):
-            headers = self._upload_status(416, repository, session, upload.size).headers
+            headers = self._upload_status(416, upload.size, *request.captured).headers
             raise RegistryError("RANGE_INVALID", f"the next byte of this upload is {upload.size}, not {start}", headers)
         upload.expect(request.body.length or 0)
         for piece in request.body:
             upload.write(piece)
 
     @staticmethod
-    def _upload_status(status: int, repository: Repository, session: str, size: int) -> Response:
+    def _upload_status(status: int, size: int, repository: str, session: str) -> Response:
         """Return the state of an upload. An empty one has the range 0-0, as older clients expect."""
-        return Response(status, {"Location": f"/v2/{repository.name}/blobs/uploads/{session}",
+        return Response(status, {"Location": f"/v2/{repository}/blobs/uploads/{session}",
                                  "Docker-Upload-UUID": session, "Range": f"0-{max(size - 1, 0)}"})
 
     @staticmethod
