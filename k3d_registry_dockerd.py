@@ -7819,9 +7819,9 @@ class Server(ThreadingHTTPServer):
 
         With a tls context, all connections must use TLS. named puts the engine's name in texts for clients.
         """
-        self.registry, self._tls, self.named = registry, tls, named
+        self.registry, self.named = registry, named
         self.connections, self.activity = Connections(), activity or Activity()
-        self.change(policy)
+        self.change(policy, tls)
         self._all_interfaces = address.host == "" and socket.has_dualstack_ipv6()
         if self._all_interfaces or ":" in address.host:
             self.address_family = socket.AF_INET6
@@ -7829,9 +7829,10 @@ class Server(ThreadingHTTPServer):
         self.status = Status(registry, self.activity, str(self.address))
         self.endpoints = Endpoints(registry, self.status)
 
-    def change(self, policy: Policy) -> None:
-        """Apply a policy from the next request, or connection, on."""
-        self.policy, self.browsers = policy, Browsers("https" if self._tls else "http", policy.origins)
+    def change(self, policy: Policy, tls: ssl.SSLContext | None) -> None:
+        """Apply a policy from the next request on, and what __init__ says of tls from the next connection on."""
+        self._tls = tls
+        self.policy, self.browsers = policy, Browsers("https" if tls else "http", policy.origins)
         self.connections.set_limit(policy.max_connections)
 
     def server_bind(self) -> None:
@@ -8558,8 +8559,9 @@ SETTINGS = (
             boolean, False, live=True),
     Setting(None, "REGISTRY_STORAGE_DELETE_ENABLED", "", "false refuses deletions", "true", boolean, True, live=True),
     Setting("tls-certificate", "REGISTRY_HTTP_TLS_CERTIFICATE", "FILE", (
-        "listen with TLS and this certificate chain in PEM"), "plain HTTP"),
-    Setting("tls-key", "REGISTRY_HTTP_TLS_KEY", "FILE", "the private key of the certificate, in PEM", "plain HTTP"),
+        "listen with TLS and this certificate chain in PEM"), "plain HTTP", live=True),
+    Setting("tls-key", "REGISTRY_HTTP_TLS_KEY", "FILE", "the private key of the certificate, in PEM", "plain HTTP",
+            live=True),
     Setting("store", "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", "DIR", "the folder for pushed and exported images",
             "a folder in the user's cache", Path),
     Setting("store-limit", OWN_VARIABLE + "STORE_LIMIT", "SIZE", (
@@ -9027,10 +9029,10 @@ def reload(settings: Settings, arguments: argparse.Namespace, registry: Front, s
     except ValueError as e:
         log.error("SIGHUP: the settings stay as they are: %s", e)
         return settings
-    lines = [*settings.changes(new)]
+    lines = [*settings.changes(new), *(["the TLS certificate and key were read again"] if new.tls else [])]
     settings.pulls.change(new.pulls)
     registry.store.space.limit, registry.hosted.untagged_age = new.store_limit, new.untagged_age
-    server.change(new.policy)
+    server.change(new.policy, new.tls)
     configure_log(new.log_level, new.log_format)
     for line in lines or ["nothing has changed"]:
         log.info("SIGHUP: %s", line)

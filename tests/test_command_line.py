@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -267,17 +268,32 @@ class TestRunning(CommandCase):
             self.assertEqual([], [line for line in program.log[known:] if " Docker " in line])
 
     def test_check_with_tls(self):
+        """A certificate that was renewed is used after SIGHUP; one that cannot be used leaves the old one."""
         try:
             import trustme
         except ImportError:
             self.skipTest("no trustme")
         files = [str(self.folder / name) for name in ("certificate", "key")]
-        certificate = trustme.CA().issue_cert("registry.example")
-        certificate.cert_chain_pems[0].write_to_path(files[0])
-        certificate.private_key_pem.write_to_path(files[1])
+
+        def renew():
+            certificate = trustme.CA().issue_cert("registry.example")
+            certificate.cert_chain_pems[0].write_to_path(files[0])
+            certificate.private_key_pem.write_to_path(files[1])
+            return certificate.cert_chain_pems[0].bytes().decode()
+
+        first = renew()
         program = self.program("unix:///nowhere", "-tls-certificate", files[0], "-tls-key", files[1])
         self.assertEqual("healthy\n", run("check", "-addr", program.address).stdout)
         self.assertEqual([], program.lines("WARNING"))
+        Path(files[0]).write_text("nonsense")
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for_line("SIGHUP: the settings stay as they are: the TLS certificate")
+        address = ("127.0.0.1", program.port)
+        self.assertEqual(first, ssl.get_server_certificate(address))
+        second = renew()
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for_line("SIGHUP: the TLS certificate and key were read again")
+        self.assertEqual(second, ssl.get_server_certificate(address))
 
     def test_without_docker(self):
         """The program runs, gives the reason, and serves images as soon as Docker responds."""
