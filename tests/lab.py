@@ -10,10 +10,10 @@ It needs root and Debian's package mirror, nothing else: the engines are package
 which are unpacked into folders and entered with chroot. Every daemon listens on a unix socket or on
 127.0.0.1. The folder is /var/tmp/k3d-registry-dockerd-lab, or the value of LAB_DIR.
 
-Tests use the functions of this module: `lab.require()` in setUpModule, then `lab.ENGINES`,
-`lab.NODE`, `lab.ORIGINS`. Engines of `lab.STAGES` are not up with the lab: they have namespaces of their own, for
-tests of containers with networks, ports and health checks, which begin and end them (see cluster.py). Tests that need the lab are skipped if it is not up, unless
-LAB=required is in the environment, as in continuous integration.
+Tests use the functions of this module: `lab.require()` in setUpModule, then `lab.ENGINES`, `lab.NODE`,
+`lab.ORIGINS`. Engines of `lab.STAGES` are not up with the lab: they have namespaces of their own, for tests of
+containers with networks, ports and health checks, which begin and end them (see cluster.py). Tests that need
+the lab are skipped if it is not up, unless LAB=required is in the environment, as in continuous integration.
 """
 
 import base64
