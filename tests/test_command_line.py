@@ -295,6 +295,18 @@ class TestRunning(CommandCase):
         program.wait_for_line("SIGHUP: the TLS certificate and key were read again")
         self.assertEqual(second, ssl.get_server_certificate(address))
 
+    def test_control_c_ends_a_command_quietly(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            process = subprocess.Popen(
+                [sys.executable, str(MODULE), "check", "-addr", "127.0.0.1:{}".format(silent.getsockname()[1])],  # noqa: UP032
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored here
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGINT)
+                self.assertEqual(("", ""), process.communicate(timeout=60))
+        self.assertEqual(130, process.returncode)
+
     def test_without_docker(self):
         """The program runs, gives the reason, and serves images as soon as Docker responds."""
         path = self.folder / "docker.sock"
