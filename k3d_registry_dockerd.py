@@ -790,23 +790,19 @@ def in_container() -> bool:
     return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
 
 
-def container_ids(mountinfo: str, cgroup: str) -> list[str]:
-    """Return the IDs that a process's own container may have, by /proc/self/mountinfo and /proc/self/cgroup."""
+OWN_IDS = (  # what has the IDs of a process's own container, the surest first
     # Docker and Podman mount these files from a folder that is named after the container.
-    mounts = re.findall(r"/([0-9a-f]{64})/\S+ /etc/(?:hostname|hosts|resolv\.conf) ", mountinfo)
-    groups = re.findall(r"(?m)[/-]([0-9a-f]{64})(?:\.scope)?(?:/.*)?$", cgroup)
-    return list(dict.fromkeys((*mounts, *groups)))
+    ("mountinfo", re.compile(r"/([0-9a-f]{64})/\S+ /etc/(?:hostname|hosts|resolv\.conf) ")),
+    ("cgroup", re.compile(r"(?m)[/-]([0-9a-f]{64})(?:\.scope)?(?:/.*)?$")))
 
 
-def own_container() -> list[str]:
+def own_container(process: Path = Path("/proc/self")) -> list[str]:
     """Return what may name the container of this process to Docker, the surest first: IDs, and its host name."""
-    texts = []
-    for name in ("mountinfo", "cgroup"):
-        try:
-            texts.append(Path("/proc/self", name).read_text(errors="replace"))
-        except OSError:  # not Linux, or hidden: the host name may do
-            texts.append("")
-    return [*container_ids(*texts), *([socket.gethostname()] if in_container() else [])]
+    found = []
+    for name, pattern in OWN_IDS:
+        with contextlib.suppress(OSError):  # not Linux, or hidden: the host name may do
+            found += pattern.findall((process / name).read_text(errors="replace"))
+    return [*dict.fromkeys(found), *([socket.gethostname()] if in_container() else [])]
 
 
 class CommandSocket(socket.socket):
@@ -1317,13 +1313,13 @@ class Job:
         try:
             self.result = work()
         except Exception as e:  # a boundary: the waiting threads raise it
-            self.end(e)
+            self.end(without_frames(e))
         else:
             self.end()
 
     def end(self, error: Exception | None = None) -> None:
         """Tell all waiting threads that the work has ended, and why if it failed."""
-        self.error = error and without_frames(error)
+        self.error = error
         self.done.set()
 
     def outcome(self, deadline: Deadline) -> Any:

@@ -53,8 +53,12 @@ class TestNames(unittest.TestCase):
                  f"0::/machine.slice/libpod-{ID}.scope/container\n", [ID]),
                 (f"9 8 0:2 /{ID}/hostname /mnt rw - tmpfs tmpfs rw\n", "0::/init.scope\n", []),
                 ("", "", [])):
-            with self.subTest(mounts=mounts, groups=groups):
-                self.assertEqual(expected, module.container_ids(mounts, groups))
+            with self.subTest(mounts=mounts, groups=groups), tempfile.TemporaryDirectory() as name:
+                (Path(name) / "mountinfo").write_text(mounts)
+                if groups:
+                    (Path(name) / "cgroup").write_text(groups)
+                with mock.patch.object(module, "in_container", lambda: False):
+                    self.assertEqual(expected, module.own_container(Path(name)))
 
     def test_container_names(self):
         """Each row: what Docker shows -> the names of a registry on port 5000."""
