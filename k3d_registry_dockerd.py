@@ -452,6 +452,11 @@ def container_names(container: Mapping[str, Any], port: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in (*outside, *inside) if is_host(name)))[:NAMES_LIMIT]
 
 
+def names_for_nodes(names: Iterable[str]) -> list[str]:
+    """Return those names of a registry, HOST:PORT, that mean it on other machines and in containers, too."""
+    return [name for name in names if name.rpartition(":")[0] not in LOOPBACK]
+
+
 def docker_name(name: str) -> tuple[str, str]:
     """Split an image name as Docker shows it into registry and repository: alpine is docker.io, library/alpine."""
     host, slash, rest = name.partition("/")
@@ -6315,7 +6320,8 @@ class Status:
         """All facts, as /status gives them. Sizes are in bytes, times in seconds, or since the epoch as RFC 3339."""
         self._refresh(self._read_engine, self._read_images)
         return {
-            "version": __version__, "address": self._address, "started": rfc3339(self._activity.started),
+            "version": __version__, "address": self._address, "names": [*self._registry.names],
+            "started": rfc3339(self._activity.started),
             "uptime_seconds": round(time.time() - self._activity.started), "engine": self._engine,
             "store": self._store(), "nodes": [{
                 "address": visit.client, "last_request": rfc3339(visit.time), "user_agent": visit.user_agent}
@@ -6613,9 +6619,16 @@ def describe_progress(task: Facts) -> str:
 # ---- HTML
 
 
+def mirrors_for_nodes(facts: Facts, host: str) -> tuple[str, str]:
+    """A registries.yaml for the nodes, and what to say about it. host is the name by which the page was asked for."""
+    names = names_for_nodes(facts["names"])
+    note = "" if names else " (the name by which the nodes reach this registry may be another one)"
+    return MIRRORS_YAML.format(address=names[0] if names else host), f"In the registries.yaml of k3d or k3s{note}:"
+
+
 def page_html(facts: Facts, host: str) -> str:
     """The facts of Status as a page for browsers, which know this registry by the name `host`."""
-    images = facts["images"]
+    images, (mirrors, about) = facts["images"], mirrors_for_nodes(facts, host)
     ended = details_html("ended", f"The last that have ended ({len(facts['ended'])})", (
         ((f"{task['kind']} {task['what']}", "name"),
          (f"failed: {task['error']}", "bad") if task["error"] else ("done", ""),
@@ -6628,9 +6641,7 @@ def page_html(facts: Facts, host: str) -> str:
     sections = {
         "engine": "".join(f'<p class="{kind}">{html.escape(line)}</p>' for line, kind in head_lines(facts) if line),
         "welcome": "" if facts["nodes"] else (
-            f"<h2>{WELCOME}</h2><p>In the <code>registries.yaml</code> of k3d or k3s (the name by which the "
-            "<em>nodes</em> reach this registry may be another one):</p>"
-            f"<pre tabindex=0>{html.escape(MIRRORS_YAML.format(address=host))}</pre>"),
+            f"<h2>{WELCOME}</h2><p>{about}</p><pre tabindex=0>{html.escape(mirrors)}</pre>"),
         "under-way": "<h2>Under way</h2>" + ("".join(map(task_html, facts["under_way"])) or (
             "<p class=soft>Nothing is being pulled, fetched or exported.</p>")) + ended,
         "errors": errors and f"<h2>Errors</h2>{errors}",
@@ -6693,7 +6704,8 @@ def page_text(facts: Facts, host: str) -> str:
     lines = [f"k3d-registry-dockerd {facts['version']}; its API is under /v2/ (OCI Distribution Specification)",
              *(line for line, _ in head_lines(facts) if line)]
     if not facts["nodes"]:
-        lines += ["", f"{WELCOME} In registries.yaml:", "", *MIRRORS_YAML.format(address=host).splitlines()]
+        mirrors, about = mirrors_for_nodes(facts, host)
+        lines += ["", f"{WELCOME} {about}", "", *mirrors.splitlines()]
     if facts["under_way"]:
         lines += ["", "UNDER WAY", *itertools.chain.from_iterable(map(task_lines, facts["under_way"]))]
     last = [((group["repository"], ""), *visit_row(group["last"][0])) for group in facts["requests"]]
@@ -8271,7 +8283,7 @@ class Place:
         data folder.
         """
         known = {name: name.rpartition(":")[0] for name in names}
-        inside = [name for name, host in known.items() if host not in LOOPBACK]
+        inside = names_for_nodes(known)
         self.local = next((name for name in known if name not in inside), f"localhost:{port}")  # from this machine
         self.nodes = inside[0] if inside else f"host.k3d.internal:{port}"   # from the nodes of a cluster in Docker
         self.container = known[inside[0]] if inside else None               # the name of its container, if it has one
@@ -8956,10 +8968,11 @@ def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bo
     """Print a configuration for this registry. Without Docker, what Docker knows is not filled in."""
     log.setLevel(logging.CRITICAL)
     names, root = tuple[str, ...](), Path("/var/lib/docker")
+    port = server_address(settings, arguments).port
     with contextlib.suppress(RegistryError):
-        info = Engine(settings.engine).info()
+        info = Engine(settings.engine, port).info()
         names, root = info.names, info.root
-    place = Place(server_address(settings, arguments).port, names, settings.engine, root)
+    place = Place(port, names, settings.engine, root)
     print(configuration_for(arguments.kind, place), end="")
     return True
 

@@ -233,6 +233,10 @@ class TestCommands(StageCase):
             self.assertEqual([], [line for line in out.splitlines() if line[:2] == "!!" and "docker.io" not in line])
             return "doctor"
         out = reader.run(script)
+        if "config k3d" in script:
+            self.assertIn("\n          - http://k3d-dockerd:5000\n", out)
+        if "config compose" in script:
+            self.assertIn('"127.0.0.1:5000:5000"', out)
         if "grep" in script:
             self.assertRegex(out, r"INFO +GET /v2/library/hello/manifests/sha256:\w{64}\?ns=docker.io 200 ")
             return "proof"
