@@ -1557,6 +1557,20 @@ class Visit:
     note: str = ""              # what went wrong
 
 
+class Histogram:
+    """How often something took how long, in seconds."""
+
+    BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10, 30, 120, 600, math.inf)  # the upper ones of the buckets
+
+    def __init__(self) -> None:
+        self.counts, self.total = dict.fromkeys(self.BOUNDS, 0), 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        self.counts[next(bound for bound in self.BOUNDS if seconds <= bound)] += 1
+        self.total += seconds
+
+
 class Activity:
     """What the program does and has done lately. The other chapters send it events; nothing depends on it.
 
@@ -1567,7 +1581,6 @@ class Activity:
     VISITS = 5                  # requests of each
     ENDED = 20                  # tasks that have ended, errors
     CLIENTS = 100               # nodes, and manifests that were served
-    DURATIONS = (0.005, 0.025, 0.1, 0.5, 2.5, 10, 30, 120, 600)  # seconds: the upper bounds of the histograms' buckets
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -1580,10 +1593,9 @@ class Activity:
         self._served: Recent[str, Visit] = Recent(self.CLIENTS)
         self._nodes: Recent[str, Visit] = Recent(self.CLIENTS)
         self.requests: collections.Counter[tuple[str, int]] = collections.Counter()     # (method, status)
-        self.request_seconds: collections.Counter[float] = collections.Counter()        # bucket -> requests
+        self.request_seconds, self.pull_seconds = Histogram(), Histogram()
         self.pulls: collections.Counter[tuple[str, str]] = collections.Counter()        # (registry, result)
-        self.pull_seconds: collections.Counter[float] = collections.Counter()           # bucket -> pulls
-        self.sums: collections.Counter[str] = collections.Counter()  # bytes; seconds, in microseconds
+        self.response_bytes = 0
 
     # ---- tasks
 
@@ -1615,8 +1627,7 @@ class Activity:
         """Count a pull by Docker: result is "ok", or a code of ERRORS."""
         with self.lock:
             self.pulls[registry if len(self.pulls) < MEMORY_LIMIT else "other", result] += 1
-            self.pull_seconds[self._bucket(seconds)] += 1
-            self.sums["pull_microseconds"] += int(seconds * 1e6)
+            self.pull_seconds.add(seconds)
 
     # ---- requests
 
@@ -1632,9 +1643,8 @@ class Activity:
         with self.lock:
             self._visits.pop(id(visit), None)
             self.requests[visit.method if visit.method in METHODS else "other", visit.status] += 1
-            self.request_seconds[self._bucket(visit.seconds)] += 1
-            self.sums["response_bytes"] += visit.size
-            self.sums["request_microseconds"] += int(visit.seconds * 1e6)
+            self.request_seconds.add(visit.seconds)
+            self.response_bytes += visit.size
             if not visit.repository:
                 return
             past = self._past.get(visit.repository) or collections.deque(maxlen=self.VISITS)
@@ -1645,10 +1655,6 @@ class Activity:
             elif visit.note and visit.status >= 400 and (visit.method, visit.status) != ("HEAD", 404):
                 count, _ = self._errors.get(visit.note, (0, visit))
                 self._errors[visit.note] = count + 1, visit
-
-    @classmethod
-    def _bucket(cls, seconds: float) -> float:
-        return next((bound for bound in cls.DURATIONS if seconds <= bound), math.inf)
 
     def waiting_for(self, repository: str | None) -> list[str]:
         """The clients that wait for an answer about a repository."""
@@ -6454,14 +6460,13 @@ class Status:
                 ("http_requests_total", "counter", "Requests that got an answer.", {
                     labelled(method=method, code=code): count for (method, code), count in activity.requests.items()}),
                 ("http_request_duration_seconds", "histogram", "Time from a request to the end of its answer.",
-                 histogram(activity.request_seconds, activity.sums["request_microseconds"] / 1e6)),
-                ("response_bytes_total", "counter", "Bytes of the bodies of answers.", {
-                    "": activity.sums["response_bytes"]}),
+                 histogram(activity.request_seconds)),
+                ("response_bytes_total", "counter", "Bytes of the bodies of answers.", {"": activity.response_bytes}),
                 ("pulls_total", "counter", "Pulls by the engine that have ended.", {
                     labelled(registry=registry, result=result): count
                     for (registry, result), count in activity.pulls.items()}),
                 ("pull_duration_seconds", "histogram", "Duration of pulls by the engine.",
-                 histogram(activity.pull_seconds, activity.sums["pull_microseconds"] / 1e6)),
+                 histogram(activity.pull_seconds)),
                 ("pulls_in_progress", "gauge", "Pulls by the engine now.", {"": pulls}),
                 ("store_bytes", "gauge", "The store on the disk.", {
                     labelled(kind=kind): store[f"{kind}_bytes"] for kind in ("used", "free", "limit")
@@ -6484,13 +6489,12 @@ def labelled(**values: object) -> str:
     return "{" + ",".join(f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in values.items()) + "}"
 
 
-def histogram(buckets: Mapping[float, int], total: float) -> dict[str, float]:
-    """The samples of a histogram of seconds, whose buckets are those of Activity.DURATIONS."""
-    bounds = (*Activity.DURATIONS, math.inf)
-    counts = itertools.accumulate(buckets.get(bound, 0) for bound in bounds)
+def histogram(seconds: Histogram) -> dict[str, float]:
+    """The samples of a histogram."""
+    counts = itertools.accumulate(seconds.counts.values())
     found: dict[str, float] = {"_bucket" + labelled(le="+Inf" if bound == math.inf else bound): count
-                               for bound, count in zip(bounds, counts, strict=True)}
-    return {**found, "_sum": total, "_count": sum(buckets.values())}
+                               for bound, count in zip(seconds.counts, counts, strict=True)}
+    return {**found, "_sum": seconds.total, "_count": sum(seconds.counts.values())}
 
 
 # =====================================================================================================================
