@@ -88,9 +88,9 @@ Chapters, in the order of what uses what; each says at its head which others it 
     25 end-points        one method for each end-point of the specification
     26 admission         which writes, web pages and connections are let in
     27 server            HTTP on a socket, the log's lines
-    28 doctor            the usual causes of trouble, one by one
-    29 configurations    how others are told to use this registry
-    30 settings          flags, variables, the settings file
+    28 configurations    how others are told to use this registry
+    29 settings          flags, variables, the settings file
+    30 doctor            the usual causes of trouble, one by one
     31 command line      subcommands, signals
 """
 
@@ -7901,378 +7901,7 @@ class Server(ThreadingHTTPServer):
 
 
 # =====================================================================================================================
-# 28. Doctor: the usual causes, one by one
-# Uses: engine, images, pulls, server.
-# =====================================================================================================================
-
-GOOD, HINT, BAD = "ok", "--", "!!"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check has found: GOOD; HINT, it works but could be better; or BAD. With a remedy, if there is one."""
-
-    mark: str
-    text: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return printable(f"{self.text}: {self.remedy}" if self.remedy else self.text, 2000)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is examined: a registry as its settings make it. server is where a client finds it."""
-
-    address: Address
-    server: Address
-    tls: bool
-    store: Path
-    engine: Engine
-    images: ImageStores
-    pulls: PullPolicy
-    environ: Mapping[str, str]
-
-
-# ---- Docker
-
-
-def check_socket(setup: Setup) -> Finding:
-    """Can Docker's socket be connected to?"""
-    host = setup.engine.host
-    try:
-        host.connect(ENGINE_TIMEOUT).close()
-    except PermissionError:
-        return Finding(BAD, f"permission denied on {host}", group_advice(host.path))
-    except OSError as e:
-        if host.path and Path(host.path).is_dir():
-            return Finding(BAD, f"{host.path} is a folder", (
-                "Docker makes one where a container mounts a socket that is not there. Remove it on the host, and "
-                "mount the socket of a Docker that runs"))
-        return Finding(BAD, host.advice(e))
-    return Finding(GOOD, str(host))
-
-
-def group_advice(path: str) -> str:
-    """Say how this user gets the right to use a socket."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return f"let this user, {os.geteuid()}, enter the folders of {path}, or run as root"
-    if status.st_mode & 0o060 == 0o060:
-        return (f"start the container with --group-add {status.st_gid}; without a container, add this user to the "
-                "group with that number")
-    return f"run as its owner, user {status.st_uid} (docker run --user {status.st_uid}); no group may use it"
-
-
-def check_engine(setup: Setup) -> Finding:
-    """Which engine is it?"""
-    info = setup.engine.info()
-    if info.api < OLDEST_API:
-        return Finding(HINT, f"{info}", "older than all that were tried with this program: Docker 20.10 is the oldest")
-    return Finding(GOOD, str(info))
-
-
-OLDEST_API = (1, 40)
-NO_IMAGE = "k3d-registry-dockerd.invalid/doctor:none"
-# Calls that pulls need and that change nothing as they are here: Docker answers that there is no such image.
-CALLS = (("GET", "/images/json"), ("GET", f"/images/{NO_IMAGE}/json"), ("GET", f"/images/{NO_IMAGE}/get"),
-         ("POST", "/images/create?fromImage=%3A&tag=none"))
-
-
-def check_calls(setup: Setup) -> Finding:
-    """Does a proxy in front of the socket forbid calls?"""
-    problems = []
-    for method, path in CALLS:
-        try:
-            with setup.engine.request(method, path):
-                pass
-        except RegistryError as e:
-            problems.append(e.detail)
-    return Finding(BAD, "; ".join(problems)) if problems else Finding(GOOD, "Docker takes those that pulls need")
-
-
-def check_content(setup: Setup) -> Finding:
-    """How is Docker's content read?"""
-    stores, info = setup.images.current(), setup.engine.info()
-    text = f"{info.store} image store, content from {', '.join(stores.sources)}"
-    if info.is_podman:
-        return Finding(GOOD, f"Podman's, content from {', '.join(stores.sources)}")
-    if stores.problem:
-        return Finding(BAD, f"{text}; {stores.problem}")
-    advice = stores.advice()
-    return Finding(HINT, text, advice) if advice else Finding(GOOD, text)
-
-
-CLOCK_TOLERANCE = 30  # seconds
-
-
-def check_clock(setup: Setup) -> Finding:
-    """Is it the same time here and where Docker runs?"""
-    info = setup.engine.info()
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)",
-                         str(info.details.get("SystemTime")))
-    if not match:
-        return Finding(GOOD, "Docker does not tell its time")
-    ahead = info.read_at - datetime.datetime.fromisoformat(match[1] + match[2].replace("Z", "+00:00")).timestamp()
-    if abs(ahead) <= CLOCK_TOLERANCE:
-        return Finding(GOOD, "as Docker's")
-    return Finding(BAD, f"{abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} Docker's", (
-        "set both: certificates and tokens are refused when the time is wrong"))
-
-
-def check_mirrors(setup: Setup) -> Finding:
-    """Is this registry a mirror of the very Docker that it answers from?"""
-    registries = setup.engine.info().details.get("RegistryConfig") or {}
-    mirrors = [str(mirror) for mirror in registries.get("Mirrors") or ()]
-    ours = [mirror for mirror in mirrors if leads_here(mirror, setup.address.port)]
-    if ours:
-        return Finding(HINT, f"Docker's registry mirror {some_of(ours)} is this registry", (
-            "take it out of registry-mirrors in daemon.json: Docker hears of nothing there that it does not have"))
-    return Finding(GOOD, f"Docker's registry mirrors: {some_of(mirrors)}" if mirrors else "Docker has none")
-
-
-def leads_here(url: str, port: int) -> bool:
-    """Return True if a URL leads to a port of this machine."""
-    parts = urllib.parse.urlsplit(url)
-    host = (parts.hostname or "").lower()
-    return parts.port == port and (
-        host in ("localhost", socket.gethostname().lower()) or host.startswith("127.") or host == "::1")
-
-
-def check_origin(setup: Setup) -> Finding | None:
-    """Does the way to Docker Hub work through Docker? Podman cannot be asked this."""
-    reference = Reference("library/hello-world", "latest", "docker.io")
-    try:
-        setup.pulls.check(reference)
-    except RegistryError:
-        return None  # the settings forbid it
-    try:
-        if not setup.engine.info().is_podman:
-            setup.engine.origin_digest(reference, setup.pulls.credentials(reference, None))
-            return Finding(GOOD, "it answers through Docker")
-    except (PullFailed, RegistryError) as e:
-        reason = e.detail if isinstance(e, RegistryError) else str(e)
-        return Finding(HINT, f"Docker cannot get library/hello-world from there: {printable(reason, 300)}", (
-            "images that Docker lacks cannot be pulled. See whether `docker pull hello-world` works"))
-    return None
-
-
-# ---- this program
-
-
-def nearest_existing(path: Path) -> Path:
-    """Return a path, or the nearest of its parents that exists. Raises OSError."""
-    return next(existing for existing in (path.absolute(), *path.absolute().parents) if existing.exists())
-
-
-def check_store(setup: Setup) -> Finding:
-    """Can the store be written to, and is there room?"""
-    existing = nearest_existing(setup.store)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            free = shutil.disk_usage(existing).free
-    except OSError as e:
-        return Finding(BAD, f"{setup.store} cannot be written to: {e.strerror or e}", (
-            "pushes and exports fail. Mount a volume there that this user may write to, or use -store"))
-    if free < MINIMUM_FREE:
-        return Finding(BAD, f"{human_bytes(free)} free where {setup.store} is", (
-            f"pushes and exports are refused, as {human_bytes(MINIMUM_FREE)} stay free. Make room, or use -store"))
-    return Finding(GOOD, f"{setup.store}, {human_bytes(free)} free")
-
-
-def ask_server(address: Address, tls: bool, path: str, is_guess: bool = True) -> tuple[int, Message, bytes]:
-    """GET a path of a server that may be this registry. Returns the status, the headers, and a megabyte of the body.
-
-    tls is a guess: it may have been set on the server's command line only. Raises OSError and HTTPException.
-    """
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
-    if tls:  # the certificate need not name this address
-        connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
-                                                 context=ssl._create_unverified_context())  # noqa: S323
-    with contextlib.closing(connection):
-        try:
-            connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
-            response = connection.getresponse()
-            return response.status, response.headers, response.read(MIB)
-        except (ssl.SSLError, http.client.HTTPException, ConnectionResetError):
-            if is_guess:
-                return ask_server(address, not tls, path, False)
-            raise
-
-
-def check_port(setup: Setup) -> Finding:
-    """Who listens on the port?"""
-    try:
-        _, headers, _ = ask_server(setup.server, setup.tls, "/v2/")
-        if str(headers.get("Server", "")).startswith("k3d-registry-dockerd/"):
-            return Finding(GOOD, f"this registry answers at {setup.server}")
-    except ConnectionRefusedError:
-        return Finding(HINT, f"nothing listens at {setup.server}", "start it, or name its address with -addr")
-    except (OSError, http.client.HTTPException):
-        pass  # it may be anything
-    # Not the whole command: there are passwords on command lines.
-    owner = next((f"pid {process} ({printable(' '.join(words[:2]), 100).strip()})"
-                  for process, words, address in servers() if address.port == setup.server.port),
-                 "something that is not this registry")
-    return Finding(BAD, f"{setup.server} is in use by {owner}", "stop that, or choose another port with -addr")
-
-
-def listening_sockets() -> dict[str, Address]:
-    """Return the TCP addresses that are listened on in this network namespace, by inode. Empty if not on Linux."""
-    found = {}
-    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
-        with contextlib.suppress(OSError, *MALFORMED_ERRORS):
-            for fields in map(str.split, table.read_text().splitlines()[1:]):
-                if fields[3] == "0A":  # TCP_LISTEN
-                    host, _, port = fields[1].partition(":")  # the host in 32-bit numbers of this machine's byte order
-                    words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
-                    packed = struct.pack(f"={len(words)}I", *words)
-                    found[fields[9]] = Address(str(ipaddress.ip_address(packed)), int(port, 16))
-    return found
-
-
-def servers(is_wanted: Callable[[list[str]], bool] = bool) -> Iterator[tuple[str, list[str], Address]]:
-    """Yield the processes that listen on this machine, or in this container, and the addresses: pid, command, address.
-
-    is_wanted chooses by the words of the command line. Processes of other users are only seen by root.
-    """
-    sockets = listening_sockets()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            for file in (process / "fd").iterdir() if is_wanted(words) else ():
-                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-                    address = sockets.get(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
-                    if address:
-                        yield process.name, words, address
-
-
-def running_servers() -> list[Address]:
-    """Return the addresses of the servers with the same script on their command line, whatever their settings are."""
-    script = Path(sys.argv[0]).name
-    return [address for _, _, address in servers(lambda words: script in (Path(word).name for word in words if word))]
-
-
-def reachable(address: Address) -> Address:
-    """The address for a client of a server that listens on an address: one on all interfaces is on this machine."""
-    return Address({"": "localhost", "::": "localhost", "0.0.0.0": "127.0.0.1"}.get(address.host, address.host),  # noqa: S104
-                   address.port)
-
-
-def check_nodes(setup: Setup) -> Finding | None:
-    """Has a node ever asked?"""
-    try:
-        _, _, body = ask_server(setup.server, setup.tls, "/status")
-        if json.loads(body)["nodes"]:
-            return Finding(GOOD, "nodes have asked")
-    except (OSError, http.client.HTTPException, *MALFORMED_ERRORS):
-        return None  # check_port says what is wrong
-    return Finding(HINT, "no node has asked yet", (
-        "is your cluster pointed here? `k3d-registry-dockerd config k3d` prints how (or k3s, kind, …)"))
-
-
-def check_proxies(setup: Setup) -> Finding:
-    """Are there variables that may lead nodes, or this program, to a proxy?"""
-    values = {name.upper(): value for name, value in setup.environ.items() if value}
-    names = [name for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") if name in values]
-    exempt = re.split(r"[,\s]+", values.get("NO_PROXY", ""))
-    if not names:
-        return Finding(GOOD, "no variables are set")
-    if "*" in exempt or socket.gethostname() in exempt:
-        return Finding(GOOD, f"{', '.join(names)}, and NO_PROXY names this registry")
-    return Finding(HINT, f"{', '.join(names)} set", (
-        "nodes and clients that have it too need this registry's name in NO_PROXY, or they ask the proxy for it"))
-
-
-def check_credentials(setup: Setup) -> Finding:
-    """Are the helpers here that hold the credentials of docker login?"""
-    config = setup.pulls.config
-    if config is None or not os.path.lexists(config.path):
-        return Finding(GOOD, "no config.json: pulls have those of their own, the pod's imagePullSecrets")
-    try:
-        document = json.loads(config.path.read_bytes())
-        helpers = {str(name) for name in (document.get("credsStore"), *(document.get("credHelpers") or {}).values())
-                   if name}
-    except (OSError, *MALFORMED_ERRORS) as e:
-        why = e.strerror if isinstance(e, OSError) else f"it is malformed ({type(e).__name__})"
-        return Finding(BAD, f"{config.path} cannot be read: {why}", "let this user read it, or mend it")
-    missing = sorted(f"docker-credential-{name}" for name in helpers if not shutil.which(f"docker-credential-{name}"))
-    if missing:
-        return Finding(BAD, f"{config.path} names {some_of(missing)}, not on PATH here", (
-            "pulls without imagePullSecrets have no credentials. Put that program on PATH, or mount a config.json that "
-            "holds the credentials itself: docker --config DIR login"))
-    return Finding(GOOD, f"{config.path}")
-
-
-# ---- all of them
-
-
-class Check(NamedTuple):
-    """A check, and whether it asks Docker, and whether it is cheap enough for each start of the server."""
-
-    name: str
-    run: Callable[[Setup], Finding | None]
-    asks_docker: bool = False
-    at_start: bool = False
-
-
-CHECKS = (
-    Check("socket", check_socket),
-    Check("engine", check_engine, True, True),
-    Check("calls", check_calls, True),
-    Check("image store", check_content, True, True),
-    Check("store", check_store, False, True),
-    Check("clock", check_clock, True, True),
-    Check("port", check_port),
-    Check("nodes", check_nodes),
-    Check("proxies", check_proxies),
-    Check("mirrors", check_mirrors, True, True),
-    Check("credentials", check_credentials, False, True),
-    Check("docker.io", check_origin, True),
-)
-
-
-def examine(setup: Setup, checks: Iterable[Check] = CHECKS) -> Iterator[tuple[str, Finding]]:
-    """Run the checks. Those that ask Docker are left out once one has found that it cannot be used.
-
-    Yields names and findings. A check that fails is a finding.
-    """
-    usable = True
-    for name, run, asks_docker, _ in checks:
-        if asks_docker and not usable:
-            continue
-        try:
-            finding = run(setup)
-        except RegistryError as e:
-            finding = Finding(BAD, e.detail)
-        except Exception as e:  # a boundary: the other checks go on
-            finding = Finding(BAD, f"this could not be checked: {type(e).__name__}: {e}")
-        usable = usable and not (name in ("socket", "engine") and finding and finding.mark == BAD)
-        if finding:
-            yield name, finding
-
-
-def run_doctor(setup: Setup, tell: Callable[[str], None]) -> bool:
-    """Run all checks, with a line for each. Returns True if none of them has found anything that is wrong."""
-    right = True
-    for name, finding in examine(setup):
-        tell(f"{finding.mark}  {name}: {finding}")
-        right = right and finding.mark != BAD
-    return right
-
-
-def log_improvements(setup: Setup) -> None:
-    """Log in one line what could be better, if anything could, from the checks that are cheap."""
-    said = (("engine", BAD), ("image store", BAD))  # the log has warnings about these
-    found = [f"{name}: {finding}" for name, finding in examine(setup, (each for each in CHECKS if each.at_start))
-             if finding.mark != GOOD and (name, finding.mark) not in said]
-    if found:
-        log.info("could be better: %s (the command doctor says more)", "; ".join(found))
-
-
-# =====================================================================================================================
-# 29. Configurations: how others are told to use this registry
+# 28. Configurations: how others are told to use this registry
 # Uses: configuration, page.
 # =====================================================================================================================
 
@@ -8439,8 +8068,8 @@ def configuration_for(kind: str, place: Place) -> str:
 
 
 # =====================================================================================================================
-# 30. Settings: flags, variables, the settings file
-# Uses: configuration, pulls, requests, admission, server, doctor.
+# 29. Settings: flags, variables, the settings file
+# Uses: configuration, pulls, requests, admission, server.
 # =====================================================================================================================
 
 DEFAULT_SETTINGS_FILE = Path("/etc/k3d-registry-dockerd.env")
@@ -8512,6 +8141,11 @@ def read_lines(path: Path) -> list[str]:
     if len(data) > SETTINGS_FILE_LIMIT:
         raise ValueError(f"is larger than {SETTINGS_FILE_LIMIT} bytes")
     return lines
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that exists. Raises OSError."""
+    return next(existing for existing in (path.absolute(), *path.absolute().parents) if existing.exists())
 
 
 @dataclass(frozen=True)
@@ -8815,6 +8449,367 @@ def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
 
 
 # =====================================================================================================================
+# 30. Doctor: the usual causes, one by one
+# Uses: engine, mirror, server, settings.
+# =====================================================================================================================
+
+GOOD, HINT, BAD = "ok", "--", "!!"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check has found: GOOD; HINT, it works but could be better; or BAD. With a remedy, if there is one."""
+
+    mark: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return printable(f"{self.text}: {self.remedy}" if self.remedy else self.text, 2000)
+
+
+class Setup(NamedTuple):
+    """What is examined: a registry as its settings make it. server is where a client finds it."""
+
+    settings: Settings
+    mirror: Mirror
+    server: Address
+    environ: Mapping[str, str] = os.environ
+
+
+# ---- Docker
+
+
+def check_socket(setup: Setup) -> Finding:
+    """Can Docker's socket be connected to?"""
+    host = setup.mirror.engine.host
+    try:
+        host.connect(ENGINE_TIMEOUT).close()
+    except PermissionError:
+        return Finding(BAD, f"permission denied on {host}", group_advice(host.path))
+    except OSError as e:
+        if host.path and Path(host.path).is_dir():
+            return Finding(BAD, f"{host.path} is a folder", (
+                "Docker makes one where a container mounts a socket that is not there. Remove it on the host, and "
+                "mount the socket of a Docker that runs"))
+        return Finding(BAD, host.advice(e))
+    return Finding(GOOD, str(host))
+
+
+def group_advice(path: str) -> str:
+    """Say how this user gets the right to use a socket."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return f"let this user, {os.geteuid()}, enter the folders of {path}, or run as root"
+    if status.st_mode & 0o060 == 0o060:
+        return (f"start the container with --group-add {status.st_gid}; without a container, add this user to the "
+                "group with that number")
+    return f"run as its owner, user {status.st_uid} (docker run --user {status.st_uid}); no group may use it"
+
+
+def check_engine(setup: Setup) -> Finding:
+    """Which engine is it?"""
+    info = setup.mirror.engine.info()
+    if info.api < OLDEST_API:
+        return Finding(HINT, f"{info}", "older than all that were tried with this program: Docker 20.10 is the oldest")
+    return Finding(GOOD, str(info))
+
+
+OLDEST_API = (1, 40)
+NO_IMAGE = "k3d-registry-dockerd.invalid/doctor:none"
+# Calls that pulls need and that change nothing as they are here: Docker answers that there is no such image.
+CALLS = (("GET", "/images/json"), ("GET", f"/images/{NO_IMAGE}/json"), ("GET", f"/images/{NO_IMAGE}/get"),
+         ("POST", "/images/create?fromImage=%3A&tag=none"))
+
+
+def check_calls(setup: Setup) -> Finding:
+    """Does a proxy in front of the socket forbid calls?"""
+    problems = []
+    for method, path in CALLS:
+        try:
+            with setup.mirror.engine.request(method, path):
+                pass
+        except RegistryError as e:
+            problems.append(e.detail)
+    return Finding(BAD, "; ".join(problems)) if problems else Finding(GOOD, "Docker takes those that pulls need")
+
+
+def check_content(setup: Setup) -> Finding:
+    """How is Docker's content read?"""
+    stores, info = setup.mirror.images.current(), setup.mirror.engine.info()
+    text = f"{info.store} image store, content from {', '.join(stores.sources)}"
+    if info.is_podman:
+        return Finding(GOOD, f"Podman's, content from {', '.join(stores.sources)}")
+    if stores.problem:
+        return Finding(BAD, f"{text}; {stores.problem}")
+    advice = stores.advice()
+    return Finding(HINT, text, advice) if advice else Finding(GOOD, text)
+
+
+CLOCK_TOLERANCE = 30  # seconds
+
+
+def check_clock(setup: Setup) -> Finding:
+    """Is it the same time here and where Docker runs?"""
+    info = setup.mirror.engine.info()
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)",
+                         str(info.details.get("SystemTime")))
+    if not match:
+        return Finding(GOOD, "Docker does not tell its time")
+    ahead = info.read_at - datetime.datetime.fromisoformat(match[1] + match[2].replace("Z", "+00:00")).timestamp()
+    if abs(ahead) <= CLOCK_TOLERANCE:
+        return Finding(GOOD, "as Docker's")
+    return Finding(BAD, f"{abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} Docker's", (
+        "set both: certificates and tokens are refused when the time is wrong"))
+
+
+def check_mirrors(setup: Setup) -> Finding:
+    """Is this registry a mirror of the very Docker that it answers from?"""
+    registries = setup.mirror.engine.info().details.get("RegistryConfig") or {}
+    mirrors = [str(mirror) for mirror in registries.get("Mirrors") or ()]
+    ours = [mirror for mirror in mirrors if leads_here(mirror, setup.settings.address.port)]
+    if ours:
+        return Finding(HINT, f"Docker's registry mirror {some_of(ours)} is this registry", (
+            "take it out of registry-mirrors in daemon.json: Docker hears of nothing there that it does not have"))
+    return Finding(GOOD, f"Docker's registry mirrors: {some_of(mirrors)}" if mirrors else "Docker has none")
+
+
+def leads_here(url: str, port: int) -> bool:
+    """Return True if a URL leads to a port of this machine."""
+    parts = urllib.parse.urlsplit(url)
+    host = (parts.hostname or "").lower()
+    return parts.port == port and (
+        host in ("localhost", socket.gethostname().lower()) or host.startswith("127.") or host == "::1")
+
+
+def check_origin(setup: Setup) -> Finding | None:
+    """Does the way to Docker Hub work through Docker? Podman cannot be asked this."""
+    reference = Reference("library/hello-world", "latest", "docker.io")
+    try:
+        setup.settings.pulls.check(reference)
+    except RegistryError:
+        return None  # the settings forbid it
+    try:
+        if not setup.mirror.engine.info().is_podman:
+            setup.mirror.engine.origin_digest(reference, setup.settings.pulls.credentials(reference, None))
+            return Finding(GOOD, "it answers through Docker")
+    except (PullFailed, RegistryError) as e:
+        reason = e.detail if isinstance(e, RegistryError) else str(e)
+        return Finding(HINT, f"Docker cannot get library/hello-world from there: {printable(reason, 300)}", (
+            "images that Docker lacks cannot be pulled. See whether `docker pull hello-world` works"))
+    return None
+
+
+# ---- this program
+
+
+def check_store(setup: Setup) -> Finding:
+    """Can the store be written to, and is there room?"""
+    existing = nearest_existing(setup.settings.store)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free
+    except OSError as e:
+        return Finding(BAD, f"{setup.settings.store} cannot be written to: {e.strerror or e}", (
+            "pushes and exports fail. Mount a volume there that this user may write to, or use -store"))
+    if free < MINIMUM_FREE:
+        return Finding(BAD, f"{human_bytes(free)} free where {setup.settings.store} is", (
+            f"pushes and exports are refused, as {human_bytes(MINIMUM_FREE)} stay free. Make room, or use -store"))
+    return Finding(GOOD, f"{setup.settings.store}, {human_bytes(free)} free")
+
+
+def ask_server(address: Address, tls: bool, path: str, is_guess: bool = True) -> tuple[int, Message, bytes]:
+    """GET a path of a server that may be this registry. Returns the status, the headers, and a megabyte of the body.
+
+    tls is a guess: it may have been set on the server's command line only. Raises OSError and HTTPException.
+    """
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=ENGINE_TIMEOUT)
+    if tls:  # the certificate need not name this address
+        connection = http.client.HTTPSConnection(address.host, address.port, timeout=ENGINE_TIMEOUT,
+                                                 context=ssl._create_unverified_context())  # noqa: S323
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", path, headers={"Accept": "application/json", "User-Agent": CHECK_AGENT})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read(MIB)
+        except (ssl.SSLError, http.client.HTTPException, ConnectionResetError):
+            if is_guess:
+                return ask_server(address, not tls, path, False)
+            raise
+
+
+def check_port(setup: Setup) -> Finding:
+    """Who listens on the port?"""
+    try:
+        _, headers, _ = ask_server(setup.server, setup.settings.tls is not None, "/v2/")
+        if str(headers.get("Server", "")).startswith("k3d-registry-dockerd/"):
+            return Finding(GOOD, f"this registry answers at {setup.server}")
+    except ConnectionRefusedError:
+        return Finding(HINT, f"nothing listens at {setup.server}", "start it, or name its address with -addr")
+    except (OSError, http.client.HTTPException):
+        pass  # it may be anything
+    # Not the whole command: there are passwords on command lines.
+    owner = next((f"pid {process} ({printable(' '.join(words[:2]), 100).strip()})"
+                  for process, words, address in servers() if address.port == setup.server.port),
+                 "something that is not this registry")
+    return Finding(BAD, f"{setup.server} is in use by {owner}", "stop that, or choose another port with -addr")
+
+
+def listening_sockets() -> dict[str, Address]:
+    """Return the TCP addresses that are listened on in this network namespace, by inode. Empty if not on Linux."""
+    found = {}
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError, *MALFORMED_ERRORS):
+            for fields in map(str.split, table.read_text().splitlines()[1:]):
+                if fields[3] == "0A":  # TCP_LISTEN
+                    host, _, port = fields[1].partition(":")  # the host in 32-bit numbers of this machine's byte order
+                    words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                    packed = struct.pack(f"={len(words)}I", *words)
+                    found[fields[9]] = Address(str(ipaddress.ip_address(packed)), int(port, 16))
+    return found
+
+
+def servers(is_wanted: Callable[[list[str]], bool] = bool) -> Iterator[tuple[str, list[str], Address]]:
+    """Yield the processes that listen on this machine, or in this container, and the addresses: pid, command, address.
+
+    is_wanted chooses by the words of the command line. Processes of other users are only seen by root.
+    """
+    sockets = listening_sockets()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            for file in (process / "fd").iterdir() if is_wanted(words) else ():
+                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                    address = sockets.get(str(file.readlink()).removeprefix("socket:[").removesuffix("]"))
+                    if address:
+                        yield process.name, words, address
+
+
+def running_servers() -> list[Address]:
+    """Return the addresses of the servers with the same script on their command line, whatever their settings are."""
+    script = Path(sys.argv[0]).name
+    return [address for _, _, address in servers(lambda words: script in (Path(word).name for word in words if word))]
+
+
+def reachable(address: Address) -> Address:
+    """The address for a client of a server that listens on an address: one on all interfaces is on this machine."""
+    return Address({"": "localhost", "::": "localhost", "0.0.0.0": "127.0.0.1"}.get(address.host, address.host),  # noqa: S104
+                   address.port)
+
+
+def check_nodes(setup: Setup) -> Finding | None:
+    """Has a node ever asked?"""
+    try:
+        _, _, body = ask_server(setup.server, setup.settings.tls is not None, "/status")
+        if json.loads(body)["nodes"]:
+            return Finding(GOOD, "nodes have asked")
+    except (OSError, http.client.HTTPException, *MALFORMED_ERRORS):
+        return None  # check_port says what is wrong
+    return Finding(HINT, "no node has asked yet", (
+        "is your cluster pointed here? `k3d-registry-dockerd config k3d` prints how (or k3s, kind, …)"))
+
+
+def check_proxies(setup: Setup) -> Finding:
+    """Are there variables that may lead nodes, or this program, to a proxy?"""
+    values = {name.upper(): value for name, value in setup.environ.items() if value}
+    names = [name for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") if name in values]
+    exempt = re.split(r"[,\s]+", values.get("NO_PROXY", ""))
+    if not names:
+        return Finding(GOOD, "no variables are set")
+    if "*" in exempt or socket.gethostname() in exempt:
+        return Finding(GOOD, f"{', '.join(names)}, and NO_PROXY names this registry")
+    return Finding(HINT, f"{', '.join(names)} set", (
+        "nodes and clients that have it too need this registry's name in NO_PROXY, or they ask the proxy for it"))
+
+
+def check_credentials(setup: Setup) -> Finding:
+    """Are the helpers here that hold the credentials of docker login?"""
+    config = setup.settings.pulls.config
+    if config is None or not os.path.lexists(config.path):
+        return Finding(GOOD, "no config.json: pulls have those of their own, the pod's imagePullSecrets")
+    try:
+        document = json.loads(config.path.read_bytes())
+        helpers = {str(name) for name in (document.get("credsStore"), *(document.get("credHelpers") or {}).values())
+                   if name}
+    except (OSError, *MALFORMED_ERRORS) as e:
+        why = e.strerror if isinstance(e, OSError) else f"it is malformed ({type(e).__name__})"
+        return Finding(BAD, f"{config.path} cannot be read: {why}", "let this user read it, or mend it")
+    missing = sorted(f"docker-credential-{name}" for name in helpers if not shutil.which(f"docker-credential-{name}"))
+    if missing:
+        return Finding(BAD, f"{config.path} names {some_of(missing)}, not on PATH here", (
+            "pulls without imagePullSecrets have no credentials. Put that program on PATH, or mount a config.json that "
+            "holds the credentials itself: docker --config DIR login"))
+    return Finding(GOOD, f"{config.path}")
+
+
+# ---- all of them
+
+
+class Check(NamedTuple):
+    """A check, and whether it asks Docker, and whether it is cheap enough for each start of the server."""
+
+    name: str
+    run: Callable[[Setup], Finding | None]
+    asks_docker: bool = False
+    at_start: bool = False
+
+
+CHECKS = (
+    Check("socket", check_socket),
+    Check("engine", check_engine, True, True),
+    Check("calls", check_calls, True),
+    Check("image store", check_content, True, True),
+    Check("store", check_store, False, True),
+    Check("clock", check_clock, True, True),
+    Check("port", check_port),
+    Check("nodes", check_nodes),
+    Check("proxies", check_proxies),
+    Check("mirrors", check_mirrors, True, True),
+    Check("credentials", check_credentials, False, True),
+    Check("docker.io", check_origin, True),
+)
+
+
+def examine(setup: Setup, checks: Iterable[Check] = CHECKS) -> Iterator[tuple[str, Finding]]:
+    """Run the checks. Those that ask Docker are left out once one has found that it cannot be used.
+
+    Yields names and findings. A check that fails is a finding.
+    """
+    usable = True
+    for name, run, asks_docker, _ in checks:
+        if asks_docker and not usable:
+            continue
+        try:
+            finding = run(setup)
+        except RegistryError as e:
+            finding = Finding(BAD, e.detail)
+        except Exception as e:  # a boundary: the other checks go on
+            finding = Finding(BAD, f"this could not be checked: {type(e).__name__}: {e}")
+        usable = usable and not (name in ("socket", "engine") and finding and finding.mark == BAD)
+        if finding:
+            yield name, finding
+
+
+def run_doctor(setup: Setup, tell: Callable[[str], None]) -> bool:
+    """Run all checks, with a line for each. Returns True if none of them has found anything that is wrong."""
+    right = True
+    for name, finding in examine(setup):
+        tell(f"{finding.mark}  {name}: {finding}")
+        right = right and finding.mark != BAD
+    return right
+
+
+def log_improvements(setup: Setup) -> None:
+    """Log in one line what could be better, if anything could, from the checks that are cheap."""
+    said = (("engine", BAD), ("image store", BAD))  # the log has warnings about these
+    found = [f"{name}: {finding}" for name, finding in examine(setup, (each for each in CHECKS if each.at_start))
+             if finding.mark != GOOD and (name, finding.mark) not in said]
+    if found:
+        log.info("could be better: %s (the command doctor says more)", "; ".join(found))
+
+
+# =====================================================================================================================
 # 31. Command line: subcommands, signals
 # Uses: waiting, engine, store, hosted, mirror, front, verification, page, server, doctor, configurations, settings.
 # =====================================================================================================================
@@ -8954,18 +8949,11 @@ def verify(settings: Settings, arguments: argparse.Namespace) -> bool:
     return right
 
 
-def make_setup(settings: Settings, registry: Front, server: Address) -> Setup:
-    """Return what doctor examines. server is where a client finds the registry."""
-    mirror = registry.mirror
-    return Setup(settings.address, server, settings.tls is not None, settings.store, mirror.engine, mirror.images,
-                 settings.pulls, os.environ)
-
-
 def doctor(settings: Settings, arguments: argparse.Namespace) -> bool:
     """Go through the usual causes, and print a line for each. True if nothing is wrong."""
     log.setLevel(logging.CRITICAL)  # the lines say it
     with contextlib.closing(make_registry(settings)) as registry:
-        return run_doctor(make_setup(settings, registry, server_address(settings, arguments)), print)
+        return run_doctor(Setup(settings, registry.mirror, server_address(settings, arguments)), print)
 
 
 def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bool:
@@ -8984,7 +8972,7 @@ def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bo
 def work_in_background(settings: Settings, registry: Front, address: Address) -> None:
     """Log what Docker has to offer and what could be better, then keep the store tidy."""
     registry.mirror.introduce()
-    log_improvements(make_setup(settings, registry, address))
+    log_improvements(Setup(settings, registry.mirror, address))
     registry.keep_tidy()
 
 

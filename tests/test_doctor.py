@@ -1,5 +1,6 @@
 """The command doctor: prepared faults, and the line that each of them gets; real engines, where all is well."""
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -18,32 +19,19 @@ from fake_daemon import FakeDaemon, http_answer
 from program import MODULE, Program
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import (
-    Address,
-    Check,
-    DockerConfig,
-    Engine,
-    EngineHost,
-    Finding,
-    Mirror,
-    PullPolicy,
-    Setup,
-    Store,
-    examine,
-    run_doctor,
-)
+from k3d_registry_dockerd import Check, Finding, Settings, Setup, examine, make_registry, run_doctor
 
 DIGEST = "sha256:" + 64 * "a"
 HUB = "docker.io/library/hello-world:latest"
 
 
-def make_setup(socket_path, folder, port=1, root=None, environ=None, config="/nowhere", **policy):
+def make_setup(socket_path, folder, port=1, root="", environ=None, config="/nowhere", **variables):
     """Return the setup of a registry that serves a Docker socket, with a store in a folder."""
-    store = Store(folder / "store")
-    policy = PullPolicy(config=DockerConfig(Path(config)), **policy)
-    mirror = Mirror(Engine(EngineHost(path=str(socket_path))), store, policy, root)
-    address = Address("127.0.0.1", port)
-    return Setup(address, address, False, store.root, mirror.engine, mirror.images, policy, environ or {})
+    settings = Settings(argparse.Namespace(), {
+        "DOCKER_HOST": f"unix://{socket_path}", "DOCKER_CONFIG": str(config),
+        "REGISTRY_HTTP_ADDR": f"127.0.0.1:{port}", "K3D_REGISTRY_DOCKERD_DOCKER_ROOT": str(root),
+        "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(folder / "store"), **variables})
+    return Setup(settings, make_registry(settings).mirror, settings.address, environ or {})
 
 
 def lines(setup):
@@ -158,14 +146,14 @@ class TestFaults(DoctorCase):
                     (("--  docker.io: ", "no such host", "docker pull hello-world"), {
                         "faults": {"/distribution": http_answer(500, {"message": "dial tcp: no such host"})}})):
                 with self.subTest(expected), FakeDaemon(options.pop("store", "containerd")) as daemon:
-                    root = options.pop("root", None)
+                    root = options.pop("root", "")
                     for name, value in options.items():
                         setattr(daemon, name, value)
                     self.assert_finding(expected, make_setup(daemon.path, self.folder, root=root))
 
     def test_settings_forbid_the_origin(self):
         with FakeDaemon() as daemon:
-            for policy in ({"policy": "never"}, {"allowed": ("quay.io",)}):
+            for policy in ({"K3D_REGISTRY_DOCKERD_PULL": "never"}, {"K3D_REGISTRY_DOCKERD_ALLOW": "quay.io"}):
                 self.assertNotIn("docker.io", lines(make_setup(daemon.path, self.folder, **policy))[0])
             self.assertEqual([], [line for line in daemon.requests if "distribution" in line])
 
@@ -191,7 +179,7 @@ class TestFaults(DoctorCase):
                 found = self.assert_finding(expected, make_setup("/nowhere", self.folder, **options))
                 self.assertNotIn("s3cret", "".join(found.values()))
         setup = make_setup("/nowhere", self.folder)
-        setup.store.parent.joinpath("store").write_text("a file")
+        setup.settings.store.write_text("a file")
         self.assert_finding(("!!  store: ", "cannot be written to: Not a directory"), setup)
 
     def test_port_of_another_program(self):
@@ -245,7 +233,7 @@ class EngineCase(DoctorCase):
         lab.require()
 
     def check(self):
-        root = self.engine.folder / "data" if not isinstance(self.engine, lab.Podman) else None
+        root = self.engine.folder / "data" if not isinstance(self.engine, lab.Podman) else ""
         found, right = lines(make_setup(self.engine.socket, self.folder, root=root))
         self.assertTrue(right, found)
         self.assertTrue(found["image store"].startswith("ok  "), found)
