@@ -5034,7 +5034,8 @@ class PullPolicy:
                                                     "registry (ns) to pull it from")
         if self.policy == "never":
             raise RegistryError("MANIFEST_UNKNOWN", f"Docker does not have {reference}, or not all of it, and no "
-                                                    "registry is asked for it (-pull never)")
+                                                    "registry is asked for it (-pull never): docker pull it, or use "
+                                                    "-pull missing")
         if self.allowed and not any(fnmatch.fnmatchcase(reference.namespace, pattern) for pattern in self.allowed):
             raise RegistryError("DENIED", f"{reference.namespace} is not among the registries to pull from: "
                                           f"{', '.join(self.allowed)} (-allow)")
