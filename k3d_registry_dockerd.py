@@ -8565,6 +8565,18 @@ def check_clock(setup: Setup) -> Finding:
         "set both: certificates and tokens are refused when the time is wrong"))
 
 
+def check_pulls(setup: Setup) -> Finding:
+    """May Docker pull what it lacks, from any registry?"""
+    settings, pulls = setup.settings, setup.settings.pulls
+    if pulls.policy == "never":
+        return Finding(HINT, f"Docker pulls nothing (-pull never, {settings.origin('-pull')})", (
+            "what it lacks is 404; with -pull missing it pulls that"))
+    if pulls.allowed:
+        return Finding(HINT, f"only from {some_of(pulls.allowed)} (-allow, {settings.origin('-allow')})", (
+            "pulls from other registries are 403"))
+    return Finding(GOOD, f"{pulls.policy}, from all registries")
+
+
 def check_mirrors(setup: Setup) -> Finding:
     """Is this registry a mirror of the very Docker that it answers from?"""
     registries = setup.mirror.engine.info().details.get("RegistryConfig") or {}
@@ -8766,6 +8778,7 @@ CHECKS = (
     Check("port", check_port),
     Check("nodes", check_nodes),
     Check("proxies", check_proxies),
+    Check("pulls", check_pulls),
     Check("mirrors", check_mirrors, True, True),
     Check("credentials", check_credentials, False, True),
     Check("docker.io", check_origin, True),
@@ -9038,6 +9051,8 @@ def reload(settings: Settings, arguments: argparse.Namespace, registry: Front, s
     configure_log(new.log_level, new.log_format)
     for line in lines or ["nothing has changed"]:
         log.info("SIGHUP: %s", line)
+    for note in (note for note in new.notes if note not in settings.notes):
+        log.warning("SIGHUP: %s", note)
     new.pulls = settings.pulls
     return new
 
@@ -9139,6 +9154,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if COMMANDS[name].run(settings, arguments) else 1
     except KeyboardInterrupt:
         return 130  # like shells
+    except BrokenPipeError:  # `doctor | head`: nobody reads the rest, which Python would try to write at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -167,6 +167,11 @@ class TestInvalidSettings(CommandCase):
                 self.assertIn(f"example: k3d-registry-dockerd {command}", out)
                 self.assertLess(out.count("\n"), 30)
 
+    def test_output_that_nobody_reads(self):
+        result = subprocess.run(["sh", "-c", '"$0" "$@" | true', sys.executable, str(MODULE), "doctor"],
+                                capture_output=True, text=True, check=False, env=inherited(DOCKER_HOST="unix:///no"))
+        self.assertEqual("", result.stderr)
+
     def test_zipapp(self):
         (self.folder / "app").mkdir()
         (self.folder / "app" / "__main__.py").write_bytes(MODULE.read_bytes())

@@ -69,7 +69,7 @@ class TestFaults(DoctorCase):
         path = self.folder / "docker.sock"
         expected = ("!!  socket: ", f"{path} does not exist", "-v /var/run/docker.sock:")
         found = self.assert_finding(expected, make_setup(path, self.folder))
-        self.assertEqual({"socket", "store", "port", "proxies", "credentials"}, found.keys())
+        self.assertEqual({"socket", "store", "port", "proxies", "pulls", "credentials"}, found.keys())
         path.mkdir()
         self.assert_finding(("!!  socket: ", "is a folder: Docker makes one"), make_setup(path, self.folder))
         path.rmdir()
@@ -181,6 +181,14 @@ class TestFaults(DoctorCase):
         setup = make_setup("/nowhere", self.folder)
         setup.settings.store.write_text("a file")
         self.assert_finding(("!!  store: ", "cannot be written to: Not a directory"), setup)
+
+    def test_pulls(self):
+        for variables, expected in (
+                ({}, "ok  pulls: missing, from all registries"),
+                ({"PULL": "never"}, "--  pulls: Docker pulls nothing (-pull never, from K3D_REGISTRY_DOCKERD_PULL)"),
+                ({"ALLOW": "docker.io,quay.io"}, "--  pulls: only from docker.io, quay.io (-allow, from K3D_")):
+            self.assert_finding((expected,), make_setup("/nowhere", self.folder, **{
+                f"K3D_REGISTRY_DOCKERD_{name}": value for name, value in variables.items()}))
 
     def test_port_of_another_program(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -157,7 +157,7 @@ class TestRunning(SettingsCase):
         self.file.write_text(
             "REGISTRY_STORAGE_MAINTENANCE_READONLY_ENABLED=true\nK3D_REGISTRY_DOCKERD_ALLOW=quay.io\n"
             "K3D_REGISTRY_DOCKERD_NO_SYNC=true\nK3D_REGISTRY_DOCKERD_ALLOW_ORIGIN=http://x:1\n"
-            "REGISTRY_LOG_FORMATTER=json\nREGISTRY_HTTP_HEADERS_X-A=a")
+            "REGISTRY_LOG_FORMATTER=json\nREGISTRY_HTTP_HEADERS_X-A=a\nK3D_REGISTRY_DOCKERD_PUL=always")
         program.process.send_signal(signal.SIGHUP)
         line = json.loads(program.wait_for_line("SIGHUP: headers"))
         self.assertEqual({"time", "level", "message"}, set(line))
@@ -165,6 +165,7 @@ class TestRunning(SettingsCase):
                          "-allow: pull from all is now quay.io (from", "-no-sync: false is now true"):
             self.assertEqual(1, len(program.lines(f"SIGHUP: {expected}")), expected)
         self.assertEqual([True], [line.endswith(', after a restart"}') for line in program.lines("-no-sync: ")])
+        program.wait_for_line("SIGHUP: K3D_REGISTRY_DOCKERD_PUL (line 7 of ")
         self.assertEqual(405, program.request(*push).status)
         answer = program.get("/v2/", Origin="http://x:1")
         self.assertEqual(("http://x:1", "a"), (answer.headers["Access-Control-Allow-Origin"], answer.headers["X-A"]))
