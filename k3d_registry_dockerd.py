@@ -6522,7 +6522,7 @@ th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px so
 td { overflow-wrap: anywhere; } code, pre, .code { font: .85rem/1.45 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto; }
 th[class] { color: inherit; font: inherit; font-weight: 600; }
-summary { cursor: pointer; } .number { text-align: right; white-space: nowrap; }
+summary { cursor: pointer; } .word, .number { white-space: nowrap; } .number { text-align: right; }
 @media (max-width: 40rem) { .less { display: none; } .layers { grid-template-columns: 7rem 1fr; }
   .layers .number { display: none; } }
 """
@@ -6576,17 +6576,18 @@ def head_lines(facts: Facts) -> Row:
     about = (f"{engine['name']} {engine['version']}, {engine['image_store']} image store; content from: "
              f"{', '.join(engine['content_from'])}" if engine["reachable"] else "Docker cannot be reached")
     limit = f" of {human_bytes(store['limit_bytes'])}" if store["limit_bytes"] else ""
+    advice = engine.get("advice") or ""
     free = f", {human_bytes(store['free_bytes'])} of the disk are free" if store["free_bytes"] is not None else ""
     return ((about, "good" if engine["reachable"] else "bad"), (engine.get("problem") or "", "bad"),
-            (engine.get("advice") or "", "soft"),
-            (f"store: {store['path']}, {human_bytes(store['used_bytes'])}{limit} used{free}; "
+            (advice[:1].upper() + advice[1:], "soft"),
+            (f"Store: {store['path']}, {human_bytes(store['used_bytes'])}{limit} used{free}; "
              f"up for {human_seconds(facts['uptime_seconds'])}", "soft"))
 
 
 def image_row(image: Facts) -> Row:
     """An image that can be pulled."""
     served = image["last_served"]
-    return ((f"{image['repository']}:{image['tag']}", "name"), (image["source"], ""),
+    return ((f"{image['repository']}:{image['tag']}", "name"), (image["source"], "word"),
             (human_bytes(image["size_bytes"]), "number"), (", ".join(image["platforms"]), "less"),
             (image["digest"][:19], "less code"), (served["to"] if served else "never", ""),
             (served["time"] if served else "", "less soft"))

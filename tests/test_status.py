@@ -311,7 +311,7 @@ class TestPage(EngineCase):
         before = browser.evaluate(f"{bar}.value / {bar}.max")
         self.assertTrue(0 < before < 1, before)
         for name_of_size, scheme in itertools.product(("desktop", "phone"), ("light", "dark")):
-            width, height = {"desktop": (1280, 900), "phone": (390, 844)}[name_of_size]
+            width, height = {"desktop": (1280, 780), "phone": (390, 844)}[name_of_size]
             path = self.pictures / f"{name_of_size}-{scheme}.png"
             browser.picture(path, width, height, scheme, name_of_size == "phone")
             self.assertGreater(path.stat().st_size, 10_000)
