@@ -7722,6 +7722,7 @@ class Handler(BaseHTTPRequestHandler):
                 body.close()
         if problem:
             self.close_connection = True
+            self.connection.settimeout(0)  # finish() does not wait again for a client that reads nothing
         self._log(response, sent, started, problem or response.note)
 
     def _write_head(self, response: Response, length: int | None) -> None:

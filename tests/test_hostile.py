@@ -25,6 +25,14 @@ class HostileCase(unittest.TestCase):
         self.addCleanup(lambda: self.assertEqual([], program.lines("a bug in this program")))
         return program
 
+    def serve(self):
+        """Start a server in this process, whose answers are the test's own."""
+        server = module.Server(module.Address("127.0.0.1", 0), mock.Mock(names=()))
+        self.addCleanup(server.server_close)
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        self.addCleanup(server.shutdown)
+        return server
+
     def connect(self, program):
         connection = socket.create_connection(("127.0.0.1", program.port), timeout=30)
         self.addCleanup(connection.close)
@@ -244,10 +252,7 @@ class TestHeads(HostileCase):
             request.body.read(100)
             return module.Response(200, {}, module.Body(iter([b"abc", b"def"]), None))
 
-        server = module.Server(module.Address("127.0.0.1", 0), mock.Mock(names=()))
-        self.addCleanup(server.server_close)
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        self.addCleanup(server.shutdown)
+        server = self.serve()
         for version, chunked in ((b"1.0", False), (b"1.1", True)):
             with self.subTest(version), mock.patch.object(module, "find_route", lambda *request: (answer, ())), \
                     socket.create_connection(server.server_address, timeout=30) as connection:
@@ -262,6 +267,30 @@ class TestHeads(HostileCase):
 
 class TestSlowClients(HostileCase):
     """A client may be slow, but not as slow as it likes: limits are shortened here."""
+
+    def test_client_that_reads_nothing(self):
+        """It is waited for once. What is still to be written then is not waited for again, at the connection's end."""
+        ended, errors, finish = threading.Event(), [], module.Handler.finish
+
+        def answer(endpoints, request):
+            return module.Response(200, {}, module.Body(itertools.repeat(bytes(8 * module.KIB)), 1 << 40, ended.set))
+
+        def record(handler):
+            try:
+                handler.wfile.flush()
+            except OSError as e:
+                errors.append(type(e))
+            finish(handler)
+
+        server = self.serve()
+        with mock.patch.object(module, "find_route", lambda *request: (answer, ())), \
+                mock.patch.object(module, "STALL_TIMEOUT", 0.2), mock.patch.object(module.Handler, "finish", record), \
+                socket.create_connection(server.server_address, timeout=30) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertTrue(ended.wait(30))
+            with server.connections._change:
+                self.assertTrue(server.connections._change.wait_for(lambda: not server.connections._open, 30))
+        self.assertNotIn(TimeoutError, errors)
 
     def start_impatient(self):
         code = ("import sys, k3d_registry_dockerd as m; m.HEAD_TIMEOUT = 0.5; m.BODY_PATIENCE = 0.5; "
