@@ -2740,10 +2740,21 @@ class Space:
             return shutil.disk_usage(next(path for path in (self._root, *self._root.absolute().parents)
                                           if is_folder(path))).free
 
-    def lacking(self) -> int:
-        """How many bytes have to be freed before everything that is reserved can be written."""
-        return max(self._reserved + MINIMUM_FREE - self.available(),
-                   self.used + self._reserved - self.limit if self.limit else 0, 0)
+    def _lacking(self, count: int, free: int) -> int:
+        wanted = count + self._reserved
+        return max(wanted + MINIMUM_FREE - free, self.used + wanted - self.limit if self.limit else 0, 0)
+
+    def lacking(self, count: int) -> int:
+        """How many bytes have to be freed before this many more can be reserved."""
+        return self._lacking(count, self.available())
+
+    def reserve(self, count: int) -> bool:
+        """Count bytes that are about to be written, if there is room for them. True if so."""
+        free = self.available()
+        with self._lock:
+            fits = not self._lacking(count, free)
+            self._reserved += count if fits else 0
+        return fits
 
     def count(self, used: int = 0, reserved: int = 0) -> None:
         """Change the numbers of used and of reserved bytes."""
@@ -3051,14 +3062,12 @@ class Store:
         """Count bytes that are about to be written, and make room for them if need be. STORE_FULL if there is none."""
         if self.space.limit and not self.space.measured:
             self.measure()
-        self.space.count(reserved=count)
-        with on_failure(lambda: self.space.count(reserved=-count)):
-            if self.space.lacking():
-                self._evict()
-            if self.space.lacking():
-                raise RegistryError("STORE_FULL", (
-                    f"no room for {human_bytes(count)}: {self.space}, and {human_bytes(MINIMUM_FREE)} of the disk have "
-                    "to stay free. Delete images that are not needed any more"))
+        if self.space.lacking(count):
+            self._evict(count)
+        if not self.space.reserve(count):
+            raise RegistryError("STORE_FULL", (
+                f"no room for {human_bytes(count)}: {self.space}, and {human_bytes(MINIMUM_FREE)} of the disk have to "
+                "stay free. Delete images that are not needed any more"))
 
     def check_room(self, count: int) -> None:
         """Make room for some bytes if need be, before anything is written. STORE_FULL if there is none."""
@@ -3074,8 +3083,8 @@ class Store:
                 used += path.stat().st_size
         self.space.used, self.space.measured = used, True
 
-    def _evict(self) -> None:
-        """Free what can be had again, the least recently used first, until there is room for what is reserved.
+    def _evict(self, count: int) -> None:
+        """Free what can be had again, the least recently used first, until there is room for this many bytes.
 
         What was used within the last SERVED_AGE seconds stays: a node may be in the middle of a pull. Nothing is freed
         if all of that would not be enough.
@@ -3084,11 +3093,11 @@ class Store:
         found = {digest: self.disk.status(self.docker.path(digest)) for digest in self.docker.digests()}
         old = {digest: status for digest, status in found.items()
                if status and status.st_mtime < now - SERVED_AGE and status.st_nlink == 2}  # the store's own, and this
-        if sum(status.st_size for status in old.values()) < self.space.lacking():
+        if sum(status.st_size for status in old.values()) < self.space.lacking(count):
             return
         with self.log_freed("of copies, to make room"):
             for digest in sorted(old, key=lambda digest: old[digest].st_mtime):
-                if self.space.lacking():
+                if self.space.lacking(count):
                     self.docker.drop_unless_used(digest, now, SERVED_AGE)
 
     # ---- tidying up

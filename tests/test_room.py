@@ -159,6 +159,24 @@ class TestLimit(RoomCase):
         with mock.patch.object(self.store.space, "limit", None), self.assertRaises(module.RegistryError):
             self.store.reserve(free - 30 * KB)
 
+    def test_what_never_fits_refuses_nothing_else(self):
+        """A push that fits is taken while it is found out that another does not."""
+        self.start(limit=100 * KB)
+        real, others = self.store.docker.digests, []
+
+        def digests():
+            if not others:
+                others.append(10 * KB)
+                self.store.reserve(others[0])
+            return real()
+
+        with mock.patch.object(self.store.docker, "digests", digests), self.assertRaises(module.RegistryError):
+            self.store.reserve(200 * KB)
+        self.store.reserve(90 * KB)
+        with self.assertRaises(module.RegistryError) as caught:
+            self.store.reserve(1)
+        self.assertIn("no room for 1 B", caught.exception.detail)
+
     def test_copies_are_refused_too(self):
         self.start(limit=10 * KB)
         with self.assertRaises(module.RegistryError) as caught:
