@@ -2905,6 +2905,7 @@ class Store:
         self.using = threading.Lock()  # held while content is marked as used, or removed because it was not
         self._lock = threading.Lock()  # guards _verified
         self._verified: dict[Identity, Digest] = {}  # what is in a file; what was used last comes last
+        self._unread: Memory[Identity, Identity] = Memory()  # what it was before it was used, while it is not verified
 
     def close(self) -> None:
         """See Disk."""
@@ -2935,8 +2936,11 @@ class Store:
             after = Identity.of(path)
             with self._lock:
                 known = self._verified.pop(before, None)
-            if known and after[:2] == before[:2]:
-                self.remember(after, known)
+            if after[:2] == before[:2]:
+                if known:
+                    self.remember(after, known)
+                else:  # it may be under way to be read
+                    self._unread[after] = self._unread.pop(before, before)
 
     def is_intact(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:
         """True if a file is there and has the content of a digest. If it has other content, the log names it."""
@@ -2967,21 +2971,24 @@ class Store:
         found = self._verified.get(identity)
         if found and found.algorithm == expected.algorithm:
             return found
-        read = functools.partial(self._read, path, identity, expected.algorithm)
+        unread = self._unread.get(identity, identity)
+        read = functools.partial(self._read, path, unread, expected.algorithm)
         if identity.size <= MANIFEST_LIMIT:
             return read()
         try:
-            job = self.jobs.start((identity, expected.algorithm), read, f"reading {expected}")
+            job = self.jobs.start((unread, expected.algorithm), read, f"reading {expected}")
             result: Digest = job.outcome(deadline or Deadline())
             return result
         except RegistryError as e:
             raise RegistryError("UNAVAILABLE", f"the store is still reading {expected}: ask again") from e
 
-    def _read(self, path: Path, identity: Identity, algorithm: str) -> Digest:
+    def _read(self, path: Path, unread: Identity, algorithm: str) -> Digest:
         """Read a file, and return the digest of its content, which is remembered unless it has changed. OSError."""
         found = Digest(algorithm, hash_file(path, algorithm).hexdigest())
-        if identity == Identity.of(path):
-            self.remember(identity, found)
+        with self.using:
+            identity = Identity.of(path)
+            if unread == self._unread.pop(identity, identity):  # it has only been used meanwhile
+                self.remember(identity, found)
         return found
 
     def add(self, file: Path, digest: Digest) -> None:

@@ -23,6 +23,7 @@ from k3d_registry_dockerd import (
     Hosted,
     Links,
     Manifest,
+    Reference,
     RegistryError,
     Store,
 )
@@ -300,6 +301,23 @@ class TestVerified(StoreCase):
                 self.assertEqual(7, self.links.find(self.digest).size)
         self.assertEqual((1, 1), (len(reads), len(self.store._verified)))
 
+    def test_change_and_use_while_it_is_read(self):
+        """What was read is not what is there now."""
+        path, real = self.links.path(self.digest), module.hash_file
+        os.utime(path, (1, 1))
+
+        def slow(*arguments):
+            found = real(*arguments)
+            with open(path, "r+b") as file:
+                file.write(b"X")
+            self.links.touch(self.digest)
+            return found
+
+        with mock.patch.object(module, "hash_file", slow):
+            self.links.find(self.digest)
+        with self.assertLogs("k3d-registry-dockerd"):
+            self.assertIsNone(self.links.find(self.digest))
+
     def test_one_read_for_all_that_wait(self):
         """And none of them waits for longer than its deadline."""
         data = os.urandom(module.MANIFEST_LIMIT + 1)
@@ -319,6 +337,29 @@ class TestVerified(StoreCase):
                 self.assertEqual("UNAVAILABLE", caught.exception.code)
             go_on.set()
             self.assertEqual(len(data), self.store.docker.find(digest).size)
+        self.assertEqual(1, len(reads))
+
+    def test_use_while_it_is_read(self):
+        """A client that comes again finds what has been read so far, and not a new beginning."""
+        digest, go_on, reads = self.put(bytes(module.MANIFEST_LIMIT + 1)), threading.Event(), []
+        self.links.adopt(digest)
+        self.store._verified.clear()
+        real = module.hash_file
+
+        def slow(*arguments):
+            reads.append(arguments)
+            go_on.wait(60)
+            return real(*arguments)
+
+        reference = Reference("one", digest)
+        with mock.patch.object(module, "hash_file", slow):
+            for _ in range(3):
+                with self.assertRaises(RegistryError) as caught:
+                    self.hosted.blob(reference, module.Deadline(0.1))
+                self.assertEqual("UNAVAILABLE", caught.exception.code)
+            go_on.set()
+            for _ in range(3):
+                self.assertEqual(module.MANIFEST_LIMIT + 1, self.hosted.blob(reference).size)
         self.assertEqual(1, len(reads))
 
 
