@@ -2591,7 +2591,8 @@ class Disk:
 
     def make_folder(self, folder: Path) -> None:
         """Make a folder, and those above it. Their names are on the disk when this returns. OSError."""
-        if is_folder(folder) and (folder in self._settled or self.root not in (folder, *folder.parents)):
+        is_ours = self.root in (folder, *folder.parents) and folder != folder.parent  # "." and "/" are their own
+        if is_folder(folder) and (folder in self._settled or not is_ours):
             return
         self.make_folder(folder.parent)
         try:

@@ -75,6 +75,13 @@ class TestBlobs(StoreCase):
         self.assertEqual(b"content", self.store.blobs.path(digest).read_bytes())
         self.assertEqual({f"blobs/sha256/{digest.hex}", f"docker/sha256/{digest.hex}"}, self.files())
 
+    def test_store_in_the_current_folder(self):
+        self.root.mkdir()
+        self.addCleanup(os.chdir, Path.cwd())
+        os.chdir(self.root)
+        self.store = Store(Path())
+        self.assertEqual(7, self.store.docker.size(self.put(b"content")))
+
     def test_discard(self):
         writer = BlobWriter(self.store)
         writer.write(b"content")
