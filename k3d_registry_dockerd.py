@@ -2903,7 +2903,7 @@ class Store:
         # The size and the hash of uploads between two requests. Only whoever has reserved the path touches its entry.
         self.hashes: dict[Path, tuple[int, Any]] = {}
         self.jobs = Jobs()
-        self.using = threading.Lock()  # held while content is marked as used, or removed because it was not
+        self.using = threading.Lock()  # held while content is marked as used or identified, or removed as unused
         self._lock = threading.Lock()  # guards _verified
         self._verified: dict[Identity, Digest] = {}  # what is in a file; what was used last comes last
         self._unread: Memory[Identity, Identity] = Memory()  # what it was before it was used, while it is not verified
@@ -2968,11 +2968,11 @@ class Store:
 
     def _digest(self, path: Path, expected: Digest, deadline: Deadline | None) -> Digest:
         """The digest of a file's content, by the same algorithm as the expected one. OSError, UNAVAILABLE."""
-        identity = Identity.of(path)
-        found = self._verified.get(identity)
+        with self.using:  # or a use at this moment would make it another file
+            identity = Identity.of(path)
+            found, unread = self._verified.get(identity), self._unread.get(identity, identity)
         if found and found.algorithm == expected.algorithm:
             return found
-        unread = self._unread.get(identity, identity)
         read = functools.partial(self._read, path, unread, expected.algorithm)
         if identity.size <= MANIFEST_LIMIT:
             return read()

@@ -325,6 +325,24 @@ class TestVerified(StoreCase):
         with self.assertLogs("k3d-registry-dockerd"):
             self.assertIsNone(self.links.find(self.digest))
 
+    def test_use_by_another_request(self):
+        """At any moment, it makes nobody read the content again."""
+        self.assertEqual(7, self.links.find(self.digest).size)
+        real, threads = module.Identity.of, []
+
+        def of(path):
+            found = real(path)
+            if not threads:
+                threads.append(threading.Thread(target=self.links.touch, args=(self.digest,)))
+                threads[0].start()
+                threads[0].join(0.3)
+            return found
+
+        with mock.patch.object(module.Identity, "of", of), mock.patch.object(module, "hash_file") as hash_file:
+            self.links.find(self.digest)
+            threads[0].join()
+        hash_file.assert_not_called()
+
     def test_one_read_for_all_that_wait(self):
         """And none of them waits for longer than its deadline."""
         data = os.urandom(module.MANIFEST_LIMIT + 1)
