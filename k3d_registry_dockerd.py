@@ -5336,9 +5336,9 @@ class Pulls:
         if not isinstance(found, Manifest):
             return None
         sizes = found.sizes("config", "layers", "manifests")
-        pull.sizes.update(sizes)
         pull.progress.expect({layer: size for layer, size in found.sizes("layers").items()
-                              if not self._content.has(layer, size)})
+                              if layer not in pull.sizes and not self._content.has(layer, size)})
+        pull.sizes.update(sizes)
         with self._lock:
             running = {known: other for known, other in self._expected.items() if not other.done.is_set()}
             self._expected = {**running, **dict.fromkeys(sizes, pull)}

@@ -380,6 +380,19 @@ class TestSharedWork(MirrorCase):
                 self.mirror.pulls._run(module.Pull(reference, None))
         self.assertEqual(1, self.asked("/images/create"))
 
+    def test_layers_of_a_pull_are_looked_up_once(self):
+        """Docker is not asked for each of them again whenever a node gets the manifest."""
+        data = Image().manifest
+        manifest = module.Manifest(module.Digest.of(data), module.OCI_MANIFEST, data)
+        images = mock.Mock()
+        images.content.manifest.return_value, images.content.has.return_value = manifest, False
+        pulls = module.Pulls(mock.Mock(), images, module.PullPolicy(), module.Activity())
+        pull = module.Pull(Reference.parse("team/app", "1", "registry.example"), None)
+        for _ in range(3):
+            self.assertIs(manifest, pulls._await_manifest(pull, lambda: manifest.digest, Deadline()))
+            self.assertIs(pull, pulls.bringing(manifest.listed("layers")[0]))
+        self.assertEqual(len(manifest.listed("layers")), images.content.has.call_count)
+
     def test_credentials_are_part_of_the_key(self):
         """An anonymous request never uses the pull of an authenticated one, nor one user the pull of another."""
         self.start("containerd")
