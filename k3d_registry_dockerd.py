@@ -7887,9 +7887,9 @@ class Server(ThreadingHTTPServer):
             raise
         if address[0].startswith("::ffff:") and "." in address[0]:  # an IPv4 client, as an IPv6 socket shows it
             address = (address[0][len("::ffff:"):], address[1])
-        if self._tls:
+        if tls := self._tls:  # which change() may replace meanwhile
             connection.settimeout(IDLE_TIMEOUT)
-            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            connection = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         self.connections.set_idle(connection)
         return connection, address
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 from fake_daemon import FakeDaemon, Image, sha256
 from program import MODULE, Program
@@ -399,6 +400,19 @@ class TestPolicy(HttpCase):
         self.assert_error(answer, 403, "DENIED")
         self.assertIn("*.corp.example", answer.detail)
         self.assertEqual(200, program.get(self.manifest).status)
+
+
+class TestTlsSwitchedOff(unittest.TestCase):
+    def test_while_a_connection_is_accepted(self):
+        """The connection has TLS or not, and the thread that accepts connections goes on."""
+        server = module.Server(module.Address("127.0.0.1", 0), mock.Mock(names=()))
+        self.addCleanup(server.server_close)
+        context = mock.Mock()
+        with socket.create_connection(server.server_address, timeout=30), mock.patch.object(
+                module.Server, "_tls", mock.PropertyMock(side_effect=[context, None]), create=True):
+            connection, _ = server.get_request()
+            self.assertIs(context.wrap_socket.return_value, connection)
+            context.wrap_socket.call_args.args[0].close()
 
 
 @unittest.skipUnless(trustme, "needs the package trustme")
