@@ -5630,7 +5630,8 @@ class Mirror:
                 error = e if e.code not in ("MANIFEST_UNKNOWN", "ORIGIN_UNAVAILABLE") else RegistryError(
                     "MANIFEST_UNKNOWN", f"{reference}: Docker's classic image store does not keep these bytes, and its "
                                         f"registry does not give them: {e.detail}")
-        if found is None and not self._is_docker(client):  # nothing is exported for a `docker pull`
+        may_export = client.may_pull or reference.namespace is None
+        if found is None and may_export and not self._is_docker(client):  # nothing is exported for a `docker pull`
             found = self._included(reference, digest, client, explore=True)
         if found is None:
             raise error

@@ -201,6 +201,14 @@ class TestBrowsersCauseNoWork(BehaviourCase):
             self.ask("GET", f"/v2/{path}", status, User_Agent="Mozilla/5.0")
         self.assertEqual([], self.asked("/images/create"))
 
+    def test_no_export_to_find_a_digest(self):
+        self.daemon = self.enter(FakeDaemon("classic"))
+        self.start()
+        self.daemon.add("app:1", Image())
+        path = f"/v2/library/app/manifests/{sha256(b'x')}?ns=docker.io"
+        self.ask("GET", path, 404, User_Agent="Mozilla/5.0")
+        self.assertEqual([], self.asked("/get "))
+
 
 class TestMissingPlatform(BehaviourCase):
     def test_missing_platform_is_not_pulled(self):
