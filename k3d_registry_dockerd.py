@@ -5201,6 +5201,9 @@ class Fetches:
                     self._activity.task("fetch", str(fetch.digest), about, fetch.source.docker_repository()) as task, \
                     BlobWriter(self._store, fetch.digest.algorithm) as writer, \
                     self._origin(fetch.source, fetch.credentials).open("blobs", fetch.digest) as response:
+                if response.length not in (None, fetch.size):  # then another name of the image may be tried
+                    raise PullFailed("ORIGIN_UNAVAILABLE", f"{fetch.source.namespace} gives {response.length} bytes "
+                                                           f"for {fetch.digest}, and not {fetch.size}")
                 with disk_errors(f"read {writer.path}"):
                     transfer.begin(open(writer.path, "rb"))  # noqa: SIM115 - closed when nobody needs it
                 while transfer.count <= transfer.size and (data := response.read1(PIECE)):

@@ -588,6 +588,22 @@ class TestArriving(BehaviourCase):
                 self.assertEqual(image.manifest, self.ask("GET", self.manifest, 200).body)
                 self.assertEqual(image.layer, self.ask("GET", self.layer, 200).body)
 
+    def test_content_of_another_size(self):
+        """A registry, or something before it, gives something else. The registry of another name is asked then."""
+        image = Image("x" * 5000)
+        layer = sha256(image.layer)
+        self.daemon = self.enter(FakeDaemon())
+        self.daemon.info = INSECURE
+        first, second = (self.enter(Origin(image)) for _ in range(2))
+        first.content[layer] = b"<html>please log in"
+        for origin in (first, second):
+            self.daemon.add(f"{origin.host}/team/app:1", image)
+        del self.daemon.content[layer]
+        self.start(env={"NO_PROXY": "127.0.0.2", "no_proxy": "127.0.0.2"})
+        self.assertEqual(image.manifest, self.ask("GET", f"/v2/team/app/manifests/1?ns={first.host}", 200).body)
+        self.assertEqual(image.layer, self.ask("GET", f"/v2/team/app/blobs/{layer}?ns={first.host}", 200).body)
+        self.assertIn(f"blobs/{layer}", first.requests)
+
     def test_credentials_of_another_client(self):
         """Content that is fetched with the credentials of one client is not served to others while it arrives."""
         image, go_on = Image("x" * 5000), self.event()
