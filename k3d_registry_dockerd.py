@@ -2836,7 +2836,8 @@ class Links:
         with disk_errors(f"link {source}"), contextlib.suppress(FileNotFoundError):
             self._store.touch(source)
             if self._store.is_intact(source, digest, deadline) and size in (None, source.stat().st_size):
-                self._link(source, digest)
+                with self._store.disk.reserved(source, wait=True):  # it is not freed meanwhile
+                    self._link(source, digest)
                 return True
         return False
 
@@ -2847,9 +2848,13 @@ class Links:
             self._store.remember(Identity.of(file), digest)
             if self.adopt(digest):
                 return False
-            self._store.add(file, digest)
-            self._link(file, digest)
-            return True
+            source = self._store.blobs.path(digest)
+            with self._store.disk.reserved(source, wait=True):
+                is_new = not self._store.is_intact(source, digest)  # or another request has just added it
+                if is_new:
+                    self._store.add(file, digest)
+                self._link(source, digest)
+            return is_new
 
     def _link(self, source: Path, digest: Digest) -> None:
         target = self.path(digest)
@@ -3024,9 +3029,10 @@ class Store:
     def release(self, digest: Digest) -> None:
         """Free content that belongs to nobody."""
         path = self.blobs.path(digest)
-        status = self.disk.status(path)
-        if status and status.st_nlink == 1 and self.disk.remove(path):
-            self.space.free(status.st_size)
+        with self.disk.reserved(path, wait=True):
+            status = self.disk.status(path)
+            if status and status.st_nlink == 1 and self.disk.remove(path):
+                self.space.free(status.st_size)
 
     # ---- records of what was exported
 

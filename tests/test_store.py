@@ -262,6 +262,50 @@ class TestLinks(StoreCase):
             thread.join()
         self.assertEqual(([], set()), (failures, self.files()))
 
+    def test_the_same_push_twice_at_once(self):
+        """It is stored and counted once."""
+        real, both = Links.adopt, threading.Barrier(2, timeout=60)
+
+        def adopt(links, *arguments):
+            found = real(links, *arguments)
+            both.wait()
+            return found
+
+        def push(name):
+            with BlobWriter(self.store) as writer:
+                writer.write(b"shared")
+                writer.keep(self.hosted.repository(name).blobs)
+
+        threads = [threading.Thread(target=push, args=(name,)) for name in ("one", "two")]
+        with mock.patch.object(Links, "adopt", adopt):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(1, len({(self.root / name).stat().st_ino for name in self.files()}))
+        self.assertEqual(6, self.store.space.used)
+
+    def test_content_that_is_adopted_while_it_is_freed(self):
+        """It is freed, or it belongs to its new owner and to the store."""
+        digest = self.put(b"content")
+        one, two = (self.hosted.repository(name).blobs for name in ("one", "two"))
+        one.adopt(digest)
+        self.store.docker.drop(digest)
+        real, results = self.store.disk.remove, []
+        thread = threading.Thread(target=lambda: results.append(two.adopt(digest)))
+
+        def remove(path, *arguments):
+            if path == self.store.blobs.path(digest):
+                thread.start()
+                thread.join(0.3)
+            return real(path, *arguments)
+
+        with mock.patch.object(self.store.disk, "remove", remove):
+            one.drop(digest)
+        thread.join()
+        self.assertEqual(two.size(digest), self.store.blobs.size(digest))
+        self.assertEqual((two.size(digest) or 0, two.size(digest) is not None), (self.store.space.used, results[0]))
+
 
 class TestVerified(StoreCase):
     """What was found to be in a file is remembered, so that it is read once."""
