@@ -4700,8 +4700,6 @@ class Origin:
                 return str(token)
             raise ValueError("not a token")
         except MALFORMED_ERRORS as e:
-            if isinstance(e, urllib.error.HTTPError):
-                e.close()
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} did not return a token: {type(e).__name__}") from None
 
     def _token_request(self, realm: str, query: dict[str, str]) -> urllib.request.Request:
