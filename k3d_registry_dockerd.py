@@ -4060,22 +4060,29 @@ class Layer:
     SLACK = 60              # seconds for which Docker may change files of a layer after writing its metadata
 
     def __init__(self, diff_id: str, metadata: Path, files: Path):
-        """metadata and files are folders. A layer with a failure cannot be used; the log has said why."""
+        """metadata and files are folders. A layer with a failure cannot be used; the log has said why. STORE_FAILED."""
         self._diff_id, self._split = diff_id, metadata / "tar-split.json.gz"
         self._root = os.fsencode(os.path.realpath(files))
         self._safe = b""  # a folder that no symbolic link leads to: a tar lists files by folder
         self.size, self.failure = 0, ""
-        with contextlib.suppress(RegistryError), self._errors():
-            self._newest = self._split.stat().st_ctime + self.SLACK
-            self.size = self._measure()
+        try:
+            with self._errors():
+                self._newest = self._split.stat().st_ctime + self.SLACK
+                self.size = self._measure()
+        except RegistryError:
+            if not self.failure:
+                raise
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except (EOFError, zlib.error, *MALFORMED_ERRORS, OSError) as e:
-            self.failure = (f"the layer {self._diff_id} cannot be read from {self._split.parent}: "
-                            f"{printable(str(e) or type(e).__name__)}")
+            reason = (f"the layer {self._diff_id} cannot be read from {self._split.parent}: "
+                      f"{printable(str(e) or type(e).__name__)}")
+            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):  # no descriptor is left, for now
+                raise RegistryError("STORE_FAILED", reason) from e
+            self.failure = reason
             log.warning("%s; its images will be exported", self.failure)
             raise RegistryError("ENGINE_FAILED", self.failure) from e
 
@@ -4221,9 +4228,9 @@ class LayerDirectory:
             changed = self._layers.stat().st_mtime
             if changed != made:
                 folders = {}
-                for path in self._layers.glob("*/diff"):
-                    with contextlib.suppress(FileNotFoundError):  # Docker has just removed it
-                        folders[path.read_text(errors="replace").strip()] = path.parent
+                for folder in self._layers.iterdir():  # glob() hides errors
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # Docker has just removed it
+                        folders[(folder / "diff").read_text(errors="replace").strip()] = folder
                 self._index = (changed, folders)
             return folders
         return {}

@@ -2,16 +2,19 @@
 
 import base64
 import contextlib
+import errno
 import gzip
 import http.client
 import io
 import json
 import os
+import resource
 import sys
 import tarfile
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import lab
 from program import MODULE, Program
@@ -283,6 +286,34 @@ class TestFolder(FolderCase):
         with self.assertLogs("k3d-registry-dockerd"):
             self.assertIsNone(self.blob())
         self.assertEqual(before, len(list(Path("/proc/self/fd").iterdir())))
+
+    def test_no_descriptor_left(self):
+        """That is an error for now: nothing is absent or damaged because of it."""
+        self.file("file", b"content")
+        self.note(b"header", ("file", b"content"))
+        digest, limits = Digest.of(self.tar), resource.getrlimit(resource.RLIMIT_NOFILE)
+        fresh, indexed, measured = LayerDirectory(self.root), LayerDirectory(self.root), self.blob()
+        indexed._folders()
+        for what, act in (("not read yet", lambda: fresh.find(digest)),
+                          ("not measured yet", lambda: indexed.find(digest)),
+                          ("measured", lambda: b"".join(measured.open(0, measured.size, Deadline())))):
+            with self.subTest(what):
+                free = os.dup(0)
+                os.close(free)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+                try:
+                    with self.assertRaises(RegistryError) as caught:
+                        act()
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                self.assertEqual("STORE_FAILED", caught.exception.code)
+        with mock.patch.object(gzip, "open", side_effect=OSError(errno.EMFILE, "no descriptor left")), \
+                self.assertRaises(RegistryError) as caught:
+            indexed.find(digest)
+        self.assertEqual("STORE_FAILED", caught.exception.code)
+        for layers in (fresh, indexed, self.layers):
+            self.assertEqual(len(self.tar), layers.find(digest).size)
+        self.assertEqual(self.tar, self.read())
 
 
 # ---- real engines
