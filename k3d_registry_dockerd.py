@@ -6270,8 +6270,8 @@ class Verification:
     # ---- repair
 
     def _repair(self, damaged: Iterable[tuple[Path, Digest]], lacks: Iterable[Lack]) -> None:
-        for path, digest in damaged:
-            self._store.is_intact(path, digest)  # or else a copy of Docker's is removed
+        for _, digest in damaged:
+            self._store.is_intact(self._store.docker.path(digest), digest)  # or else that is removed: Docker has it
             self._from_other_copy(digest)
             if all(links.size(digest) is None for links in self._store.owners() if links is not self._store.blobs):
                 self._move_away(self._store.blobs.path(digest), digest)

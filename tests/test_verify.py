@@ -1,6 +1,7 @@
 """The subcommand verify: what it finds in a damaged store, and what it repairs."""
 
 import json
+import os
 import shutil
 import subprocess
 import unittest
@@ -113,6 +114,18 @@ class TestVerify(DamageCase):
             self.assertEqual(0, status, output)
             self.assertFalse(path.exists())
             self.assertTrue([*(store / "damaged").rglob(f"{path.name}*")])
+
+    def test_damaged_copy_of_what_docker_has(self):
+        """It can be had again, so nothing is lacking without it."""
+        store = self.copy()
+        paths = [store / owner / "sha256" / hex_of(b"extra") for owner in ("blobs", "docker")]
+        paths[0].write_bytes(b"something else")
+        paths[1].parent.mkdir(parents=True, exist_ok=True)
+        os.link(*paths)
+        self.assertEqual(1, verify(store)[0])
+        status, output = verify(store, "-repair")
+        self.assertEqual(0, status, output)
+        self.assertEqual([False, False], [path.exists() for path in paths])
 
     def test_repair_is_for_verify(self):
         result = subprocess.run([*COMMAND, "-repair"], capture_output=True, text=True, check=False)
