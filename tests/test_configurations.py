@@ -1,5 +1,6 @@
 """What `config KIND` prints: it is parsed as its reader would, and used by a real node."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import unittest
 from pathlib import Path
 
 import lab
-from program import MODULE
+from program import COMMAND, MODULE, environment
 from test_engines import EngineCase
 
 sys.path.insert(0, str(MODULE.parent))
@@ -116,20 +117,41 @@ class TestForms(unittest.TestCase):
 class TestNode(EngineCase):
     engine = lab.ENGINES["containerd"]
 
-    def test_node_uses_it(self):
-        """The output of the command is the configuration of a real node, which pulls what only Docker has."""
+    def folder(self, kind):
+        """Start a program, and make a folder with the configuration that it prints. Returns (program, folder, text)."""
         self.build("1")
         program = self.program()
-        done = subprocess.run([sys.executable, str(MODULE), "config", "containerd", "-addr", program.address],
-                              capture_output=True, text=True, check=True,
-                              env={**os.environ, "DOCKER_HOST": f"unix://{self.engine.socket}"})
-        hosts = lab.SHARE / self.name / "hosts"
-        self.addCleanup(shutil.rmtree, hosts.parent)
-        (hosts / "_default").mkdir(parents=True)
-        (hosts / "_default/hosts.toml").write_text(done.stdout)
+        done = subprocess.run([*COMMAND, "config", kind, "-addr", program.address], capture_output=True, text=True,
+                              check=True, env=environment(DOCKER_HOST=f"unix://{self.engine.socket}"))
+        folder = lab.SHARE / self.name
+        self.addCleanup(shutil.rmtree, folder)
+        folder.mkdir()
+        return folder, done.stdout
+
+    def test_node_uses_it(self):
+        """The output of the command is the configuration of a real node, which pulls what only Docker has."""
+        folder, text = self.folder("containerd")
+        (folder / "hosts/_default").mkdir(parents=True)
+        (folder / "hosts/_default/hosts.toml").write_text(text)
         reference = f"docker.io/library/{self.name}:1"
         lab.NODE.ctr("images", "pull", "--hosts-dir", f"/lab/{self.name}/hosts", reference)
         self.assertEqual(self.engine.inspect(f"{self.name}:1")["Id"], lab.NODE.digest(reference))
+
+    def test_podman_uses_it(self):
+        folder, text = self.folder("podman")
+        (folder / "registries.conf").write_text(text)
+        inside = f"/lab/{self.name}"
+
+        def podman(*arguments):
+            storage = ("--root", f"{inside}/root", "--runroot", f"{inside}/run", "--storage-driver", "vfs")
+            return lab.chroot("env", f"CONTAINERS_REGISTRIES_CONF={inside}/registries.conf", "podman", *storage,
+                              *arguments).stdout
+
+        reference = f"docker.io/library/{self.name}:1"
+        podman("pull", "-q", reference)
+        index = json.loads(self.engine.content(self.engine.inspect(f"{self.name}:1")["Id"]))
+        self.assertEqual(index["manifests"][0]["digest"],
+                         podman("image", "inspect", "-f", "{{.Digest}}", reference).strip())
 
 
 if __name__ == "__main__":

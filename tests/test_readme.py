@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import unittest
+from pathlib import Path
 
 import cluster
 import lab
@@ -51,7 +52,14 @@ def check_schema(value, schema, path="k3d.yaml"):
 
 class TestText(unittest.TestCase):
     def test_every_block_says_what_it_is(self):
-        self.assertEqual({"sh", "env", "text"}, {language for language, _ in BLOCKS})
+        self.assertEqual({"sh", "env", "text", "yaml", "toml"}, {language for language, _ in BLOCKS})
+
+    def test_configurations(self):
+        place = module.Place(5000, (), module.EngineHost(path="/var/run/docker.sock"), Path("/var/lib/docker"))
+        printed = {kind: module.configuration_for(kind, place) for kind in module.CONFIGURATIONS}
+        for language, block in BLOCKS:
+            if language in ("yaml", "toml"):
+                self.assertIn(block, printed.values())
 
     def test_settings_file(self):
         for language, block in BLOCKS:

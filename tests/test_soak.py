@@ -74,7 +74,7 @@ sys.exit(tool.main())
         self.assertIn("FINDING", out)
 
     def test_load_finds_a_wrong_status(self):
-        out = self.run_broken("load", "tag", "lambda self, tag: None", "--clients", "4", "--seconds", "1",
+        out = self.run_broken("load", "manifest", "lambda self, target: None", "--clients", "4", "--seconds", "1",
                               "--engine", "fake")
         self.assertIn("PROBLEM: GET manifest", out)
 

@@ -292,9 +292,9 @@ class TestPage(EngineCase):
         self.assertEqual(("17", "docker", "127.0.0.1"), (image["tag"], image["source"], image["last_served"]["to"]))
 
     def have_images(self, program):
-        """Build two images, push one of them, and have a node pull both."""
+        """Make two images, push one of them, and have a node pull both."""
         for name in ("backend:dev", "frontend:dev"):
-            self.engine.build(name, {"app": os.urandom(2_000_000)})
+            self.engine.import_image(name, {"app": os.urandom(2_000_000)})
             lab.NODE.fetch(f"docker.io/library/{name}", program.address)
         pushed = f"{program.address}/shop/web:1.4"
         self.images.append(pushed)
