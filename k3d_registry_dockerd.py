@@ -4841,7 +4841,7 @@ class ImageStore:
                                       for provider in self.providers):
             return None
         folder = content_root(self.info)
-        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        if os.access(folder, os.F_OK) and not os.access(folder, os.R_OK | os.X_OK):
             return f"pulls are faster as a user that can read {folder}, like root"
         mount = f"with -v {folder}:{folder}:ro"
         if self.info.store == "containerd" and "Containerd" not in self.info.details:  # before API 1.46

@@ -114,6 +114,16 @@ class TestEndpoints(StatusCase):
                 self.assertIn(b"Docker cannot be reached", without.get("/", **accept).body)
             self.assertIn("k3d_registry_dockerd_engine_up 0", without.get("/metrics").body.decode())
 
+    def test_docker_has_a_folder_of_which_nothing_is_known_here(self):
+        """Not even whether it is there: the name is too long here. To others than root, some folders are the same."""
+        folder = "/" + 300 * "x"
+        with FakeDaemon() as daemon:
+            daemon.info = {"DockerRootDir": folder}
+            with Program(daemon.host) as program:
+                for path in ("/", "/status", "/metrics"):
+                    self.assertEqual(200, program.get(path).status, path)
+                self.assertIn(f"-v {folder}:{folder}:ro", program.get("/status").json["engine"]["advice"])
+
     def push(self, kind, repository, target, document, media_type=module.OCI_MANIFEST):
         """Push a blob or a manifest of JSON, and return its descriptor."""
         data = json.dumps(document).encode()
