@@ -175,6 +175,8 @@ class Slow:
     the daemon's event `released` is set, and nothing of the rest.
     """
 
+    PAUSE = 0.05  # seconds between two bytes
+
     def __init__(self, sock, daemon):
         self._sock, self._daemon = sock, daemon
 
@@ -188,7 +190,7 @@ class Slow:
             self._sock.sendall(data[:len(data) // 2])
         for byte in data[:-1] if self._daemon.slow == "trickle" else b"":
             self._sock.sendall(bytes([byte]))
-            if self._daemon.released.wait(0.05):
+            if self._daemon.released.wait(self.PAUSE):
                 break
         self._daemon.released.wait()
         raise ConnectionResetError("released")

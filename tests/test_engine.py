@@ -16,6 +16,7 @@ import urllib.parse
 from pathlib import Path
 from unittest import mock
 
+import fake_daemon
 from fake_daemon import FakeDaemon, Image, chunked, http_answer
 from program import MODULE
 
@@ -272,7 +273,7 @@ class TestImages(EngineCase):
         """The timeout is for the whole answer, and not for each byte of it."""
         self.engine.info()
         self.daemon.slow = "trickle"
-        with mock.patch.object(module, "ENGINE_TIMEOUT", 0.3):
+        with mock.patch.object(module, "ENGINE_TIMEOUT", 0.3), mock.patch.object(fake_daemon.Slow, "PAUSE", 0.003):
             for call in (lambda: self.engine.image("app:1"), self.engine.listed):
                 self.assertEqual("UNAVAILABLE", self.error_of(call).code)
         self.assertFalse(self.daemon.released.is_set())
