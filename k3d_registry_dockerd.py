@@ -2956,8 +2956,9 @@ class Store:
                 return found is not None
         self.disk.name_damaged(path, f"its content is not that of {digest}")
         if path == self.docker.path(digest):  # it can be had again
-            with contextlib.suppress(OSError):
-                path.unlink()
+            with self.disk.reserved(self.blobs.path(digest), wait=True), contextlib.suppress(OSError):
+                if not self.has_content(path, digest, deadline):  # unless it was replaced a moment ago
+                    path.unlink()
         return False
 
     def has_content(self, path: Path, digest: Digest, deadline: Deadline | None = None) -> bool:

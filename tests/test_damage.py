@@ -345,6 +345,23 @@ class TestArriving(unittest.TestCase):
                     self.assertIsNone(owner.find(digest))
                 self.assertIsNotNone(owner.find(digest))
 
+    def test_good_content_that_replaces_damage_while_that_is_removed(self):
+        """It stays: what was damaged is no longer there."""
+        with tempfile.TemporaryDirectory() as folder:
+            store = module.Store(Path(folder))
+            digest = module.keep_content(store, b"layer", store.docker)
+            store.docker.path(digest).write_bytes(b"LAYER")
+            os.utime(store.docker.path(digest), (1, 1))
+            real = store.disk.name_damaged
+
+            def replace(*arguments):
+                with mock.patch.object(store.disk, "name_damaged", real):
+                    module.keep_content(store, b"layer", store.docker)
+
+            with mock.patch.object(store.disk, "name_damaged", replace), self.assertLogs("k3d-registry-dockerd"):
+                self.assertIsNone(store.docker.find(digest))
+            self.assertEqual(b"layer", store.docker.path(digest).read_bytes())
+
 
 class TestWalk(DamageCase):
     def test_walk_after_repair(self):
