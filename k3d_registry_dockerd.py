@@ -2841,20 +2841,18 @@ class Links:
                 return True
         return False
 
-    def take(self, file: Path, digest: Digest) -> bool:
-        """Make a finished file, whose digest was verified, belong here. The file stays. True if it was new."""
+    def take(self, file: Path, digest: Digest) -> None:
+        """Make a finished file, whose digest was verified, belong here. The file stays."""
         with disk_errors(f"write to {self.folder}"):
             os.utime(file)
             self._store.remember(Identity.of(file), digest)
             if self.adopt(digest):
-                return False
+                return
             source = self._store.blobs.path(digest)
             with self._store.disk.reserved(source, wait=True):
-                is_new = not self._store.is_intact(source, digest)  # or another request has just added it
-                if is_new:
+                if not self._store.is_intact(source, digest):  # or another request has just added it
                     self._store.add(file, digest)
                 self._link(source, digest)
-            return is_new
 
     def _link(self, source: Path, digest: Digest) -> None:
         target = self.path(digest)
@@ -3076,7 +3074,7 @@ class Store:
     def reserve(self, count: int) -> None:
         """Count bytes that are about to be written, and make room for them if need be. STORE_FULL if there is none."""
         if self.space.limit and not self.space.measured:
-            self.measure()
+            self.measure(again=False)
         if self.space.lacking(count):
             self._evict(count)
         if not self.space.reserve(count):
@@ -3090,13 +3088,19 @@ class Store:
             self.reserve(count)
             self.space.count(reserved=-count)
 
-    def measure(self) -> None:
-        """Count what the store has on the disk. What is written meanwhile may be miscounted until the next time."""
-        uploads, used = (self.repositories / name / "_uploads" for name in self.repository_names()), 0
-        for path in self.disk.files(self.root / "blobs", *uploads):
-            with contextlib.suppress(OSError):
-                used += path.stat().st_size
-        self.space.used, self.space.measured = used, True
+    def measure(self, again: bool = True) -> None:
+        """Count what the store has on the disk. What is written meanwhile may be miscounted until the next time.
+
+        With a limit, nothing is written before the first time has ended: again is False for whoever waits for that.
+        """
+        with self.disk.reserved(self.root, wait=True):
+            if self.space.measured and not again:
+                return
+            uploads, used = (self.repositories / name / "_uploads" for name in self.repository_names()), 0
+            for path in self.disk.files(self.root / "blobs", *uploads):
+                with contextlib.suppress(OSError):
+                    used += path.stat().st_size
+            self.space.used, self.space.measured = used, True
 
     def _evict(self, count: int) -> None:
         """Free what can be had again, the least recently used first, until there is room for this many bytes.
@@ -3220,26 +3224,27 @@ class Writer:
 
         DIGEST_INVALID if it is not the expected one. After an error nothing is kept.
         """
-        is_new = False
         try:
             digest = self.finish(expected.algorithm if expected else None)
             if expected not in (None, digest):
                 raise RegistryError("DIGEST_INVALID", f"the {self.size} bytes that arrived have the digest {digest}, "
                                                       f"not {expected}")
-            is_new = owner.take(self.path, digest)
+            owner.take(self.path, digest)
         finally:
-            self._end(is_new)
+            self._end()
         return digest
 
     def discard(self) -> None:
         """Forget the content, unless it was kept."""
         with contextlib.suppress(RegistryError):  # a full disk says so again
             Writer.close(self)
-        self._end(False)
+        self._end()
 
-    def _end(self, is_new: bool) -> None:
+    def _end(self) -> None:
         if not self._ended:  # the first end counts
-            self._ended = True
+            self._ended, is_new = True, False
+            with contextlib.suppress(OSError):
+                is_new = self.path.stat().st_nlink > 1  # the store has it, perhaps for the next one who brings it
             self._store.space.count(used=0 if is_new else -self.size)
             self._store.disk.end(self.path)
 
@@ -3288,8 +3293,8 @@ class Upload(Writer):
         if not self._ended:
             self._store.hashes[self.path] = (self.size, self._hash)
 
-    def _end(self, is_new: bool) -> None:
-        super()._end(is_new)
+    def _end(self) -> None:
+        super()._end()
         self._store.hashes.pop(self.path, None)
 
 

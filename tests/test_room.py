@@ -5,6 +5,7 @@ import errno
 import http.client
 import os
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -176,6 +177,41 @@ class TestLimit(RoomCase):
         with self.assertRaises(module.RegistryError) as caught:
             self.store.reserve(1)
         self.assertIn("no room for 1 B", caught.exception.detail)
+
+    def test_writes_while_the_store_is_measured_first(self):
+        self.start(limit=100 * KB)
+        real, threads = self.store.disk.files, []
+
+        def files(*folders):
+            yield from real(*folders)
+            if not threads:
+                threads.append(threading.Thread(target=self.copy_of_docker, args=(b"x" * KB, 0)))
+                threads[0].start()
+                threads[0].join(0.3)
+
+        with mock.patch.object(self.store.disk, "files", files):
+            self.store.measure()
+        threads[0].join()
+        self.assertEqual(KB, self.store.space.used)
+
+    def test_what_fails_at_the_end_counts_as_long_as_it_is_there(self):
+        self.start(limit=100 * KB)
+        for name in ("link", "rename", "fsync"):
+            for count in range(1, 10):
+                real, left = getattr(os, name), [count]
+
+                def fail(*arguments, real=real, left=left, **more):
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    return real(*arguments, **more)
+
+                with mock.patch.object(os, name, fail), contextlib.suppress(module.RegistryError):
+                    module.keep_content(self.store, name.encode() * count,
+                                        module.Repository(self.store, "app").blobs)
+                used = self.store.space.used
+                self.store.measure()
+                self.assertEqual(self.store.space.used, used, (name, count))
 
     def test_copies_are_refused_too(self):
         self.start(limit=10 * KB)
