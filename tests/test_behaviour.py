@@ -333,6 +333,8 @@ class TestHandshake(BehaviourCase):
     def test_tls_on_the_plain_port(self):
         """A client that tries TLS first recognizes the HTTP response and retries without TLS. This is not logged."""
         self.start()
+        for line in ("content from: ", "could be better: ", "tidied up"):  # the last that a start logs, in any order
+            self.program.wait_for_line(line)
         outgoing = ssl.MemoryBIO()
         client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="registry")
         with self.assertRaises(ssl.SSLWantReadError):
