@@ -2822,6 +2822,7 @@ class Links:
         """
         is_damaged = os.path.lexists(self.folder) and not is_folder(self.folder)
         for algorithm in self._store.disk.names(self.folder):
+            is_damaged = is_damaged or not is_folder(self.folder / algorithm)
             for name in self._store.disk.names(self.folder / algorithm):
                 digest = self._store.parse_digest(f"{algorithm}:{name}", self.folder / algorithm / name)
                 is_damaged = is_damaged or digest is None

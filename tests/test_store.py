@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -522,7 +523,8 @@ class TestRepository(StoreCase):
     def test_nothing_is_freed_while_a_manifest_cannot_be_read(self):
         """Its blobs are not known then: a damaged file, or no descriptor left."""
         for what, damage in (("a folder", lambda path: (path.unlink(), path.mkdir())),
-                             ("not JSON", lambda path: path.write_bytes(b"{"))):
+                             ("not JSON", lambda path: path.write_bytes(b"{")),
+                             ("in no folder", lambda path: (shutil.rmtree(path.parent), path.parent.touch()))):
             with self.subTest(what), self.assertLogs("k3d-registry-dockerd", "WARNING"):
                 damage(self.repository.manifests.path(self.push(b"needed").digest))
                 self.age(UPLOAD_AGE + 1)
