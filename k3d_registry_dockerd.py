@@ -3587,14 +3587,15 @@ class Hosted:
                 upload.write(piece)
             upload.keep(repository.blobs, reference.digest)
 
-    def mount(self, reference: Reference, source: str | None) -> bool:
+    def mount(self, reference: Reference, source: str | None, deadline: Deadline | None = None) -> bool:
         """Make a blob of another repository belong to this one too. True if that repository has it.
 
-        Without a source, any will do (OCI Distribution Spec v1.1, "Mounting a blob from another repository").
+        Without a source, any will do (OCI Distribution Spec v1.1, "Mounting a blob from another repository"). See
+        Store.has_content for the deadline.
         """
         digest, sources = reference.digest, self.names() if source is None else [source]
         owned = any(self.repository(name).blobs.size(digest) is not None for name in sources)
-        return owned and self.repository(reference.repository).blobs.adopt(digest)
+        return owned and self.repository(reference.repository).blobs.adopt(digest, deadline=deadline)
 
     @staticmethod
     def accept_manifest(reference: Reference, data: bytes, content_type: str | None) -> Manifest:
@@ -7116,7 +7117,7 @@ def page_of_referrers(request: Request, found: Iterable[dict[str, Any]]) -> tupl
 
 # =====================================================================================================================
 # 25. End-points: the distribution specification
-# Uses: writers, hosted, mirror, front, status, page, requests.
+# Uses: waiting, writers, hosted, mirror, front, status, page, requests.
 # =====================================================================================================================
 
 HTML_TYPE, TEXT_TYPE = "text/html; charset=utf-8", "text/plain; charset=utf-8"
@@ -7204,7 +7205,7 @@ class Endpoints:
         """
         repository = self._repository(request)
         mount, digest = request.parameter("mount"), request.parameter("digest")
-        if mount is not None and self._mount(repository, mount, request.parameter("from")):
+        if mount is not None and self._mount(repository, mount, request.parameter("from"), request.client.deadline):
             return self._created(repository, mount)
         if digest is None or (mount is not None and request.body.length == 0):
             return self._upload_status(202, 0, repository.name, repository.begin_upload())
@@ -7212,7 +7213,7 @@ class Endpoints:
                                         request.body)
         return self._created(repository, digest)
 
-    def _mount(self, repository: Repository, digest: str, source: str | None) -> bool:
+    def _mount(self, repository: Repository, digest: str, source: str | None, deadline: Deadline) -> bool:
         """Mount a blob. Returns False if there is none, or if the digest or the source is invalid, as some clients'."""
         if source is not None and not REPOSITORY.fullmatch(source):
             return False
@@ -7220,7 +7221,7 @@ class Endpoints:
             reference = Reference(repository.name, Digest.parse(digest))
         except ValueError:
             return False
-        return self._registry.hosted.mount(reference, source)
+        return self._registry.hosted.mount(reference, source, deadline)
 
     def upload(self, request: Request) -> Response:
         """end-13, GET /v2/<name>/blobs/uploads/<session>: the progress of an upload."""

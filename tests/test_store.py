@@ -427,6 +427,9 @@ class TestVerified(StoreCase):
                 with self.assertRaises(RegistryError) as caught:
                     self.hosted.blob(reference, module.Deadline(0.1))
                 self.assertEqual("UNAVAILABLE", caught.exception.code)
+            with self.assertRaises(RegistryError) as caught:
+                self.hosted.mount(Reference("two", digest), "one", module.Deadline(0.1))
+            self.assertEqual("UNAVAILABLE", caught.exception.code)
             go_on.set()
             for _ in range(3):
                 self.assertEqual(module.MANIFEST_LIMIT + 1, self.hosted.blob(reference).size)
