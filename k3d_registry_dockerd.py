@@ -1747,6 +1747,11 @@ class EngineImage:
                    tuple(str(name) for name in document.get("RepoDigests") or ()), platform_of(platform), document)
 
     @property
+    def name(self) -> str | None:
+        """One of the names of the image, as Docker shows it, or None if it has none."""
+        return next(map(str, self.details.get("RepoTags") or ()), None)
+
+    @property
     def is_bare(self) -> bool:
         """True if the image is known to have no layers."""
         return not self.layers and (self.details.get("RootFS") or {}).get("Type") == "layers"
@@ -4478,7 +4483,9 @@ class Exports:
             return done
         if image.is_bare:
             return self._make_bare(image)
-        with self._activity.task("export", str(image.id), f", about {human_bytes(image.size)}") as task:
+        about, name = f", {image.id}, about {human_bytes(image.size)}", image.name
+        repository = "/".join(docker_name(repository_of(name))) if name else None
+        with self._activity.task("export", name or "an image", about, repository) as task:
             target = self._export(image.id, task.report_bytes)
             task.done(f"manifest {target}")
         self._done()

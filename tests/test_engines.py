@@ -501,7 +501,7 @@ class ClassicStore(EveryEngine):
         self.engine.docker("tag", f"{self.name}:1", f"{self.name}:2")
         self.images.append(f"{self.name}:2")
         self.assertEqual(answers[0].body, program.get(self.manifest_path("2")).body)
-        self.assertEqual(1, len(program.jobs(f"export {image_id}")))
+        self.assertEqual(1, len(program.jobs(f"export {self.name}:1, {image_id}")))
 
     def test_layers_are_stored_once(self):
         data = os.urandom(1_000_000)

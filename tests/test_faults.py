@@ -198,7 +198,9 @@ class TestSharedExports(FaultCase):
         self.daemon.faults[f"{self.image.config_digest}/get "] = send
         waiting = threading.Thread(target=self.program.get, args=(MANIFEST,))
         waiting.start()
-        self.program.wait_for_line(f"export {self.image.config_digest}")
+        self.program.wait_for_line(f"export app:1, {self.image.config_digest}")
+        (task,) = self.program.get("/status").json["under_way"]
+        self.assertEqual(("export", "app:1", ["127.0.0.1"]), (task["kind"], task["what"], task["waiting"]))
         other = self.daemon.add("other:1", Image("two", [base]))
         path = "/v2/library/other/manifests/1?ns=docker.io"
         self.assertEqual(other.manifest, self.program.get(path).body)
