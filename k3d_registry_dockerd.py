@@ -206,6 +206,7 @@ WARMING_PULLS = 2           # pulls at once of the images that Docker is to have
 WARMING_PAUSES = (5, 10, 20, 40, 80, 160, 300)  # seconds before each next try of those that failed
 WATCH_INTERVAL = 1          # seconds between two redrawings of a terminal
 PROGRESS_INTERVAL = 5       # seconds between two progress lines
+STOP_INTERVAL = 0.1         # seconds between two looks whether the server is to end
 STOP_GRACE = 5              # seconds that running requests get to finish on shutdown
 EVICTION_AGE = 3600         # seconds that unreferenced content is kept after its last use
 FETCHED_AGE = 7 * 24 * 3600  # seconds that copies are kept after their last use, except exports
@@ -9064,7 +9065,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
         log.error("cannot listen on %s (%s): %s", settings.address, settings.origin("-addr"), e.strerror or e)
         return False
     introduce(settings, server)
-    start_thread(server.serve_forever, 0.1)  # seconds that the end may wait for
+    start_thread(server.serve_forever, STOP_INTERVAL)
     start_thread(work_in_background, settings, registry, reachable(server.address))
     start_thread(registry.warming.run)
     ended, console = threading.Event(), configure_log(settings.log_level, settings.log_format)

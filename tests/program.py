@@ -75,7 +75,7 @@ class Program:
             [*command, "-addr", address, "-store", str(self.store), *arguments],
             stderr=subprocess.PIPE, text=True,
             env=environment(**{"DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", "PYTHONUNBUFFERED": "1",
-                               "CONSTANTS": json.dumps(constants or {}), **(env or {})}))
+                               "CONSTANTS": json.dumps({"STOP_INTERVAL": 0.01, **(constants or {})}), **(env or {})}))
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         line = self.wait_for_line("listening on ")

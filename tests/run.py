@@ -18,6 +18,8 @@ import time
 import unittest
 from pathlib import Path
 
+import lab
+
 TESTS = Path(__file__).resolve().parent
 SLOW = ("test_adoption", "test_browsers", "test_command_line", "test_damage", "test_deadlines", "test_faults",
         "test_fuzz", "test_hostile", "test_kill", "test_soak", "test_start_and_stop", "test_verify")
@@ -45,12 +47,17 @@ def lanes(found):
     return result
 
 
-def failed_tests(output):
-    """Return the names, as unittest takes them, of the tests or classes that an output says have failed."""
+def failed_tests(output, cases):
+    """Return the names, as unittest takes them, of the tests that an output says have failed, or of their classes."""
     found = re.findall(r"^(?:FAIL|ERROR): (\w+) \(([\w.]+)\)", output, re.MULTILINE)
-    return list(dict.fromkeys(
-        where if test in ("setUpClass", "tearDownClass") or where.endswith(f".{test}") else f"{where}.{test}"
-        for test, where in found))
+    names = []
+    for test, where in found:
+        if test in ("setUpModule", "tearDownModule"):
+            names += [case for case in cases if case.startswith(f"{where}.")]
+        else:
+            is_whole = test in ("setUpClass", "tearDownClass") or where.endswith(f".{test}")
+            names.append(where if is_whole else f"{where}.{test}")
+    return list(dict.fromkeys(names))
 
 
 def run(name, cases):
@@ -65,7 +72,7 @@ def run(name, cases):
     if not passed:
         print(result.stdout)
     sys.stdout.flush()
-    return [] if passed else failed_tests(result.stdout) or cases
+    return [] if passed else failed_tests(result.stdout, cases) or cases
 
 
 def main():
@@ -78,6 +85,8 @@ def main():
              if case.__name__ != "ModuleSkipped"]  # unittest's own, for files that need a missing package
     if arguments.quick:
         cases = [case for case in cases if not hasattr(case, "engine") and case.__module__ not in SLOW]
+    if lab.is_up():
+        os.environ["LAB_IS_UP"] = "yes"
     found = lanes(cases)
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         # The longest first: those of the engines, and of them those with the most classes.

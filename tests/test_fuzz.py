@@ -5,6 +5,8 @@ import sys
 import unittest
 from pathlib import Path
 
+from program import takes_long
+
 FUZZ = Path(__file__).with_name("fuzz.py")
 
 
@@ -12,6 +14,7 @@ class TestFuzz(unittest.TestCase):
     def fuzz(self, *arguments):
         return subprocess.run([sys.executable, FUZZ, *arguments], capture_output=True, text=True, timeout=300)
 
+    @takes_long
     def test_all_targets(self):
         result = self.fuzz("--seconds", "0.4")
         self.assertEqual((0, ""), (result.returncode, result.stderr), result.stdout)

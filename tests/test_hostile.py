@@ -12,7 +12,7 @@ import unittest
 from unittest import mock
 
 from fake_daemon import FakeDaemon, sha256
-from program import MODULE, Program
+from program import MODULE, Program, takes_long
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -306,6 +306,7 @@ class TestSlowClients(HostileCase):
             connection.sendall(bytes([byte]))
         return None
 
+    @takes_long
     def test_slow_requests(self):
         program = self.start_impatient()
         location = program.request("POST", "/v2/a/blobs/uploads/").headers["Location"].encode()
@@ -436,6 +437,7 @@ class TestManifests(HostileCase):
             data = json.dumps({"schemaVersion": 2, "config": self.descriptor(), "artifactType": artifact_type})
             self.assertEqual(400, self.put(data.encode()).status)
 
+    @takes_long
     def test_many_large_referrers_take_no_memory(self):
         subject = b"a third image"
         for i in range(20):

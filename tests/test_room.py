@@ -11,6 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+from program import takes_long
 from test_damage import APP, CONFIG, LAYER, MANIFEST, ODD_TYPE, WHOLE, digest_of, push, state
 from test_hosted import HostedProgram, module
 
@@ -231,6 +232,7 @@ class TestFullDisk(RoomCase):
             self.assertEqual(WHOLE, state(program, "a/app"))
         self.assertEqual(201, self.put(program, b"x").status)
 
+    @takes_long
     def test_nothing_half_written_stays(self):
         """The disk is full at any call that writes."""
         for name in ("link", "rename", "mkdir", "fsync"):

@@ -34,7 +34,7 @@ class TestWithoutEngines(ToolCase):
         self.assertIn("all is well", out)
 
     def test_soak_without_lab(self):
-        self.run_tool("soak.py", "--engine", "containerd", status=2, LAB_DIR="/nowhere")
+        self.run_tool("soak.py", "--engine", "containerd", status=2, LAB_DIR="/nowhere", LAB_IS_UP="")
 
 
 @takes_long
