@@ -453,9 +453,14 @@ def container_names(container: Mapping[str, Any], port: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in (*outside, *inside) if is_host(name)))[:NAMES_LIMIT]
 
 
+def is_loopback(name: str) -> bool:
+    """Return True if the name of a registry, with or without a port, means it on its own machine only."""
+    return re.sub(r":\d+$", "", name) in LOOPBACK
+
+
 def names_for_nodes(names: Iterable[str]) -> list[str]:
     """Return those names of a registry, HOST:PORT, that mean it on other machines and in containers, too."""
-    return [name for name in names if name.rpartition(":")[0] not in LOOPBACK]
+    return [name for name in names if not is_loopback(name)]
 
 
 def docker_name(name: str) -> tuple[str, str]:
@@ -2488,14 +2493,30 @@ def open_file(path: Path) -> BinaryIO:
     return file
 
 
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # the errors of a name under which there is nothing
+
+
 def is_folder(path: Path) -> bool:
     """True if there is a folder of that name. OSError if that cannot be told: Path.is_dir() hides such errors."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except OSError as e:
-        if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if e.errno not in ABSENT:
             raise
         return False
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that exists. OSError if that cannot be told, as of is_folder()."""
+    for existing in (path.absolute(), *path.absolute().parents):
+        try:
+            existing.stat()
+        except OSError as e:
+            if e.errno not in ABSENT:
+                raise
+        else:
+            return existing
+    raise AssertionError("the root folder exists")
 
 
 class Identity(NamedTuple):
@@ -2744,8 +2765,7 @@ class Space:
     def available(self) -> int:
         """The free bytes of the disk. STORE_FAILED."""
         with disk_errors(f"write to {self._root}"):
-            return shutil.disk_usage(next(path for path in (self._root, *self._root.absolute().parents)
-                                          if is_folder(path))).free
+            return shutil.disk_usage(nearest_existing(self._root)).free
 
     def _lacking(self, count: int, free: int) -> int:
         wanted = count + self._reserved
@@ -4638,7 +4658,7 @@ class Origin:
 
     def _make_opener(self, context: ssl.SSLContext) -> urllib.request.OpenerDirector:
         """Build urllib.request's opener without the file and FTP handlers, which a redirect could reach."""
-        local = self._host.rpartition(":")[0] in LOOPBACK or self._host in LOOPBACK  # needs no proxy
+        local = is_loopback(self._host)  # needs no proxy
         opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler({} if local else None), OriginConnections(context), Redirects(),
                         urllib.request.UnknownHandler(), urllib.request.HTTPErrorProcessor(),
@@ -8120,7 +8140,7 @@ def configuration_for(kind: str, place: Place) -> str:
 
 # =====================================================================================================================
 # 29. Settings: flags, variables, the settings file
-# Uses: configuration, pulls, requests, admission, server.
+# Uses: configuration, disk, pulls, requests, admission, server.
 # =====================================================================================================================
 
 DEFAULT_SETTINGS_FILE = Path("/etc/k3d-registry-dockerd.env")
@@ -8192,11 +8212,6 @@ def read_lines(path: Path) -> list[str]:
     if len(data) > SETTINGS_FILE_LIMIT:
         raise ValueError(f"is larger than {SETTINGS_FILE_LIMIT} bytes")
     return lines
-
-
-def nearest_existing(path: Path) -> Path:
-    """Return a path, or the nearest of its parents that exists. Raises OSError."""
-    return next(existing for existing in (path.absolute(), *path.absolute().parents) if existing.exists())
 
 
 @dataclass(frozen=True)
@@ -8501,7 +8516,7 @@ def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
 
 # =====================================================================================================================
 # 30. Doctor: the usual causes, one by one
-# Uses: engine, mirror, server, settings.
+# Uses: engine, disk, mirror, server, settings.
 # =====================================================================================================================
 
 GOOD, HINT, BAD = "ok", "--", "!!"
@@ -8928,8 +8943,19 @@ class Console(logging.Handler):
         with self.lock:
             self._write("", "".join(f"{printable(line)[:size.columns - 1]}\n" for line in shown))
 
-    def draw_until(self, end: threading.Event, under_way: Callable[[], Iterable[Facts]]) -> None:
-        """Draw the tasks that are under way every second, and nothing at the end."""
+    @contextlib.contextmanager
+    def drawing(self, under_way: Callable[[], Iterable[Facts]]) -> Iterator[None]:
+        """Draw the tasks that are under way every second during the `with`, and nothing at its end."""
+        end = threading.Event()
+        thread = threading.Thread(target=self._draw_until, args=(end, under_way), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
+    def _draw_until(self, end: threading.Event, under_way: Callable[[], Iterable[Facts]]) -> None:
         with contextlib.suppress(OSError):
             while not end.wait(WATCH_INTERVAL):
                 self.draw([*itertools.chain.from_iterable(map(task_lines, under_way()))])
@@ -9068,17 +9094,13 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> bool:
     start_thread(server.serve_forever, STOP_INTERVAL)
     start_thread(work_in_background, settings, registry, reachable(server.address))
     start_thread(registry.warming.run)
-    ended, console = threading.Event(), configure_log(settings.log_level, settings.log_format)
-    drawing = threading.Thread(target=console.draw_until, args=(ended, server.status.under_way), daemon=True)
-    if on_terminal and os.environ.get("TERM") != "dumb":
-        drawing.start()
-    while (number := signal.sigwait({*endings, signal.SIGHUP})) not in endings:
-        if on_terminal and not sys.stderr.isatty():
-            break  # the terminal was closed
-        settings = reload(settings, arguments, registry, server)
-    ended.set()
-    if drawing.ident:  # it was started
-        drawing.join()
+    console = configure_log(settings.log_level, settings.log_format)
+    draws = on_terminal and os.environ.get("TERM") != "dumb"
+    with console.drawing(server.status.under_way) if draws else contextlib.nullcontext():
+        while (number := signal.sigwait({*endings, signal.SIGHUP})) not in endings:
+            if on_terminal and not sys.stderr.isatty():
+                break  # the terminal was closed
+            settings = reload(settings, arguments, registry, server)
     log.info("ending on %s", signal.Signals(number).name)
     server.shutdown()
     server.server_close()
