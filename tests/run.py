@@ -80,7 +80,6 @@ def main():
     parser.add_argument("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="processes at a time")
     parser.add_argument("--quick", action="store_true", help="leave out tests that need an engine, or take long")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(TESTS))
     cases = [case for case in classes(unittest.defaultTestLoader.discover(str(TESTS)))
              if case.__name__ != "ModuleSkipped"]  # unittest's own, for files that need a missing package
     if arguments.quick:

@@ -118,7 +118,7 @@ class TestNode(EngineCase):
     engine = lab.ENGINES["containerd"]
 
     def folder(self, kind):
-        """Start a program, and make a folder with the configuration that it prints. Returns (program, folder, text)."""
+        """Start a program, and make a folder with the configuration that it prints. Returns (folder, text)."""
         self.build("1")
         program = self.program()
         done = subprocess.run([*COMMAND, "config", kind, "-addr", program.address], capture_output=True, text=True,

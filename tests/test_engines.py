@@ -19,10 +19,6 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 MIB = 1024 * 1024
 
 
-def setUpModule():
-    lab.require()
-
-
 def sha256(data):
     return "sha256:" + hashlib.sha256(data).hexdigest()
 

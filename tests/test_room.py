@@ -18,6 +18,21 @@ from test_hosted import HostedProgram, module
 KB = 1000
 
 
+@contextlib.contextmanager
+def failing(name, count, number):
+    """Let the count-th call of a function of os fail during the `with`. Yields [how many calls are left until then]."""
+    real, left = getattr(os, name), [count]
+
+    def fail(*arguments, **more):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **more)
+
+    with mock.patch.object(os, name, fail):
+        yield left
+
+
 class RoomCase(unittest.TestCase):
     def start(self, limit=None, store=None):
         program = HostedProgram(store, limit=limit)
@@ -199,15 +214,7 @@ class TestLimit(RoomCase):
         self.start(limit=100 * KB)
         for name in ("link", "rename", "fsync"):
             for count in range(1, 10):
-                real, left = getattr(os, name), [count]
-
-                def fail(*arguments, real=real, left=left, **more):
-                    left[0] -= 1
-                    if left[0] == 0:
-                        raise OSError(errno.EIO, os.strerror(errno.EIO))
-                    return real(*arguments, **more)
-
-                with mock.patch.object(os, name, fail), contextlib.suppress(module.RegistryError):
+                with failing(name, count, errno.EIO), contextlib.suppress(module.RegistryError):
                     module.keep_content(self.store, name.encode() * count,
                                         module.Repository(self.store, "app").blobs)
                 used = self.store.space.used
@@ -239,15 +246,7 @@ class TestFullDisk(RoomCase):
             for count in range(1, 30):
                 with self.subTest(name, count=count):
                     program = self.start()
-                    real, left = getattr(os, name), [count]
-
-                    def full(*arguments, real=real, left=left, **more):
-                        left[0] -= 1
-                        if left[0] == 0:
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                        return real(*arguments, **more)
-
-                    with mock.patch.object(os, name, full):
+                    with failing(name, count, errno.ENOSPC) as left:
                         push(program, "a/app")
                     if left[0] > 0:
                         break  # there were not so many calls

@@ -269,7 +269,6 @@ class TestPage(EngineCase):
     PULLED = "docker.io/library/postgres:17"
 
     def setUp(self):
-        lab.require()
         super().setUp()
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)

@@ -308,6 +308,18 @@ class TestLinks(StoreCase):
         self.assertEqual((two.size(digest) or 0, two.size(digest) is not None), (self.store.space.used, results[0]))
 
 
+def slow_reads(go_on, reads):
+    """Hold up each read of a file during the `with`, until go_on is set, and note it in reads."""
+    real = module.hash_file
+
+    def slow(*arguments):
+        reads.append(arguments)
+        go_on.wait(60)
+        return real(*arguments)
+
+    return mock.patch.object(module, "hash_file", slow)
+
+
 class TestVerified(StoreCase):
     """What was found to be in a file is remembered, so that it is read once."""
 
@@ -393,14 +405,7 @@ class TestVerified(StoreCase):
         data = os.urandom(module.MANIFEST_LIMIT + 1)
         digest, go_on, reads = self.put(data), threading.Event(), []
         self.store._verified.clear()
-        real = module.hash_file
-
-        def slow(*arguments):
-            reads.append(arguments)
-            go_on.wait(60)
-            return real(*arguments)
-
-        with mock.patch.object(module, "hash_file", slow):
+        with slow_reads(go_on, reads):
             for _ in range(3):
                 with self.assertRaises(RegistryError) as caught:
                     self.store.docker.find(digest, module.Deadline(0.1))
@@ -414,15 +419,8 @@ class TestVerified(StoreCase):
         digest, go_on, reads = self.put(bytes(module.MANIFEST_LIMIT + 1)), threading.Event(), []
         self.links.adopt(digest)
         self.store._verified.clear()
-        real = module.hash_file
-
-        def slow(*arguments):
-            reads.append(arguments)
-            go_on.wait(60)
-            return real(*arguments)
-
         reference = Reference("one", digest)
-        with mock.patch.object(module, "hash_file", slow):
+        with slow_reads(go_on, reads):
             for _ in range(3):
                 with self.assertRaises(RegistryError) as caught:
                     self.hosted.blob(reference, module.Deadline(0.1))
