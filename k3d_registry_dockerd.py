@@ -422,13 +422,13 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 NAMES_LIMIT = 16  # names of this registry under which Docker is asked for an image
 
 
-def names_us(namespace: str, own_name: str | None, names: Iterable[str] = ()) -> bool:
-    """Return True if a namespace probably is this registry, whose name in the Host header is own_name.
+def names_us(namespace: str, names: Iterable[str]) -> bool:
+    """Return True if a namespace probably is this registry, whose known names are given.
 
-    The registry has several names. k3d maps its port, so that nodes reach k3d-x:12345 as k3d-x:5000. And pods
-    may use the name localhost:12345, to which a developer has pushed. names are those that Docker knows.
+    k3d maps its port, so that nodes reach k3d-x:12345 as k3d-x:5000. And pods may use the name localhost:12345, to
+    which a developer has pushed.
     """
-    name, *own = (re.sub(r":\d+$", "", text) for text in (namespace, own_name or "", *names))
+    name, *own = (re.sub(r":\d+$", "", text) for text in (namespace, *names))
     return name in own or name in LOOPBACK
 
 
@@ -543,22 +543,21 @@ class Reference:
         """Return the repository with its namespace: docker.io/library/alpine."""
         return f"{self.namespace}/{self.repository}" if self.namespace else self.repository
 
-    def aliases(self, own_name: str | None, names: tuple[str, ...] = ()) -> Iterator[Reference]:
+    def aliases(self, names: tuple[str, ...]) -> Iterator[Reference]:
         """Yield the references by which Docker may know this image, the most likely first.
 
-        Without a namespace, the image is one of this registry, or one that Docker shows by the same name. own_name and
-        names are those of this registry.
+        Without a namespace, the image is one of this registry, or one that Docker shows by the same name. names are
+        those of this registry, the one that the client uses first.
         """
         if self.written:
-            yield from Reference(self.written, self.target).aliases(own_name, names)
+            yield from Reference(self.written, self.target).aliases(names)
             return
-        name = self.namespace or own_name
-        if name:
+        for name in (self.namespace,) if self.namespace else names[:1]:
             hosts = [name]
-            if names_us(name, own_name, names):
+            if names_us(name, names):
                 port = re.search(r":\d+$", name)
                 hosts += [f"{loopback}{port[0] if port else ''}" for loopback in LOOPBACK[:2]]
-            if name == own_name or name in names:
+            if name in names:
                 hosts += names
             yield from map(self.under, dict.fromkeys(hosts))
         if self.namespace is None:
@@ -1258,17 +1257,16 @@ class Deadline:
 class Client:
     """The client that sent a request, as far as the answer depends on it.
 
-    own_name is the name by which it knows this registry: its Host header. names are others that this registry has.
+    names are those of this registry: the one in its Host header, if that is valid, then those that Docker has told.
     may_pull says that what Docker lacks may be pulled for it: not for a browser.
     """
 
-    own_name: str | None = None
+    names: tuple[str, ...] = ()
     credentials: Credentials | None = None
     deadline: Deadline = field(default_factory=Deadline)
     user_agent: str = ""
     accept: str = ""
     may_pull: bool = True
-    names: tuple[str, ...] = ()
 
     # Nodes, Docker and BuildKit use containerd's library. (Docker's classic store sends no such HEAD before a push.)
     CONTAINERD: ClassVar[re.Pattern[str]] = re.compile(r"(?:^|[ /-])(?:containerd|docker|buildkit|nerdctl)/")
@@ -5577,7 +5575,7 @@ class Mirror:
         else:
             manifest = self._manifest_of_image(reference, client)
         if self._missing(reference, manifest, client):
-            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials, client.own_name),
+            job = self._jobs.start(("recover", reference, manifest.digest, client.credentials, client.names),
                                    lambda: self._recover(reference, manifest, dataclasses.replace(
                                        client, deadline=Deadline())), f"getting what it lacks of {reference}")
             job.outcome(client.deadline)
@@ -5618,7 +5616,7 @@ class Mirror:
     def _names(self, reference: Reference, client: Client) -> list[Reference]:
         """The names under which Docker may have what a reference means, the likeliest first."""
         info = self.engine.info()
-        found = list(reference.aliases(client.own_name, info.names))
+        found = list(reference.aliases(tuple(dict.fromkeys((*client.names, *info.names)))))
         if reference.namespace in (None, "docker.io") and info.is_podman:
             found.append(dataclasses.replace(reference, repository=reference.repository.removeprefix("library/"),
                                              namespace="localhost"))  # where Podman keeps what it builds
@@ -5899,7 +5897,7 @@ class Mirror:
             host, repository = docker_name(name)
             if host == "docker.io":
                 repository = repository.removeprefix("library/")
-            elif not names_us(host, client.own_name, client.names):
+            elif not names_us(host, client.names):
                 repository = name
             if REPOSITORY.fullmatch(repository):  # a registry's port cannot be part of a repository's name
                 found.add(repository)
@@ -6055,11 +6053,11 @@ class Front:
     @staticmethod
     def _is_ours(reference: Reference, client: Client) -> bool:
         """True if a reference may mean what was pushed here."""
-        return reference.namespace is None or names_us(reference.namespace, client.own_name, client.names)
+        return reference.namespace is None or names_us(reference.namespace, client.names)
 
     def _in_docker(self, reference: Reference, client: Client) -> Reference:
         """A reference as Docker's side has to take it."""
-        if reference.namespace is not None and reference.namespace in (client.own_name, *client.names):
+        if reference.namespace in client.names:
             return reference.under(None)
         return reference.of_path() or reference
 
@@ -6078,8 +6076,8 @@ class Front:
         if hosted:
             if not isinstance(reference.target, Digest):
                 with contextlib.suppress(RegistryError):  # the answer does not depend on it
-                    self._comparisons.start((reference, client.own_name), lambda: self._log_hidden_image(
-                        reference, hosted, client.own_name), "comparing")
+                    self._comparisons.start((reference, client.names), lambda: self._log_hidden_image(
+                        reference, hosted, Client(client.names)), "comparing")
             return hosted
         if head and reference.namespace is None:
             if not client.is_about_to_pull():
@@ -6096,9 +6094,8 @@ class Front:
                 raise
             return None
 
-    def _log_hidden_image(self, reference: Reference, manifest: Manifest, own_name: str | None) -> None:
+    def _log_hidden_image(self, reference: Reference, manifest: Manifest, asking: Client) -> None:
         """Log, once for each pair, that a pushed tag hides another image of Docker's."""
-        asking = Client(own_name, names=self.names)
         try:
             image = self.mirror.image(asking, self._in_docker(reference, asking))
             index = self.mirror.manifest_content(asking, image.id) if image else None
@@ -7163,7 +7160,7 @@ class Endpoints:
 
     def page(self, request: Request) -> Response:
         """GET /: the status for people, as HTML or as plain text."""
-        facts, host = self._status.document(), request.client.own_name or "localhost:5000"
+        facts, host = self._status.document(), next(iter(request.client.names), "localhost:5000")
         if "text/html" not in request.client.accept:
             return Response(200, {"Content-Type": TEXT_TYPE, **UNCACHED}, page_text(facts, host).encode())
         return Response(200, {"Content-Type": HTML_TYPE, "Content-Security-Policy": page_policy(), **UNCACHED},
@@ -7428,7 +7425,7 @@ class Policy:
 
     def check(self, method: str, namespace: str | None, client: Client) -> None:
         """Raise UNSUPPORTED if a request that changes something is not allowed in this namespace."""
-        if namespace and not names_us(namespace, client.own_name, client.names):
+        if namespace and not names_us(namespace, client.names):
             raise RegistryError("UNSUPPORTED", f"images of {namespace} can be pulled through this registry, but not "
                                                "pushed or deleted")
         if self.read_only:
@@ -7722,10 +7719,10 @@ class Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         endpoint, captured = find_route(self.command, path)
         host = self.headers.get("Host")
-        client = Client(host if host and is_host(host) else None,
+        client = Client(((host,) if host and is_host(host) else ()) + self.server.registry.names,
                         parse_credentials(self.headers.get("Authorization")), Deadline(LAST_ANSWER, self.connection),
                         self.headers.get("User-Agent", ""), ",".join(self.headers.get_all("Accept", [])),
-                        not self.server.browsers.is_browser(self.headers), self.server.registry.names)
+                        not self.server.browsers.is_browser(self.headers))
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         request = Request(self.command, path, captured, query, client, self.headers, body)
         Reference.check_namespace(request.namespace)
@@ -7740,7 +7737,7 @@ class Handler(BaseHTTPRequestHandler):
     def _begin_visit(self, request: Request) -> None:
         """Let people see that a request is under way."""
         repository, *target = request.captured or ("",)
-        namespace = request.namespace if request.namespace != request.client.own_name else None
+        namespace = request.namespace if request.namespace not in request.client.names else None
         self._visit = dataclasses.replace(
             self._visit, method=request.method, user_agent=printable(request.client.user_agent, 100),
             repository=printable(f"{namespace}/{repository}" if namespace else repository, 300),
@@ -8890,7 +8887,8 @@ def log_improvements(setup: Setup) -> None:
 
 # =====================================================================================================================
 # 31. Command line: subcommands, signals
-# Uses: waiting, engine, store, hosted, mirror, front, verification, page, server, doctor, configurations, settings.
+# Uses: waiting, engine, store, hosted, images, mirror, front, verification, page, server, doctor, configurations,
+# settings.
 # =====================================================================================================================
 
 
@@ -9053,7 +9051,7 @@ def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bo
     port = server_address(settings, arguments).port
     with contextlib.suppress(RegistryError):
         info = Engine(settings.engine, port).info()
-        names, root = info.names, info.root
+        names, root = info.names, content_root(info)
     place = Place(port, names, settings.engine, root)
     print(configuration_for(arguments.kind, place), end="")
     return True

@@ -262,7 +262,8 @@ def reference(data):
     """The parts of a reference, a line for each."""
     repository, tag, namespace = (data.decode(errors="replace").split("\n", 2) + ["", ""])[:3]
     found = module.Reference.parse(repository, tag, namespace or None)
-    assert all(str(one).isprintable() and " " not in str(one) for one in (found, *found.aliases(repository)))
+    names = repository, "k3d-x:5000"
+    assert all(str(one).isprintable() and " " not in str(one) for one in (found, *found.aliases(names)))
 
 
 @target(IMAGE.digest, "sha512:" + "0" * 128, "md5:abc", errors=(ValueError,))

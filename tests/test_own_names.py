@@ -86,12 +86,12 @@ class TestNames(unittest.TestCase):
                                       "127.0.0.1:57840", None]),
                 (None, "10.0.0.9:5000", ["10.0.0.9:5000", "localhost:5000", "127.0.0.1:5000", *names, None]),
                 ("localhost:57840", "k3d-x:5000", ["localhost:57840", "127.0.0.1:57840", "k3d-x:5000"]),
-                ("k3d-x:5000", "other:5000", ["k3d-x:5000", "localhost:5000", "127.0.0.1:5000", "localhost:57840",
-                                              "127.0.0.1:57840"]),
+                ("k3d-x:5000", "other:5000", ["k3d-x:5000", "localhost:5000", "127.0.0.1:5000", "other:5000",
+                                              "localhost:57840", "127.0.0.1:57840"]),
                 ("localhost:9", "k3d-x:5000", ["localhost:9", "127.0.0.1:9"]),
                 ("docker.io", "k3d-x:5000", ["docker.io"])):
             with self.subTest(namespace=namespace, host=host):
-                found = Reference("app", "1", namespace).aliases(host, names)
+                found = Reference("app", "1", namespace).aliases((host, *names))
                 self.assertEqual(expected, [reference.namespace for reference in found])
 
 
@@ -152,10 +152,10 @@ class TestEngine(unittest.TestCase):
         for namespace, host in ((None, "k3d-x:5000"), ("k3d-x:5000", "k3d-x:5000"), ("registry.example:5000", "m:1"),
                                 ("localhost:57840", "m:1"), (None, "172.18.0.2:5000")):
             with self.subTest(namespace=namespace, host=host):
-                client = module.Client(host, names=front.names)
+                client = module.Client((host, *front.names))
                 found = front.manifest(Reference("app", "1", namespace), client)
                 self.assertEqual(image.digest, str(found.digest))
-        client = module.Client("m:1", names=front.names)
+        client = module.Client(("m:1", *front.names))
         for namespace in ("k3d-x:5000", "localhost:57840", "registry.example:5000"):
             module.Policy().check("PUT", namespace, client)
         with self.assertRaises(RegistryError):

@@ -354,7 +354,7 @@ class TestSharedWork(MirrorCase):
             reference = Reference.parse("team/app", self.image.digest, origin.host)
             for credentials in (None, None, None, Credentials("a", "x"), Credentials("a", "x")):
                 with self.assertRaises(RegistryError) as caught:
-                    self.mirror.manifest(Client(None, credentials, Deadline(0.5)), reference)
+                    self.mirror.manifest(Client(credentials=credentials, deadline=Deadline(0.5)), reference)
                 self.assertEqual("STILL_PULLING", caught.exception.code)
             self.assertEqual(2, origin.requests.count(f"manifests/{self.image.digest}"))
             go_on.set()

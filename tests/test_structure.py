@@ -24,11 +24,11 @@ def foreign_imports(source):
 class Chapter:
     """A chapter of the module. Its banner describes it and lists the chapters that it uses."""
 
-    BANNER = re.compile(r"# =+\n# (\d+)\. ([^:\n]+): [^\n]+\n(?:# Uses: ([^\n]+)\.\n)?# =+\n")
+    BANNER = re.compile(r"# =+\n# (\d+)\. ([^:\n]+): [^\n]+\n(?:# Uses: ([^.]+)\.\n)?# =+\n")
 
     def __init__(self, match, source):
         self.number, self.name = int(match[1]), match[2].lower()
-        self.uses = set(match[3].split(", ")) if match[3] else set()
+        self.uses = set(re.split(r",\s(?:# )?", match[3])) if match[3] else set()
         self.line = source.count("\n", 0, match.start()) + 1
         self.end = 0
 
