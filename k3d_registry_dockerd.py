@@ -8020,7 +8020,7 @@ CONTAINERD_HOSTS = """\
 
 KIND = """\
 #!/bin/sh
-# Lets the nodes of a kind cluster use this registry (not tried with kind itself). Usage: sh kind.sh [CLUSTER]
+# Lets the nodes of a kind cluster use this registry. Usage: sh kind.sh [CLUSTER]
 set -eu
 cluster=${{1:-kind}}
 {connect}

@@ -93,13 +93,13 @@ def as_k3d(engine, port, volumes=(SOCKET,), host="0.0.0.0", inside=5000):
 
 
 @contextlib.contextmanager
-def network(engine):
+def network(engine, name=NETWORK):
     """Make the network of a cluster."""
-    engine.docker("network", "create", "--subnet", SUBNET, NETWORK)
+    engine.docker("network", "create", "--subnet", SUBNET, name)
     try:
         yield
     finally:
-        engine.docker("network", "rm", NETWORK)
+        engine.docker("network", "rm", name)
 
 
 @contextlib.contextmanager
@@ -155,6 +155,8 @@ capabilities = ["pull", "resolve", "push"]
 class Node(Container):
     """A container with containerd, whose CRI socket can be used from outside."""
 
+    network, options, certs = NETWORK, (), "/node/certs.d"
+
     def __init__(self, engine, name):
         folder = engine.folder / name
         # `mirrors: "*"`, and the registry's two names, which k3d adds.
@@ -166,12 +168,12 @@ class Node(Container):
         (folder / "config.toml").write_text(
             "version = 3\nroot = '/var/lib/containerd'\nstate = '/run/containerd'\n"
             "[grpc]\n  address = '/node/containerd.sock'\n"
-            "[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '/node/certs.d'\n")
+            f"[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '{self.certs}'\n")
         self.folder, self.socket = folder, folder / "containerd.sock"
         super().__init__(engine, name, "--hostname", name, "--privileged", "--init", "--restart", "unless-stopped",
-                         "--tmpfs", "/run", "--network", NETWORK, *MACHINE, "-v", "/var/lib/containerd",
-                         "-v", f"{engine.inside}/{name}:/node", "base:1", "/usr/bin/containerd", "-c",
-                         "/node/config.toml")
+                         "--tmpfs", "/run", "--network", self.network, *self.options, *MACHINE,
+                         "-v", "/var/lib/containerd", "-v", f"{engine.inside}/{name}:/node",
+                         "base:1", "/usr/bin/containerd", "-c", "/node/config.toml")
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -196,6 +198,16 @@ class Node(Container):
     def forget(self, image):
         """Remove an image, by name or ID."""
         self.call("ImageService/RemoveImage", message({1: message({1: image})}))
+
+
+class KindNode(Node):
+    """A node of a cluster that `kind` takes for one of its own."""
+
+    CLUSTER = "demo"
+
+    network, certs = "kind", "/etc/containerd/certs.d"  # nothing is there yet
+    options = ("--label", f"io.x-k8s.kind.cluster={CLUSTER}", "--label", "io.x-k8s.kind.role=control-plane",
+               "-e", "CONTAINERD_ADDRESS=/node/containerd.sock")  # for ctr
 
 
 def message(fields):

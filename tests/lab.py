@@ -47,7 +47,7 @@ USER, PASSWORD = "developer", "s3cret"
 HTPASSWD = "developer:$2b$04$k3dregistrydockerdlab.ThCwkArtkgFA3zXWzBuYJwmAUJIsNlm\n"
 
 ENGINE_PACKAGES = "docker.io,containerd,runc,iptables,ca-certificates"
-CLIENT_PACKAGES = "docker-cli,docker-buildx,crane,oras,skopeo,docker-registry,python3,busybox-static"
+CLIENT_PACKAGES = "docker-cli,docker-buildx,crane,oras,skopeo,docker-registry,kind,python3,busybox-static"
 SUITES = {
     "forky": f"{ENGINE_PACKAGES},{CLIENT_PACKAGES},podman",  # Docker 28, containerd 2.1, Podman 5.8
     "trixie": ENGINE_PACKAGES,  # Docker 26.1: no Descriptor in inspect

@@ -5,7 +5,8 @@ import unittest
 
 import cluster
 import lab
-from cluster import NAME, PORT, grpc
+from cluster import NAME, PORT, KindNode, grpc
+from program import MODULE
 
 
 @unittest.skipUnless(grpc, "the package grpcio is not installed")
@@ -156,6 +157,67 @@ class LiveRestore(ClusterCase):
         self.assertEqual(config, self.node.pull(f"{self.name}:1"))
 
 
+@unittest.skipUnless(grpc, "the package grpcio is not installed")
+class Kind(cluster.StageCase):
+    """The command kind with a cluster of its own, but for Kubernetes."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.enter_class(cluster.network(cls.engine, KindNode.network))
+        cls.registry = cls.enter_class(cluster.Container(cls.engine, NAME, *cluster.as_k3d(cls.engine, PORT)))
+        cls.nodes = [cls.enter_class(KindNode(cls.engine, f"{KindNode.CLUSTER}-{role}"))
+                     for role in ("control-plane", "worker")]
+
+    def run_on_stage(self, *command, **options):
+        return self.engine.stage.run("env", f"DOCKER_HOST={self.engine.host}", *command, check=False, **options)
+
+    def load(self, image):
+        return self.run_on_stage("kind", "load", "docker-image", image, "--name", KindNode.CLUSTER)
+
+    def configure_nodes(self):
+        """Run what `config kind` prints. There is no Kubernetes, so kubectl writes down what it is told to apply."""
+        script = self.engine.docker("exec", NAME, "python3", f"/{MODULE.name}", "config", "kind")
+        kubectl = 'kubectl() { echo "$*"; cat; }\n'
+        done = self.run_on_stage("sh", "-s", KindNode.CLUSTER, input=kubectl + script)
+        self.assertEqual(0, done.returncode, done.stderr)
+        return done.stdout
+
+    def test_configured_nodes_pull(self):
+        said = self.configure_nodes()
+        self.assertIn(f"--context kind-{KindNode.CLUSTER} apply -f -\n", said)
+        self.assertIn(f'hostFromContainerRuntime: "{NAME}:5000"\n', said)
+        config = self.build(f"{self.name}:1")
+        for node in self.nodes:
+            self.assertEqual(config, node.pull(f"{self.name}:1"))
+        self.configure_nodes()  # again
+
+    def test_one_platform_of_several(self):
+        """Docker has one platform of an image. `kind load` of it fails, and a pull works."""
+        pushed = f"localhost:{PORT}/{self.name}:1"
+        self.engine.build(pushed, {"file": b"content"}, "scratch", "--platform=linux/amd64,linux/arm64", "--push")
+        self.engine.remove(pushed)
+        self.engine.docker("pull", "-q", pushed)
+        self.engine.docker("tag", pushed, f"{self.name}:1")
+        self.addCleanup(self.engine.remove, pushed, f"{self.name}:1")
+        loaded = self.load(f"{self.name}:1")
+        self.assertNotEqual(0, loaded.returncode)
+        self.assertRegex(loaded.stderr, "content digest sha256:[0-9a-f]{64}: not found")
+        self.configure_nodes()
+        config = self.config_of(f"{self.name}:1")
+        self.assertEqual(config, self.nodes[0].pull(f"{self.name}:1"))
+
+    def test_one_platform(self):
+        """Docker has all of an image: `kind load` works, too."""
+        self.build(f"{self.name}:1")
+        loaded = self.load(f"{self.name}:1")
+        self.assertEqual(0, loaded.returncode, loaded.stderr)
+
+
+class TestKind(Kind):
+    engine = lab.STAGES["stage"]
+
+
 class TestPulls(Pulls):
     engine = lab.STAGES["stage"]
 
@@ -168,7 +230,7 @@ class TestLiveRestore(LiveRestore):
     engine = lab.STAGES["stage"]
 
 
-del ClusterCase, Pulls, LiveRestore
+del ClusterCase, Pulls, LiveRestore, Kind
 
 
 if __name__ == "__main__":
