@@ -3519,7 +3519,8 @@ class Repository:
             manifest = self.manifest(digest)
             if manifest is None:
                 return  # it is damaged: its blobs are not known
-            unused.difference_update(manifest.listed("config", "layers", "blobs"))
+            # BuildKit lists the layers of a cache as the manifests of an index.
+            unused.difference_update(manifest.listed("config", "layers", "blobs", "manifests"))
             related.setdefault(digest, set()).update(manifest.listed("manifests"))
             if manifest.subject:
                 related.setdefault(manifest.subject, set()).add(digest)
@@ -5963,7 +5964,7 @@ class Adoption:
     def _plan(self, manifest: Manifest, depth: int = 0) -> None:
         """Note what a manifest lacks, and what those that it lists lack."""
         required = manifest.sizes("config", "layers", "blobs")
-        optional = manifest.sizes("layers", "blobs", foreign=True)
+        optional = manifest.sizes("config", "layers", "blobs", foreign=True)
         lacking = {digest: size for digest, size in {**optional, **required}.items() if not (
             digest in self.blobs or self.repository.has_blob(digest, size, self.client.deadline))}
         found = self.mirror.contents(self.client, self.reference, lacking) if lacking else {}
@@ -5973,12 +5974,14 @@ class Adoption:
                                                          f"{some_of(missing)}: push blobs before the manifest that "
                                                          "refers to them")
         self.blobs.update(found)
-        for digest in manifest.listed("manifests"):
-            if digest not in self.seen:
+        for digest, descriptor in descriptors(manifest.document, "manifests"):
+            size = descriptor["size"]
+            # BuildKit lists the layers of a cache as the manifests of an index.
+            if digest not in self.seen and not self.repository.has_blob(digest, size, self.client.deadline):
                 self.seen.add(digest)
-                self._plan_child(digest, depth + 1)
+                self._plan_child(digest, size, depth + 1)
 
-    def _plan_child(self, digest: Digest, depth: int) -> None:
+    def _plan_child(self, digest: Digest, size: int, depth: int) -> None:
         """Note a manifest of an index, behind what it refers to; or nothing, if not all of it is available."""
         if depth > self.DEPTH:
             raise RegistryError("MANIFEST_INVALID", f"{self.reference}: indexes are nested more than {self.DEPTH} deep")
@@ -5989,6 +5992,8 @@ class Adoption:
         if child is None:
             self.unknown += 1
             return
+        if len(child.data) != size:
+            raise RegistryError("MANIFEST_INVALID", f"the manifest {digest} has {len(child.data)} bytes, not {size}")
         try:
             child.check()
             self._plan(child, depth)

@@ -117,6 +117,15 @@ class TestAdoption(AdoptionCase):
         self.assertEqual("ENGINE_FAILED", self.put(image.manifest, status=502).code)
         self.assertEqual(404, self.program.head("/v2/kept/manifests/1").status)
 
+    def test_config_with_urls_is_kept(self):
+        image = Image()
+        self.give_image(image)
+        document = json.loads(image.manifest)
+        document["config"]["urls"] = ["https://example.com/config"]
+        self.put(json.dumps(document).encode())
+        self.assertEqual(200, self.program.head(f"/v2/kept/blobs/{sha256(image.config)}").status)
+        self.check_whole()
+
     def test_nondistributable_layers(self):
         """They are kept if Docker has them. Otherwise they may be missing."""
         image = Image()
@@ -144,6 +153,16 @@ class TestAdoption(AdoptionCase):
         self.daemon.faults[""] = lambda sock: b""
         self.put(image.manifest)
         self.check_whole()
+
+    def test_index_of_hosted_layers_does_not_need_docker(self):
+        """BuildKit's cache (--cache-to type=registry,image-manifest=false) is an index of layers."""
+        layers = [b"one", b"two"]
+        for layer in layers:
+            self.program.request("POST", f"/v2/kept/blobs/uploads/?digest={sha256(layer)}", body=layer)
+        self.daemon.faults[""] = lambda sock: b""
+        self.put(json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+            {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": sha256(layer), "size": len(layer)}
+            for layer in layers]}).encode())
 
     def test_concurrent_pushes_share_one_copy(self):
         """Count the reads from Docker while the first one is held up."""

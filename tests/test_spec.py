@@ -294,6 +294,14 @@ class TestManifestPush(SpecCase):
         self.assertIn(digest_of(blobs[1]), answer.detail)
         self.ask("HEAD", "/manifests/1", 404)
 
+    def test_manifest_of_another_size_than_the_index_says(self):
+        child = self.push(data=self.image()[0])
+        wrong = {**descriptor(child, MANIFEST), "size": len(child) + 1}
+        index = encode({"schemaVersion": 2, "mediaType": INDEX, "manifests": [wrong]})
+        answer = self.ask("PUT", "/manifests/index", 400, index, Content_Type=INDEX)
+        self.assertEqual("MANIFEST_INVALID", answer.code)
+        self.ask("HEAD", "/manifests/index", 404)
+
     def test_end_7_exact_bytes_location_and_digest(self):
         odd = self.image()[0].replace(b": ", b" :  ") + b"\n\n"
         for reference in ("1", digest_of(odd), digest_of(odd, "sha512")):

@@ -553,6 +553,16 @@ class TestRepository(StoreCase):
         self.assertEqual(len(b"needed"), self.tidy_up(lambda _: True, NOW))
         self.assertEqual(set(), self.files())
 
+    def test_layers_that_an_index_lists_are_kept(self):
+        """BuildKit's cache is an index of layers, which are blobs."""
+        image = self.push(b"one", b"two")
+        cache = self.push(tags=["cache"], manifests=image.document["layers"])
+        self.repository.delete_manifest(image.digest)
+        self.age(UPLOAD_AGE + 1)
+        self.tidy_up(lambda _: True, NOW)
+        for layer in cache.listed("manifests"):
+            self.assertEqual(3, self.repository.blobs.size(layer))
+
     def test_content_that_is_pushed_and_exported(self):
         self.push(b"shared")
         self.store.docker.adopt(Digest.of(b"shared"))
