@@ -464,11 +464,16 @@ def names_for_nodes(names: Iterable[str]) -> list[str]:
 
 
 def docker_name(name: str) -> tuple[str, str]:
-    """Split an image name as Docker shows it into registry and repository: alpine is docker.io, library/alpine."""
+    """Split an image name as Docker does into registry and repository: alpine is docker.io, library/alpine.
+
+    So are docker.io/alpine and index.docker.io/alpine.
+    """
     host, slash, rest = name.partition("/")
-    if slash and is_host(host):
+    if not slash or not is_host(host):
+        host, rest = "docker.io", name
+    if host not in ("docker.io", "index.docker.io"):
         return host, rest
-    return "docker.io", name if slash else f"library/{name}"
+    return "docker.io", rest if "/" in rest else f"library/{rest}"
 
 
 def repository_of(name: str) -> str:
@@ -577,8 +582,6 @@ def docker_reference(text: str) -> Reference:
     name, at, digest = text.partition("@")
     bare = repository_of(name)
     host, repository = docker_name(bare)
-    if host in ("docker.io", "index.docker.io"):
-        host, repository = "docker.io", repository if "/" in repository else f"library/{repository}"
     tag = name[len(bare) + 1:] if name != bare else "latest"
     try:
         found = Reference.parse(repository, tag, host)
@@ -1780,6 +1783,10 @@ class ListedImage:
     origins: tuple[str, ...]
 
 
+# Phrases in messages about a name that an engine does not accept, and so has no image of. Docker 20.10 and Podman
+# refuse hosts that are IPv6 addresses or words in capitals, and count the host as part of a name's length.
+NAME_REFUSALS = ("invalid reference format", "repository name must not be more than")
+
 # Phrases in Docker's messages about failed pulls, on both image stores. The first row with a phrase that
 # occurs in the message wins. Taken from Docker 26.1 and 28.5 and from the sources of moby and containerd.
 PULL_FAILURES = (
@@ -1794,7 +1801,7 @@ PULL_FAILURES = (
                             "504 gateway")),
     ("MANIFEST_UNKNOWN", ("manifest unknown", "not found", "name unknown", "no matching manifest",
                           "no match for platform", "name not known", "does not exist")),
-    ("NAME_INVALID", ("invalid reference format",)),
+    ("NAME_INVALID", NAME_REFUSALS),
     ("ENGINE_FAILED", ("",)),
 )
 
@@ -1909,9 +1916,10 @@ class Engine:
             raise RegistryError("ENGINE_FAILED", f"Docker's answer to {path} is malformed: {e!r}") from e
 
     def _get_object(self, path: str, *required: str) -> dict[str, Any] | None:
-        """Return the JSON object at a path, or None if the status is 404."""
+        """Return the JSON object at a path, or None if there is none, or can be none of that name."""
         status, document = self._reads.read(path, lambda: self._get(path))
-        if status == 404:
+        if status == 404 or (status != 200 and any(
+                phrase in self._message(status, document) for phrase in NAME_REFUSALS)):
             return None
         if status != 200:
             raise RegistryError("ENGINE_FAILED", f"Docker answered {path}: {self._message(status, document)}")
@@ -2001,7 +2009,7 @@ class Engine:
         # The classic store only matches the short form of a name: alpine, not docker.io/library/alpine.
         full = ["/".join(docker_name(name)) for name in repositories]
         names = [name.removeprefix(prefix) for name in full for prefix in ("", "docker.io/", "docker.io/library/")]
-        return self.image_ids({"reference": names})
+        return self.image_ids({"reference": [name.replace("[", r"\[") for name in names]})  # they are patterns
 
     def image_ids(self, filters: Mapping[str, list[str]]) -> list[Digest]:
         """Return the IDs of the images that match Docker's filters."""

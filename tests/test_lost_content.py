@@ -220,6 +220,7 @@ class UnusualNames:
                                  ("the same, nested", f"MYHOST{self.name.upper()}", f"team/{self.name}"),
                                  ("capitals and a port", "MyHost:5000", self.name),
                                  ("capitals in a domain", "Registry.Example.COM", self.name),
+                                 ("an IPv6 address", "[2001:db8::1]:5000", f"team/{self.name}"),
                                  ("a long path under a short host", "r.io", long_path),
                                  ("a long path under a long host", "registry.long-name.example.com:5000", long_path)):
             with self.subTest(what):
@@ -234,6 +235,24 @@ class UnusualNames:
                 self.assertEqual((digest, host), (sha256(answer.body), answer.headers["OCI-Namespace"]))
                 self.assertEqual(digest, program.head(target).headers["Docker-Content-Digest"])
                 self.assertEqual(200, program.get(f"/v2/{path}/manifests/{digest}?ns={host}").status)
+                answer = self.program("-pull", "never").get(f"/v2/{path}/manifests/{digest}", Host=host)
+                self.assertEqual(200, answer.status, answer.body)
+
+
+    def test_names_of_docker_hub(self):
+        """Manifests and lists agree on which names are the same."""
+        self.build()
+        program = self.program("-pull", "never")
+        for path in (self.name, f"library/{self.name}"):
+            for host, ns in (("", ""), ("docker.io/", ""), ("index.docker.io/", ""), ("", "?ns=docker.io"),
+                             ("", "?ns=index.docker.io"), ("docker.io/", "?ns=docker.io")):
+                with self.subTest(path=f"{host}{path}{ns}"):
+                    answer = program.get(f"/v2/{host}{path}/tags/list{ns}")
+                    self.assertEqual((200, ["1"]), (answer.status, answer.json.get("tags")), answer.body)
+                    manifest = program.get(f"/v2/{host}{path}/manifests/1{ns}")
+                    self.assertEqual(200, manifest.status, manifest.body)
+                    digest = manifest.headers["Docker-Content-Digest"]
+                    self.assertEqual(200, program.get(f"/v2/{host}{path}/manifests/{digest}{ns}").status)
 
 
 class TestUnusualNamesContainerd(UnusualNames, EngineCase):
@@ -242,6 +261,53 @@ class TestUnusualNamesContainerd(UnusualNames, EngineCase):
 
 class TestUnusualNamesClassic(UnusualNames, EngineCase):
     engine = lab.ENGINES["classic"]
+
+
+class RefusedNames:
+    """Names that this engine does not accept. It has no images of such names."""
+
+    HOSTS = ("[::1]:5000", "MYHOST", "a-long-name.example.com:5000")
+
+    def setUp(self):
+        super().setUp()
+        self.path = f"{self.name}/{'a' * 200}"
+        self.path += "b" * (240 - len(self.path))
+
+    def test_absent(self):
+        program = self.program("-pull", "never")
+        for host in self.HOSTS:
+            for method in ("GET", "HEAD"):
+                with self.subTest(host=host, method=method):
+                    answer = program.request(method, f"/v2/{self.path}/manifests/1?ns={host}")
+                    self.assertEqual(404, answer.status, answer.body)
+
+    def test_pull(self):
+        program = self.program()
+        for host in self.HOSTS:
+            with self.subTest(host):
+                answer = program.get(f"/v2/{self.path}/manifests/1?ns={host}")
+                self.assertEqual((400, "NAME_INVALID"), (answer.status, answer.code), answer.body)
+
+    def test_other_names_are_looked_for(self):
+        """The Host header is a part of the name that Docker is asked for first."""
+        image = f"{self.path}:1"
+        self.engine.docker("tag", "base:1", image)
+        self.images.append(image)
+        program = self.program("-pull", "never")
+        for host in self.HOSTS:
+            with self.subTest(host):
+                answer = program.get(f"/v2/{self.path}/manifests/1", Host=host)
+                self.assertEqual(200, answer.status, answer.body)
+                digest = answer.headers["Docker-Content-Digest"]
+                self.assertEqual(200, program.get(f"/v2/{self.path}/manifests/{digest}", Host=host).status)
+
+
+class TestRefusedNamesClassic20(RefusedNames, EngineCase):
+    engine = lab.ENGINES["classic-20"]
+
+
+class TestRefusedNamesPodman(RefusedNames, EngineCase):
+    engine = lab.ENGINES["podman"]
 
 
 class TestHostsInPaths(EngineCase):
