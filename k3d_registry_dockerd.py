@@ -4047,7 +4047,8 @@ class ContentService:
                     if left == before:
                         raise Http2Error("it sent a message without content")
         except GrpcError as e:
-            raise RegistryError("BLOB_UNKNOWN", f"Docker's content service cannot read {digest}: {e}") from e
+            code = "BLOB_UNKNOWN" if e.status == GRPC_NOT_FOUND else "ENGINE_FAILED"
+            raise RegistryError(code, f"Docker's content service cannot read {digest}: {e}") from e
         if left:
             raise RegistryError("ENGINE_FAILED", f"Docker's content service sent {left} bytes too few of {digest}")
 

@@ -346,6 +346,8 @@ class TestService(unittest.TestCase):
                 ("nothing", (), END, "ENGINE_FAILED"),
                 ("not there", (), NOT_FOUND, "BLOB_UNKNOWN"),
                 ("an error in the middle", (field(2, b"con"),), NOT_FOUND, "BLOB_UNKNOWN"),
+                *((f"status {status}", (), END[:-1] + str(status).encode(), "ENGINE_FAILED")
+                  for status in range(1, 10) if status != 5),
                 ("an end in the middle", (field(2, b"con"),), b"", "ENGINE_FAILED"),
                 ("too many fields", (b"\x18\x01" * 10_001,), END, "ENGINE_FAILED")):
             with self.subTest(what):
