@@ -2500,6 +2500,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # the errors of a name under which there is nothing
+# The errors of something that is in the place of a file or of a folder. The last one is that of a socket.
+MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 
 
 def is_folder(path: Path) -> bool:
@@ -2582,7 +2584,7 @@ class Disk:
             except FileNotFoundError:
                 return absent
             except OSError as e:
-                if not (isinstance(e, IsADirectoryError | NotADirectoryError) or e.errno == errno.ELOOP):
+                if e.errno not in MISPLACED:
                     raise
                 self.name_damaged(path, e.strerror or str(e))
                 return absent
@@ -3055,7 +3057,7 @@ class Store:
             yield above
         for entry in entries:
             name = f"{above}/{entry.name}" if above else entry.name
-            if REPOSITORY.fullmatch(name) and len(name) <= NAME_LENGTH and entry.is_dir():
+            if REPOSITORY.fullmatch(name) and len(name) <= NAME_LENGTH and entry.is_dir(follow_symlinks=False):
                 yield from self.repository_names(name)
 
     def release(self, digest: Digest) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import subprocess
 import tempfile
 import time
@@ -123,6 +124,7 @@ DAMAGES = {
     "a file": replace(lambda path: path.write_bytes(b"")),
     "a folder": replace(Path.mkdir),
     "a pipe": replace(os.mkfifo),
+    "a socket": replace(lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)),
     "a loop": replace(lambda path: path.symlink_to(path.name)),
 }
 
@@ -211,6 +213,8 @@ class TestDamage(DamageCase):
         for name in names:
             (store / name).parent.mkdir(parents=True, exist_ok=True)
             (store / name).write_text("strange")
+        for name, target in (("loop", "loop"), ("above", "."), ("b/above", ".."), ("nowhere", "x"), ("root", "/")):
+            (store / "repositories" / name).symlink_to(target)
         with HostedProgram(store) as program:
             for age in (0, module.UPLOAD_AGE + 1, 2 * module.UPLOAD_AGE):
                 self.assertEqual(WHOLE, state(program, "a/app"))
