@@ -4563,8 +4563,9 @@ class Exports:
 
 
 # Addresses at which clouds tell their virtual machines secrets, besides the link-local 169.254.169.254: Alibaba,
-# Azure, Oracle, and AWS with IPv6.
-METADATA_SERVICES = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
+# Azure, Oracle; and with IPv6 AWS, Google, Oracle, Scaleway.
+METADATA_SERVICES = ("100.100.100.200", "168.63.129.16", "192.0.0.192",
+                     "fd00:ec2::254", "fd20:ce::254", "fd00:c1::a9fe:a9fe", "fd00:42::42")
 
 
 def is_internal(address: str) -> bool:
@@ -4690,8 +4691,10 @@ class Origin:
                     text = e.read(300)
             reason = f"{self._host} answered {e.code}: {printable(text.decode(errors='replace'))}"
             raise PullFailed(codes.get(e.code, "ORIGIN_UNAVAILABLE"), reason) from None
-        except (OSError, http.client.HTTPException) as e:
+        except OSError as e:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: {getattr(e, 'reason', None) or e!r}") from None
+        except http.client.HTTPException as e:  # its text may be what another host said, or have a password of a URL
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: malformed HTTP ({type(e).__name__})") from None
 
     def _is_own(self, url: str) -> bool:
         """Return True if a URL is one of the registry itself."""
@@ -4762,7 +4765,8 @@ class Origin:
         """
         parts, own = urllib.parse.urlsplit(realm), urllib.parse.urlsplit(f"{self._schemes[0]}://{self._host}")
         if parts.scheme != "https" and (parts.scheme, parts.hostname) != (own.scheme, own.hostname):
-            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} demands a token from {printable(realm)}, without TLS")
+            where = printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}")  # without credentials
+            raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host} demands a token from {where}, without TLS")
         if self._credentials and self._credentials.username == IDENTITY_TOKEN:
             form = {"grant_type": "refresh_token", "client_id": "k3d-registry-dockerd",
                     "refresh_token": self._credentials.password, **query}

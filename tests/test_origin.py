@@ -235,6 +235,30 @@ class TestOrigin(OriginCase):
                 self.answers[self.PATH] = (307, {"Location": location}, b"")
                 self.assertEqual("ORIGIN_UNAVAILABLE", self.failure().code)
 
+    def test_failures_show_nothing_that_is_secret(self):
+        """What another service says, to which a registry leads, is not for clients; nor is a password in a URL."""
+        service = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(service.close)
+
+        def greet():
+            with contextlib.suppress(OSError):  # closed at the end
+                while True:
+                    connection, _ = service.accept()
+                    with connection:
+                        connection.recv(1000)
+                        connection.sendall(b"SSH-2.0-secret\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        other = f"127.0.0.1:{service.getsockname()[1]}"
+        for url in (f"http://{other}/", f"http://me:secret@{self.host}/", f"https://me:secret@{self.host}/",
+                    "http://me:secret@token.example/", "http://me:secret@token.example:x/", "//me:secret@[/"):
+            for headers, status in (({"Location": url}, 307), ({"WWW-Authenticate": f'Bearer realm="{url}"'}, 401)):
+                with self.subTest(url, status=status):
+                    self.answers[self.PATH] = (status, headers, b"")
+                    failure = self.failure()
+                    self.assertEqual("ORIGIN_UNAVAILABLE", failure.code)
+                    self.assertNotIn("secret", str(failure))
+
     def test_proxy_is_not_used_for_local_addresses(self):
         """Only the proxy knows the registry's name."""
         self.answers[f"http://registry.example{self.PATH}"] = (200, {}, CONTENT)
@@ -298,6 +322,7 @@ class TestInternalAddresses(OriginCase):
                 ("0.0.0.0", True), ("224.0.0.1", True), ("100.100.100.200", True), ("168.63.129.16", True),
                 ("192.0.0.192", True), ("::1", True), ("::", True), ("fe80::1", True), ("fe80::1%eth0", True),
                 ("::ffff:127.0.0.1", True), ("::ffff:169.254.169.254", True), ("fd00:ec2::254", True),
+                ("fd20:ce::254", True), ("fd00:c1::a9fe:a9fe", True), ("fd00:42::42", True),
                 ("10.0.0.1", False), ("172.17.0.1", False), ("192.168.1.1", False), ("8.8.8.8", False),
                 ("2001:db8::1", False), ("fd00::1", False), ("::ffff:8.8.8.8", False)):
             with self.subTest(address):
