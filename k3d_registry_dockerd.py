@@ -898,6 +898,11 @@ class Tunnel:
         return self.text
 
 
+def refuse_passphrase() -> str:
+    """Raise ValueError for a key that has a passphrase: OpenSSL would ask for it on the terminal, and wait."""
+    raise ValueError("the key has a passphrase")
+
+
 def client_tls(folder: Path, verified: bool = True, needs_authority: bool = True) -> ssl.SSLContext:
     """Return the TLS that ca.pem, cert.pem and key.pem of a folder configure. Raises ValueError.
 
@@ -908,9 +913,10 @@ def client_tls(folder: Path, verified: bool = True, needs_authority: bool = True
         trusts_folder = needs_authority or authority.exists()
         context = ssl.create_default_context(cafile=str(authority) if trusts_folder else None)
         if certificate.exists() or key.exists():
-            context.load_cert_chain(certificate, key)
-    except OSError as e:  # includes ssl.SSLError
-        raise ValueError(f"ca.pem, cert.pem and key.pem cannot be read from {folder}: {e.strerror or e}") from None
+            context.load_cert_chain(certificate, key, refuse_passphrase)
+    except (OSError, ValueError) as e:  # includes ssl.SSLError
+        raise ValueError(f"ca.pem, cert.pem and key.pem cannot be read from {folder}: "
+                         f"{getattr(e, 'strerror', None) or e}") from None
     if not verified:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -8512,9 +8518,10 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
                          "REGISTRY_HTTP_TLS_KEY")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(certificate, key)
-    except OSError as e:  # includes ssl.SSLError
-        raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: {e.strerror or e}") from None
+        context.load_cert_chain(certificate, key, refuse_passphrase)
+    except (OSError, ValueError) as e:  # includes ssl.SSLError
+        raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: "
+                         f"{getattr(e, 'strerror', None) or e}") from None
     return context
 
 

@@ -276,6 +276,7 @@ class TestRunning(CommandCase):
         """A certificate that was renewed is used after SIGHUP; one that cannot be used leaves the old one."""
         try:
             import trustme
+            from cryptography.hazmat.primitives import serialization
         except ImportError:
             self.skipTest("no trustme")
         files = [str(self.folder / name) for name in ("certificate", "key")]
@@ -286,6 +287,12 @@ class TestRunning(CommandCase):
             certificate.private_key_pem.write_to_path(files[1])
             return certificate.cert_chain_pems[0].bytes().decode()
 
+        def encrypt():
+            key = serialization.load_pem_private_key(Path(files[1]).read_bytes(), None)
+            Path(files[1]).write_bytes(key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(b"secret")))
+
         first = renew()
         program = self.program("unix:///nowhere", "-tls-certificate", files[0], "-tls-key", files[1])
         self.assertEqual("healthy\n", run("check", "-addr", program.address).stdout)
@@ -293,6 +300,10 @@ class TestRunning(CommandCase):
         Path(files[0]).write_text("nonsense")
         program.process.send_signal(signal.SIGHUP)
         program.wait_for_line("SIGHUP: the settings stay as they are: the TLS certificate")
+        renew()
+        encrypt()
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for_line("cannot be used: the key has a passphrase")
         address = ("127.0.0.1", program.port)
         self.assertEqual(first, ssl.get_server_certificate(address))
         second = renew()
