@@ -5075,7 +5075,7 @@ class PullProgress:
         layer, status, detail = message.get("id"), message.get("status"), message.get("progressDetail")
         if not isinstance(status, str):
             return
-        self.status = status.lower()
+        self.status = printable(status.lower(), 100)
         if not isinstance(layer, str) or len(layer) > NAME_LENGTH or not isinstance(detail, dict):
             return
         sizes = [detail.get(name, -1) for name in ("current", "total")]
@@ -6578,7 +6578,8 @@ def rfc3339(moment: float) -> str:
 
 def labelled(**values: object) -> str:
     """The labels of a sample in Prometheus' text format."""
-    return "{" + ",".join(f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in values.items()) + "}"
+    return "{" + ",".join(f"{key}={json.dumps(printable(str(value)), ensure_ascii=False)}"
+                          for key, value in values.items()) + "}"
 
 
 def histogram(seconds: Histogram) -> dict[str, float]:
@@ -6716,6 +6717,11 @@ def describe_progress(task: Facts) -> str:
 # ---- HTML
 
 
+def as_html(text: str) -> str:
+    """Text, which may be from outside, as HTML shows it: what is not printable is escaped, as in the log."""
+    return html.escape(printable(text))
+
+
 def mirrors_for_nodes(facts: Facts, host: str) -> tuple[str, str]:
     """A registries.yaml for the nodes, and what to say about it. host is the name by which the page was asked for."""
     names = names_for_nodes(facts["names"])
@@ -6736,7 +6742,7 @@ def page_html(facts: Facts, host: str) -> str:
         details_html(group["repository"], f"{group['repository']}, {group['last'][0]['time']}",
                      map(visit_row, group["last"])) for group in facts["requests"])
     sections = {
-        "engine": "".join(f'<p class="{kind}">{html.escape(line)}</p>' for line, kind in head_lines(facts) if line),
+        "engine": "".join(f'<p class="{kind}">{as_html(line)}</p>' for line, kind in head_lines(facts) if line),
         "welcome": "" if facts["nodes"] else (
             f"<h2>{WELCOME}</h2><p>{about}</p><pre tabindex=0>{html.escape(mirrors)}</pre>"),
         "under-way": "<h2>Under way</h2>" + ("".join(map(task_html, facts["under_way"])) or (
@@ -6753,7 +6759,7 @@ def page_html(facts: Facts, host: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         '<noscript><meta http-equiv="refresh" content="5"></noscript>'
         f"<style>{STYLE}</style></head><body><main><h1>k3d-registry-dockerd "
-        f'<span class="soft">{html.escape(facts["version"])}</span></h1>'
+        f'<span class="soft">{as_html(facts["version"])}</span></h1>'
         "<p>An OCI registry that serves the images of the local Docker daemon, and what is pushed to it. "
         "The same as <a href=/status>JSON</a>.</p>"
         '<p id="lost" class="bad" role="status" hidden>This registry does not answer any more.</p>'
@@ -6763,32 +6769,32 @@ def page_html(facts: Facts, host: str) -> str:
 def task_html(task: Facts) -> str:
     """A task under way, with a bar for all of it and one for each of its parts."""
     parts = task["parts"] if len(task["parts"]) > 1 else ()
-    layers = "".join(f"<code>{html.escape(part['name'][:12])}</code>{bar_html(part, part['name'])}"
+    layers = "".join(f"<code>{as_html(part['name'][:12])}</code>{bar_html(part, part['name'])}"
                      f"<span class=number>{describe_bytes(part)}</span>" for part in parts)
-    waiting = f"<p class=soft>Waiting: {html.escape(', '.join(task['waiting']))}</p>" if task["waiting"] else ""
-    return (f"<div class=card><p class=name>{task['kind']} {html.escape(task['what'])}</p>"
-            f"{bar_html(task, task['what'])}<p class=soft>{html.escape(describe_progress(task))}</p>{waiting}"
+    waiting = f"<p class=soft>Waiting: {as_html(', '.join(task['waiting']))}</p>" if task["waiting"] else ""
+    return (f"<div class=card><p class=name>{task['kind']} {as_html(task['what'])}</p>"
+            f"{bar_html(task, task['what'])}<p class=soft>{as_html(describe_progress(task))}</p>{waiting}"
             f"<div class=layers>{layers}</div></div>")
 
 
 def bar_html(part: Facts, label: str) -> str:
     """The bar of a task or a part of it; without a value if its size is not known."""
     value = f"max={part['total_bytes']} value={part['done_bytes']}" if part["total_bytes"] else ""
-    return f'<progress {value} aria-label="{html.escape(label)}"></progress>'
+    return f'<progress {value} aria-label="{as_html(label)}"></progress>'
 
 
 def details_html(key: str, summary: str, rows: Iterable[Row]) -> str:
     """A table that a person may open, or nothing if it has no rows."""
     table = table_html(rows)
     return table and (
-        f'<details data-key="{html.escape(key)}"><summary>{html.escape(summary)}</summary>{table}</details>')
+        f'<details data-key="{as_html(key)}"><summary>{as_html(summary)}</summary>{table}</details>')
 
 
 def table_html(rows: Iterable[Row], *headings: str) -> str:
     """A table, or nothing if it has no rows."""
     body, head = "", ""
     for row in rows:
-        body += "<tr>" + "".join(f'<td class="{kind}">{html.escape(text)}' for text, kind in row)
+        body += "<tr>" + "".join(f'<td class="{kind}">{as_html(text)}' for text, kind in row)
         head = "".join(f'<th class="{kind}">{heading}' for heading, (_, kind) in zip(headings, row, strict=False))
     return body and f"<div class=wide><table><tr>{head}{body}</table></div>"
 

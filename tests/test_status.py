@@ -194,6 +194,36 @@ class TestEndpoints(StatusCase):
         self.assertIn("k3d_registry", self.program.get("/metrics").body.decode())
         json.loads(self.program.get("/status").body)
 
+    def test_text_of_docker_and_of_the_system_is_escaped(self):
+        """Line breaks, escape codes, text that runs backwards, halves of characters, and names that are not UTF-8."""
+        evil, go_on = "\ud800\u202e\x1b[1m\t\n\r\"\\<b>", threading.Event()
+
+        def pulling(sock):
+            message = {"status": f"Downloading{evil}", "id": evil, "progressDetail": {"current": 1, "total": 2}}
+            lines = "\n".join(json.dumps(message | {"status": status}) for status in ("Downloading", message["status"]))
+            sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + lines.encode() + b"\n")
+            go_on.wait(60)
+
+        with FakeDaemon() as daemon, tempfile.TemporaryDirectory() as folder:
+            daemon.version, daemon.images = {"Version": f"28{evil}"}, {f"app{evil}:1": Image()}
+            daemon.pulls["docker.io/library/new:1"] = lambda: pulling
+            with Program(daemon.host, store=os.path.join(folder, os.fsdecode(b"\xff\xfe"))) as program:
+                node = threading.Thread(target=program.get, args=("/v2/library/new/manifests/1?ns=docker.io",))
+                node.start()
+                wait_until(lambda: any(task["parts"] for task in program.get("/status").json["under_way"]))
+                for path, headers in (("/", HTML), ("/", {}), ("/metrics", {})):
+                    answer = program.get(path, **headers)
+                    self.assertEqual(200, answer.status, path)
+                    text = answer.body.decode()
+                    self.assertIn(r"28\ud800\u202e\x1b[1m" if path == "/" else r"28\\ud800\\u202e\\x1b[1m", text)
+                    self.assertFalse(set(text.replace("\n", "")) & set(evil.replace('"\\<b>', "")[:3] + "\t\r"), path)
+                    self.assertNotIn("\udcff", text)
+                if text_string_to_metric_families:
+                    list(text_string_to_metric_families(text))
+                go_on.set()
+                node.join()
+                self.assertEqual([], program.lines("a bug in this program"))
+
     def test_the_page_may_use_nothing_but_itself(self):
         answer = self.program.get("/", **HTML)
         self.assertEqual("text/html; charset=utf-8", answer.headers["Content-Type"])
