@@ -6861,7 +6861,7 @@ def parse_head(data: bytes) -> tuple[str, str, str, Message]:
     """
     text = data.decode("latin-1").lstrip("\r\n")
     first, *lines = (line.removesuffix("\r") for line in text.split("\n")[:-2])
-    match = re.fullmatch(rf"({TOKEN.pattern}) ([^ ]*) (HTTP/[0-9]\.[0-9])", first, re.DOTALL)
+    match = re.fullmatch(rf"({TOKEN.pattern}) ([^\0-\x20\x7f]+) (HTTP/[0-9]\.[0-9])", first)
     if not match:
         raise RegistryError("REQUEST_INVALID", "the first line is not METHOD TARGET HTTP/1.1")
     method, target, version = match.groups()

@@ -214,6 +214,8 @@ class TestConnections(HttpCase):
                 ("a long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", b"431"),
                 ("many headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"431"),
                 ("HTTP/2", b"GET / HTTP/2.0\r\n\r\n", b"505"),
+                *((f"a target with {target!r}", b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % target, b"400") for target in (
+                    b"", b"/v2/\t", b"/v2\r/", b"/\0v2/", b"\x01/v2/", b"/v2/\x7f", b"/v2/ x")),
                 ("a bad target", b"GET http://[x HTTP/1.1\r\nHost: x\r\n\r\n", b"400")):
             with self.subTest(what):
                 answer = self.raw(data)
