@@ -1144,8 +1144,8 @@ class DockerConfig:
             entries = {self._host(key): entry for key, entry in (document.get("auths") or {}).items()}
             found = (self._from_helper(helper, name) if helper else None) or self._from_entry(
                 entries.get(self._host(name)) or {})
-            if found:
-                found.for_http()  # fail here rather than later if they cannot be encoded
+            if found:  # fail here rather than later if they are no texts, or cannot be encoded
+                (found.username + found.password).encode()
             return found
         except FileNotFoundError:
             return None
@@ -1735,13 +1735,15 @@ class EngineImage:
     """An image as `docker inspect` shows it. size is the unpacked size in bytes.
 
     id is the digest of the manifest or index on the containerd store, and of the config on the classic store.
-    layers are the diff IDs of the root file system. origins are the image's RepoDigests: name@digest.
+    layers are the diff IDs of the root file system. origins are the image's RepoDigests, name@digest, and tags its
+    RepoTags, name:tag.
     """
 
     id: Digest
     size: int
     layers: tuple[str, ...]
     origins: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     platform: str = ""      # linux/arm64/v8
     details: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all that inspect shows
 
@@ -1753,16 +1755,19 @@ class EngineImage:
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> EngineImage:
         """Parse an answer of inspect. Raises one of MALFORMED_ERRORS."""
-        root = document.get("RootFS") or {}
+        root, size = document.get("RootFS") or {}, document.get("Size") or 0
         platform = {"os": document.get("Os"), "architecture": document.get("Architecture"),
                     "variant": document.get("Variant")}
-        return cls(Digest.parse(document["Id"]), int(document.get("Size") or 0), tuple(root.get("Layers") or ()),
-                   tuple(str(name) for name in document.get("RepoDigests") or ()), platform_of(platform), document)
+        if not is_size(size) or not isinstance(document.get("Config") or {}, dict):
+            raise ValueError("Size is not a size, or Config is not an object")
+        layers, origins, tags = (tuple(map(str, names or ())) for names in (
+            root.get("Layers"), document.get("RepoDigests"), document.get("RepoTags")))
+        return cls(Digest.parse(document["Id"]), size, layers, origins, tags, platform_of(platform), document)
 
     @property
     def name(self) -> str | None:
         """One of the names of the image, as Docker shows it, or None if it has none."""
-        return next(map(str, self.details.get("RepoTags") or ()), None)
+        return next(iter(self.tags), None)
 
     @property
     def is_bare(self) -> bool:
@@ -1953,8 +1958,10 @@ class Engine:
             snapshotter = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
             components = [component.get("Name") for component in version.get("Components") or ()]
             names = ("Version", "GoVersion", "GitCommit", "KernelVersion", "Os", "Arch")
+            root = Path(info.get("DockerRootDir") or "/var/lib/docker")
+            os.access(root, os.F_OK)  # raises ValueError if no path can be like that
             return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
-                              Path(info.get("DockerRootDir") or "/var/lib/docker"), str(info["ID"]),
+                              root, str(info["ID"]),
                               platform_of({"os": version.get("Os"), "architecture": version.get("Arch")}),
                               "Podman Engine" in components,
                               "docker/{} go/{} git-commit/{} kernel/{} os/{} arch/{}".format(*map(version.get, names)),
@@ -5046,7 +5053,7 @@ class ImageStores:
         if files is None:
             return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
         try:
-            identity = (root / "engine-id").read_text().strip()
+            identity = (root / "engine-id").read_text(errors="replace").strip()
         except OSError:
             identity = ""  # engines before 23 have no such file; the folder of the system's containerd has none either
         if identity and identity != info.identity:

@@ -277,13 +277,13 @@ class TestChangedEngine(BehaviourCase):
         image = Image()
         for store, folder in (("containerd", "containerd/daemon/io.containerd.content.v1.content/blobs/sha256"),
                               ("classic", "image/overlay2/layerdb/sha256")):
-            for identity, used in (("another", False), ("5c9fd3f1", store == "containerd")):
+            for identity, used in ((b"another", False), (b"\xff", False), (b"5c9fd3f1", store == "containerd")):
                 with self.subTest(store=store, identity=identity):
                     self.daemon = self.enter(FakeDaemon(store))
                     self.daemon.add("app:1", image)
                     root = self.folder()
                     (root / folder).mkdir(parents=True)
-                    (root / "engine-id").write_text(identity + "\n")
+                    (root / "engine-id").write_bytes(identity + b"\n")
                     for digest, data in image.blobs.items() if store == "containerd" else ():
                         (root / folder / digest.partition(":")[2]).write_bytes(data)
                     self.start("-docker-root", str(root))
@@ -293,7 +293,7 @@ class TestChangedEngine(BehaviourCase):
                     self.assertEqual(image.layer, self.ask(
                         "GET", f"/v2/library/app/blobs/{layer}?ns=docker.io", 200).body)
                     lines = self.program.lines("the data folder of another Docker")
-                    self.assertEqual(identity == "another", bool(lines))
+                    self.assertEqual(identity != b"5c9fd3f1", bool(lines))
                     self.assertTrue(all("WARNING" in line and str(root) in line for line in lines))
                     asked = layer in self.daemon.read if store == "containerd" else bool(self.asked("/get "))
                     self.assertEqual(not used, asked, "content must come from the API only without the folder")

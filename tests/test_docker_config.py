@@ -72,7 +72,12 @@ class TestDockerConfig(unittest.TestCase):
         """There are no credentials, and the warning has no secret in it."""
         self.assertIsNone(self.config.credentials("r.example"), "there is no file")
         for document in ("", "{", "[]", {"auths": []}, {"auths": {"r.example": 1}},
-                         {"auths": {"r.example": {"auth": "*secret*"}}}, {"credHelpers": {"r.example": 5}}):
+                         {"auths": {"r.example": {"auth": "*secret*"}}}, {"credHelpers": {"r.example": 5}},
+                         *({"auths": {"r.example": entry}} for entry in (
+                             {"identitytoken": ["secret"]}, {"identitytoken": {"secret": 1}}, {"auth": 5},
+                             {"username": "me", "password": ["secret"]}, {"username": ["me"], "password": "secret"},
+                             {"username": "me", "password": 5}, {"username": "me", "password": "\ud800"},
+                             {"username": "me"}))):
             with self.subTest(document):
                 self.write(document)
                 if document == {"auths": []}:

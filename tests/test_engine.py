@@ -501,11 +501,13 @@ class TestMalformedResponses(EngineCase):
                     version | {"ApiVersion": ["1.51"]})),
                 ("/info ", "/info", (
                     [], 5, None, {}, info | {"DriverStatus": 5}, info | {"DriverStatus": "text"},
-                    info | {"DockerRootDir": 5}, info | {"DockerRootDir": ["/"]})),
+                    info | {"DockerRootDir": 5}, info | {"DockerRootDir": ["/"]}, info | {"DockerRootDir": "/a\0b"},
+                    info | {"DockerRootDir": "/\ud800"})),
                 ("/images/app:1/json", "/images/app:1/json", (
                     [], 5, None, {}, {"Id": 5}, {"Id": "nope"}, {"Id": ["x"]}, image | {"RootFS": "text"},
                     image | {"RootFS": {"Layers": 5}}, image | {"Size": "large"}, image | {"Size": [1]},
-                    image | {"Size": float("inf")})),
+                    image | {"Size": float("inf")}, image | {"Size": 10**400}, image | {"Size": -1},
+                    image | {"RepoTags": 5}, image | {"Config": ["x"]})),
                 ("/images/json", "images", (
                     {}, 5, None, "text", [5], [None], [{}], [{"Id": 5}], [{"Id": "nope"}]))):
             for document in documents:
