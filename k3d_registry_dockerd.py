@@ -793,9 +793,17 @@ def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> by
 DEFAULT_SOCKET = "/var/run/docker.sock"
 
 
+def home_folder() -> Path:
+    """Return the home of this user; / for one that has none, as in a container."""
+    try:
+        return Path.home()
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return Path("/")
+
+
 def docker_folder(environ: Mapping[str, str]) -> Path:
     """Return the folder of the docker command's config.json and contexts."""
-    return Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    return Path(environ.get("DOCKER_CONFIG") or home_folder() / ".docker")
 
 
 def in_container() -> bool:
@@ -949,7 +957,7 @@ class EngineHost:
             found = contexts.host(name, source)
         except FileNotFoundError:
             found = None
-        if found and (not found.path or Path(found.path).exists()):
+        if found and (not found.path or os.access(found.path, os.F_OK)):
             return found
         if source != "DOCKER_CONTEXT" and in_container():  # the file came from outside, perhaps for its credentials
             return cls(path=DEFAULT_SOCKET, origin=f"the default: the context {printable(name)} ({source}) is not here")
@@ -8467,7 +8475,7 @@ class Settings:
         headers, origins, header_notes = extra_headers(variables)
         self.address: Address = given["-addr"]
         self.store: Path = given["-store"] or Path(
-            variables.get("XDG_CACHE_HOME") or Path.home() / ".cache", "k3d-registry-dockerd")
+            variables.get("XDG_CACHE_HOME") or home_folder() / ".cache", "k3d-registry-dockerd")
         self.store_limit: int | None = given["-store-limit"]
         self.untagged_age: float | None = given["-untagged-age"]
         self.durable = not given["-no-sync"]
@@ -8481,7 +8489,8 @@ class Settings:
         self.tls = tls_context(given["-tls-certificate"], given["-tls-key"])
         self.log_level: str = given["-log-level"]
         self.log_format: str = given["-log-format"]
-        self.notes = [*self._store_notes(), *proxy_notes(variables), *header_notes, *sources.unknown()]
+        store_notes = self._store_notes() if "store" in arguments else ()  # the command may have nothing to do with it
+        self.notes = [*store_notes, *proxy_notes(variables), *header_notes, *sources.unknown()]
 
     def origin(self, name: str) -> str:
         """Say where the value of a setting is from."""
@@ -9174,7 +9183,7 @@ def introduce(settings: Settings, server: Server) -> None:
     for line in settings.described():
         log.info("%s", line)
     config = settings.pulls.config
-    if config and config.path.exists():
+    if config and os.access(config.path, os.R_OK):
         log.info("credentials for pulls without their own: %s", config.path)
     log.info("Docker is at %s (%s)", settings.engine, settings.engine.origin)
     for note in settings.notes:
@@ -9246,8 +9255,18 @@ COMMANDS: Mapping[str, Command] = {
 }
 
 
+def prepare_streams() -> None:
+    """Open what the caller has closed of the standard streams, and let characters that the locale lacks be escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets its number, the lowest one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as that of standard error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit status: 0 on success, 1 on failure, 2 for invalid arguments."""
+    prepare_streams()
     words = sys.argv[1:] if argv is None else argv
     name, words = (words[0], words[1:]) if words and words[0][:1] not in ("-", "") else (DEFAULT_COMMAND, words)
     if name not in COMMANDS:

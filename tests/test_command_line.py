@@ -16,6 +16,7 @@ from pathlib import Path
 from fake_daemon import FakeDaemon, Image, http_answer
 from program import MODULE, Program
 from program import environment as inherited
+from test_behaviour import wait_until
 
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import COMMANDS, Address
@@ -119,19 +120,43 @@ class TestInvalidSettings(CommandCase):
                 self.assertIn(expected, err)
                 self.assertEqual(1, err.count("\n"), err)
 
-    @unittest.skipIf(os.geteuid(), "only root can change the user")
-    def test_unusable_store(self):
-        """A store that cannot be read is an error of one line. One that cannot be written to is a warning."""
+    def as_other(self, user):
+        """Return the command of the program as another user, with a copy of it in a folder that all may read."""
+        if os.geteuid():
+            self.skipTest("only root can change the user")
         self.folder.chmod(0o755)
         program = self.folder / MODULE.name
         program.write_bytes(MODULE.read_bytes())
-        (self.folder / "closed").mkdir(mode=0o700)
-        (self.folder / "readable").mkdir(mode=0o755)
-        others = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-        commands = ((*others, python, str(program)) for python in (sys.executable, "/usr/bin/python3"))
+        other = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+        commands = ((*other, python, str(program)) for python in (sys.executable, "/usr/bin/python3"))
         command = next((command for command in commands if not run("-version", command=command).returncode), None)
         if command is None:
             self.skipTest("there is no Python that other users may run")
+        return command
+
+    def test_home(self):
+        """There may be none, as of a user whom the system does not know; and it may belong to another user."""
+        (self.folder / "closed").mkdir(mode=0o700)
+        (self.folder / "open").mkdir()
+        (self.folder / "open").chmod(0o777)
+        for user, home in ((65534, str(self.folder / "closed")), (64999, None)):
+            with self.subTest(user):
+                # What Program or the environment sets is not passed on.
+                command = ("env", "-u", "DOCKER_CONFIG", *(("-u", "HOME") if home is None else (f"HOME={home}",)),
+                           *self.as_other(user))
+                program = self.program("unix:///nowhere", command=command, store=self.folder / "open/store")
+                self.assertEqual(202, program.request("POST", "/v2/app/blobs/uploads/").status)
+                self.assertEqual(0, program.stop())
+                self.assertEqual([], program.lines("Traceback"))
+                subprocess.run(["rm", "-r", str(self.folder / "open/store")], check=True)
+                result = run("check", "-addr", "127.0.0.1:1", command=command)
+                self.assertEqual((1, ""), (result.returncode, result.stderr))
+
+    def test_unusable_store(self):
+        """A store that cannot be read is an error of one line. One that cannot be written to is a warning."""
+        command = self.as_other(65534)
+        (self.folder / "closed").mkdir(mode=0o700)
+        (self.folder / "readable").mkdir(mode=0o755)
         result = run("-store", str(self.folder / "closed/store"), command=command, HOME="/nowhere")
         self.assertEqual(2, result.returncode, result.stderr)
         self.assertIn("cannot be used: Permission denied", result.stderr)
@@ -171,6 +196,44 @@ class TestInvalidSettings(CommandCase):
         result = subprocess.run(["sh", "-c", '"$0" "$@" | true', sys.executable, str(MODULE), "doctor"],
                                 capture_output=True, text=True, check=False, env=inherited(DOCKER_HOST="unix:///no"))
         self.assertEqual("", result.stderr)
+
+    def test_characters_that_the_locale_lacks(self):
+        """They are escaped. The texts of doctor have some, and so may have the name of a folder."""
+        store = self.folder / os.fsdecode(b"\xff")
+        (store / "blobs/sha256").mkdir(parents=True)
+        (store / "blobs/sha256" / ("0" * 64)).write_text("damaged")
+        for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}):
+            for arguments, expected in ((("doctor",), "!!  socket: "), (("verify", "-store", str(store)), r"\udcff")):
+                with self.subTest(arguments, **locale):
+                    result = run(*arguments, DOCKER_HOST="unix:///nowhere", **locale)
+                    self.assertEqual(1, result.returncode)
+                    self.assertIn(expected, result.stdout)
+                    self.assertNotIn("Traceback", result.stderr)
+
+    def test_closed_streams(self):
+        """What the caller has closed is opened again, and not with a connection or a file of the store."""
+        for closed in ((0, 1, 2), (1,), (2,)):
+            with self.subTest(closed):
+                script = " ".join(f"{number}>&-" if number else "<&-" for number in closed)
+                nobody = ("-addr", "127.0.0.1:1")
+                for arguments, status in ((("check", *nobody), 1), (("status", "-watch", *nobody), 1),
+                                          (("config", "k3s", *nobody), 0)):
+                    result = run("-c", f'"$0" "$@" {script}', sys.executable, str(MODULE), *arguments, command=("sh",),
+                                 DOCKER_HOST="unix:///nowhere")
+                    self.assertEqual((status, ""), (result.returncode, result.stderr), arguments)
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    port = free.getsockname()[1]
+                process = subprocess.Popen(
+                    ["sh", "-c", f'exec "$0" "$@" {script}', sys.executable, str(MODULE), "-addr", f"127.0.0.1:{port}",
+                     "-store", str(self.folder / "store")], env=inherited(DOCKER_HOST="unix:///nowhere"),
+                    stderr=subprocess.DEVNULL)
+                self.addCleanup(process.wait)
+                self.addCleanup(process.kill)
+                wait_until(lambda: not run("check", "-addr", f"127.0.0.1:{port}").returncode)  # noqa: B023
+                links = [str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in closed]
+                self.assertEqual([os.devnull] * len(closed), links)
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(0, process.wait(timeout=60))
 
     def test_zipapp(self):
         (self.folder / "app").mkdir()
