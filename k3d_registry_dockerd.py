@@ -64,34 +64,35 @@ Chapters, in the order of what uses what; each says at its head which others it 
      1 vocabulary        media types, limits and timeouts; the table of errors
      2 references        digests, repository names, and the names that mean the same
      3 manifests         what a manifest refers to
-     4 configuration     where Docker is (DOCKER_HOST), the credentials of docker login
-     5 waiting           the deadline of a request; jobs that many wait for
-     6 activity          what the program does, for people to see
-     7 engine            the Docker Engine API
-     8 transfers         what a provider gives; content on its way
-     9 disk              our own folder, whose files are whole or not there
-    10 store             content by digest, and its owners
-    11 writers           content that is being written
-    12 hosted            repositories, uploads, tags, referrers
-    13 content service   Docker's content by way of its socket: HTTP/2, gRPC, protobuf
-    14 layers            the files of Docker's classic store
-    15 export            the tar of docker save
-    16 origin            an image's own registry
-    17 images            how Docker's image stores differ
-    18 pulls             images that Docker pulls, and content that is fetched because Docker lacks it
-    19 mirror            names to content: look up, pull, recover
-    20 front             who answers; adoption
-    21 verification      what is damaged in the store, and how to get it again
-    22 status            what people and monitoring ask this program about itself
-    23 page              the status for people, as HTML and as plain text
-    24 requests          parsed requests, responses as values
-    25 end-points        one method for each end-point of the specification
-    26 admission         which writes, web pages and connections are let in
-    27 server            HTTP on a socket, the log's lines
-    28 configurations    how others are told to use this registry
-    29 settings          flags, variables, the settings file
-    30 doctor            the usual causes of trouble, one by one
-    31 command line      subcommands, signals
+     4 ssh               a connection to Docker on another machine
+     5 configuration     where Docker is (DOCKER_HOST), the credentials of docker login
+     6 waiting           the deadline of a request; jobs that many wait for
+     7 activity          what the program does, for people to see
+     8 engine            the Docker Engine API
+     9 transfers         what a provider gives; content on its way
+    10 disk              our own folder, whose files are whole or not there
+    11 store             content by digest, and its owners
+    12 writers           content that is being written
+    13 hosted            repositories, uploads, tags, referrers
+    14 content service   Docker's content by way of its socket: HTTP/2, gRPC, protobuf
+    15 layers            the files of Docker's classic store
+    16 export            the tar of docker save
+    17 origin            an image's own registry
+    18 images            how Docker's image stores differ
+    19 pulls             images that Docker pulls, and content that is fetched because Docker lacks it
+    20 mirror            names to content: look up, pull, recover
+    21 front             who answers; adoption
+    22 verification      what is damaged in the store, and how to get it again
+    23 status            what people and monitoring ask this program about itself
+    24 page              the status for people, as HTML and as plain text
+    25 requests          parsed requests, responses as values
+    26 end-points        one method for each end-point of the specification
+    27 admission         which writes, web pages and connections are let in
+    28 server            HTTP on a socket, the log's lines
+    29 configurations    how others are told to use this registry
+    30 settings          flags, variables, the settings file
+    31 doctor            the usual causes of trouble, one by one
+    32 command line      subcommands, signals
 """
 
 from __future__ import annotations
@@ -263,6 +264,16 @@ def printable(text: str, limit: int = 1000) -> str:
     """Escape control characters in text from outside, and shorten it to limit characters. Good text stays as it is."""
     text = text if len(text) <= limit else f"{text[:limit]}…"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def on_failure(action: Callable[[], Any]) -> Iterator[None]:
+    """Call an action if the body of the `with` raises."""
+    try:
+        yield
+    except BaseException:
+        action()
+        raise
 
 
 class Memory(dict[K, T]):
@@ -787,7 +798,254 @@ def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> by
 
 
 # =====================================================================================================================
-# 4. Configuration: where Docker is, and the credentials of docker login
+# 4. Ssh: a connection to Docker on another machine
+# =====================================================================================================================
+
+
+class CommandSocket(socket.socket):
+    """A connection to the standard input and output of a command, which is ended when the connection is closed.
+
+    If the command fails, the operation that finds the connection broken raises ConnectionError with what it said.
+    """
+
+    PATIENCE = 1.0      # seconds that a command may take to end after it has closed its output
+
+    _process: subprocess.Popen[bytes]
+    _errors: BinaryIO
+    _on_close: Callable[[], None]
+
+    @classmethod
+    def start(cls, command: Iterable[str], timeout: float, on_close: Callable[[], None] = lambda: None
+              ) -> CommandSocket:
+        """Start a command. timeout is in seconds, per operation. on_close is called once."""
+        ours, theirs = socket.socketpair()
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
+        with ours, theirs, on_failure(errors.close):
+            # A session of its own: no terminal to ask on, and no Ctrl-C that is meant for this program.
+            process = subprocess.Popen([*command], stdin=theirs.fileno(), stdout=theirs.fileno(),  # noqa: S603
+                                       stderr=errors, start_new_session=True)
+            sock = cls(fileno=ours.detach())
+        sock._process, sock._errors, sock._on_close = process, errors, on_close
+        sock.settimeout(timeout)
+        return sock
+
+    def recv(self, *arguments: int) -> bytes:
+        """See socket.socket.recv."""
+        return self._checked(super().recv, *arguments)
+
+    def recv_into(self, *arguments: Any) -> int:
+        """See socket.socket.recv_into."""
+        return self._checked(super().recv_into, *arguments)
+
+    def sendall(self, *arguments: Any) -> None:
+        """See socket.socket.sendall."""
+        return self._checked(super().sendall, *arguments)
+
+    def _checked(self, operation: Callable[..., T], *arguments: Any) -> T:
+        try:
+            result = operation(*arguments)
+        except ConnectionError:  # it ended without reading all that was sent
+            self._check_command()
+            raise
+        if result in (0, b""):  # the end
+            self._check_command()
+        return result
+
+    def _check_command(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(self.PATIENCE)
+            if status > 0:  # and not ended by close()
+                raise ConnectionError(last_words(self._errors) or f"it ended with status {status}")
+
+    def close(self) -> None:
+        """See socket.socket.close, which is called again when the last file of the connection is closed."""
+        super().close()
+        if self.fileno() < 0 and not self._errors.closed:
+            self._process.kill()  # SIGTERM may be blocked in it, as it is in this program
+            self._process.wait()
+            self._errors.close()
+            self._on_close()
+
+
+def last_words(file: BinaryIO, limit: int = 300) -> str:
+    """Return the last lines, at most limit characters, that a command has written to a file, as one line.
+
+    The command may still write: the position of the file is its own.
+    """
+    text = os.pread(file.fileno(), 2000, max(os.fstat(file.fileno()).st_size - 2000, 0)).decode(errors="replace")
+    words = "; ".join(line for line in map(str.strip, text.splitlines()) if line).rstrip(".")
+    if len(words) > limit:
+        words = words[-limit:].partition("; ")[2] or words[-limit:]
+    return printable(words)
+
+
+class SshConnection:
+    """A connection of OpenSSH to a server, for several sessions. A process in the background has it, the master.
+
+    The master ends by itself when there was no session for KEPT seconds, even if this program was killed.
+    """
+
+    KEPT = 60
+
+    def __init__(self, socket_path: Path):
+        self.path, self.sessions = socket_path, 0
+
+    @property
+    def is_open(self) -> bool:
+        """True while there is a master, which removes its socket at its end."""
+        return self.path.exists()
+
+    def open(self, command: Iterable[str], host: Iterable[str], timeout: float) -> None:
+        """Start the master, and wait until the server has let it in. Raises OSError with what ssh says."""
+        options = (f"ControlPath={self.path}", "ControlMaster=yes", f"ControlPersist={self.KEPT}")
+        with tempfile.TemporaryFile() as errors:  # and not a pipe, which the master might keep open
+            try:
+                status = subprocess.run(  # noqa: S603
+                    [*command, *(word for option in options for word in ("-o", option)), "-N", "-f", *host],
+                    check=False, timeout=timeout, start_new_session=True, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=errors).returncode
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(f"timed out {last_words(errors)}".strip()) from None
+            if status or not self.is_open:
+                raise ConnectionError(last_words(errors) or f"ssh ended with status {status}")
+
+    def close(self, command: Iterable[str], host: Iterable[str]) -> None:
+        """End the master. Does nothing if there is none."""
+        if self.is_open:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run([*command, "-o", f"ControlPath={self.path}", "-O", "exit", *host],  # noqa: S603
+                               check=False, timeout=ENGINE_TIMEOUT, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Opening:
+    """A connection that is being opened. Those who need one wait for that, and share the failure."""
+
+    def __init__(self) -> None:
+        self.ended, self.failure = threading.Event(), ""
+
+
+class SshConnections:
+    """As many connections to a server as its sessions need, which are opened one after another.
+
+    By default, OpenSSH's server allows 10 sessions on a connection (MaxSessions), and drops some of more than 10
+    connections that begin at the same time (MaxStartups).
+    """
+
+    SESSIONS = 5        # on one connection: the server takes a moment to notice that others have ended
+
+    def __init__(self, command: tuple[str, ...], host: tuple[str, ...]):
+        """command is ssh with its options, and host what follows them."""
+        self._command, self._host, self._numbers = command, host, itertools.count()
+        self._lock = threading.Lock()  # guards what follows, and the number of sessions of each connection
+        self._connections: list[SshConnection] = []
+        self._opening: Opening | None = None
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        """The folder, removed at the end, of the masters' sockets. Only who opens a connection asks for it."""
+        folder = Path(tempfile.mkdtemp(prefix="k3d-ssh-"))
+        weakref.finalize(self, self._end, folder, self._connections, self._command, self._host)
+        return folder
+
+    @staticmethod
+    def _end(folder: Path, connections: list[SshConnection], command: Iterable[str], host: Iterable[str]) -> None:
+        for connection in connections:
+            connection.close(command, host)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def start(self, command: Iterable[str], timeout: float) -> CommandSocket:
+        """Run a command on the server. timeout, in seconds, is for the way there, and then per operation. OSError."""
+        connection = self._take(timeout)
+        with on_failure(lambda: self._release(connection)):
+            return CommandSocket.start([*self._command, "-o", f"ControlPath={connection.path}", *self._host, *command],
+                                       timeout, lambda: self._release(connection))
+
+    def _take(self, timeout: float) -> SshConnection:
+        """Return a connection on which one more session is counted. Raises OSError."""
+        end = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                found = next((c for c in self._connections if c.sessions < self.SESSIONS and c.is_open), None)
+                if found:
+                    found.sessions += 1
+                    return found
+                opening, is_ours = self._opening or Opening(), not self._opening
+                self._opening = opening
+            if is_ours:
+                self._open(opening, end - time.monotonic())
+            if not opening.ended.wait(end - time.monotonic()):
+                raise TimeoutError("timed out")
+            if opening.failure:
+                raise ConnectionError(opening.failure)
+
+    def _open(self, opening: Opening, timeout: float) -> None:
+        """Open one more connection, or note why that failed."""
+        opened: list[SshConnection] = []
+        try:
+            connection = SshConnection(self._folder / str(next(self._numbers)))
+            connection.open(self._command, self._host, timeout)
+            opened.append(connection)
+        except OSError as e:
+            opening.failure = str(e)
+        finally:
+            with self._lock:
+                self._connections[:] = [c for c in self._connections if c.is_open] + opened
+                self._opening = None
+            opening.ended.set()
+
+    def _release(self, connection: SshConnection) -> None:
+        with self._lock:
+            connection.sessions -= 1
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """The way to a Docker daemon through ssh, as the docker command goes it: ssh://[user@]host[:port][/socket].
+
+    OpenSSH keeps connections for all that is asked, as a new one takes half a second. It must not ask anything,
+    because nobody is there to answer.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",  # less than ENGINE_TIMEOUT: ssh says why it failed
+        "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=2")
+
+    text: str                   # ssh://...
+    host: tuple[str, ...]       # what follows the options of ssh
+    command: tuple[str, ...]    # the docker command there
+    connections: SshConnections = field(compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Tunnel:
+        """Parse what follows ssh://. Raises ValueError, whose message has no password."""
+        parts = urllib.parse.urlsplit(f"//{text}")
+        if parts.password is not None or parts.query or parts.fragment or not parts.hostname:
+            raise ValueError("use ssh://[user@]host[:port][/socket], without a password")
+        path, host = urllib.parse.unquote(parts.path), urllib.parse.unquote(parts.hostname)
+        user = ("-l", urllib.parse.unquote(parts.username)) if parts.username else ()
+        port = ("-p", str(parts.port)) if parts.port else ()
+        socket_there = (shlex.quote(f"--host=unix://{path}"),) if path.strip("/") else ()
+        where = (*user, *port, "--", host)
+        connections = SshConnections(("ssh", *cls.OPTIONS), where)
+        return cls(f"ssh://{text.rstrip('/')}", where, ("docker", *socket_there), connections)
+
+    def connect(self, timeout: float) -> socket.socket:
+        """Open a connection, which is not known to lead to Docker before the first read. Raises OSError."""
+        return self.connections.start([*self.command, "system", "dial-stdio"], timeout)
+
+    def advice(self, error: Exception) -> str:
+        """Explain an error to the user, and name the command that shows it."""
+        command = " ".join(["ssh", "-o", "BatchMode=yes", *self.host, *self.command, "version"])
+        return f"{self} failed: {error}. To see why, run: {command}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# =====================================================================================================================
+# 5. Configuration: where Docker is, and the credentials of docker login
+# Uses: ssh.
 # =====================================================================================================================
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
@@ -824,86 +1082,6 @@ def own_container(process: Path = Path("/proc/self")) -> list[str]:
         with contextlib.suppress(OSError):  # not Linux, or hidden: the host name may do
             found += pattern.findall((process / name).read_text(errors="replace"))
     return [*dict.fromkeys(found), *([socket.gethostname()] if in_container() else [])]
-
-
-class CommandSocket(socket.socket):
-    """A connection to the standard input and output of a command, which is ended when the connection is closed."""
-
-    _process: subprocess.Popen[bytes]
-
-    @classmethod
-    def start(cls, command: Iterable[str], errors: Path, timeout: float) -> CommandSocket:
-        """Start a command, whose standard error goes to a new file. timeout is in seconds, per operation."""
-        errors.unlink(missing_ok=True)
-        ours, theirs = socket.socketpair()
-        with ours, theirs, open(errors, "wb") as stderr:
-            # A session of its own: no terminal to ask on, and no Ctrl-C that is meant for this program.
-            process = subprocess.Popen([*command], stdin=theirs.fileno(), stdout=theirs.fileno(),  # noqa: S603
-                                       stderr=stderr, start_new_session=True)
-            sock = cls(fileno=ours.detach())
-        sock._process = process
-        sock.settimeout(timeout)
-        return sock
-
-    def close(self) -> None:
-        """See socket.socket.close, which is called again when the last file of the connection is closed."""
-        super().close()
-        if self.fileno() < 0:
-            self._process.kill()  # SIGTERM may be blocked in it, as it is in this program
-            self._process.wait()
-
-
-@dataclass(frozen=True)
-class Tunnel:
-    """The way to a Docker daemon through ssh, as the docker command goes it: ssh://[user@]host[:port][/socket].
-
-    OpenSSH is told to keep one connection for all that is asked, as a new one takes half a second. It must not ask
-    anything, because nobody is there to answer.
-    """
-
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ENGINE_TIMEOUT}", "-o", "ServerAliveInterval=10",
-        "-o", "ServerAliveCountMax=2", "-o", "ControlMaster=auto", "-o", "ControlPersist=60")
-
-    text: str                   # ssh://...
-    command: tuple[str, ...]    # what follows the options: the host, and the docker command there
-
-    @classmethod
-    def parse(cls, text: str) -> Tunnel:
-        """Parse what follows ssh://. Raises ValueError, whose message has no password."""
-        parts = urllib.parse.urlsplit(f"//{text}")
-        if parts.password is not None or parts.query or parts.fragment or not parts.hostname:
-            raise ValueError("use ssh://[user@]host[:port][/socket], without a password")
-        path, host = urllib.parse.unquote(parts.path), urllib.parse.unquote(parts.hostname)
-        user = ("-l", urllib.parse.unquote(parts.username)) if parts.username else ()
-        port = ("-p", str(parts.port)) if parts.port else ()
-        socket_there = (shlex.quote(f"--host=unix://{path}"),) if path.strip("/") else ()
-        return cls(f"ssh://{text.rstrip('/')}", (*user, *port, "--", host, "docker", *socket_there))
-
-    @functools.cached_property
-    def _folder(self) -> Path:
-        """The folder, removed at the end, of the socket that processes of ssh share, and of what the last one said."""
-        folder = tempfile.mkdtemp(prefix="k3d-ssh-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
-
-    def connect(self, timeout: float) -> socket.socket:
-        """Open a connection, which is not known to lead to Docker before the first read. Raises OSError."""
-        command = ["ssh", *self.OPTIONS, "-o", f"ControlPath={self._folder}/%C", *self.command, "system", "dial-stdio"]
-        return CommandSocket.start(command, self._folder / "errors", timeout)
-
-    def advice(self, error: Exception) -> str:
-        """Explain an error to the user, with what ssh said, and the command that shows it."""
-        try:
-            lines = (self._folder / "errors").read_text(errors="replace").splitlines()
-        except OSError:
-            lines = []
-        said = "; ".join(line for line in map(str.strip, lines) if line)[-300:]
-        command = " ".join(["ssh", "-o", "BatchMode=yes", *self.command, "version"])
-        return f"{self} failed: {error}{f' ({printable(said)})' if said else ''}. To see why, run: {command}"
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def refuse_passphrase() -> str:
@@ -1189,7 +1367,7 @@ class DockerConfig:
 
 
 # =====================================================================================================================
-# 5. Waiting: deadlines, and work that many wait for
+# 6. Waiting: deadlines, and work that many wait for
 # Uses: configuration.
 # =====================================================================================================================
 
@@ -1304,16 +1482,6 @@ def start_thread(job: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=job, args=arguments, daemon=True).start()
     except RuntimeError as e:
         raise RegistryError("UNAVAILABLE", f"no thread can be started: {e}") from e
-
-
-@contextlib.contextmanager
-def on_failure(action: Callable[[], Any]) -> Iterator[None]:
-    """Call an action if the body of the `with` raises."""
-    try:
-        yield
-    except BaseException:
-        action()
-        raise
 
 
 def without_frames(error: Exception) -> Exception:
@@ -1479,7 +1647,7 @@ class NextReads:
 
 
 # =====================================================================================================================
-# 6. Activity: what the program does, for people to see
+# 7. Activity: what the program does, for people to see
 # =====================================================================================================================
 
 
@@ -1704,7 +1872,7 @@ class Activity:
 
 
 # =====================================================================================================================
-# 7. Engine: the Docker Engine API
+# 8. Engine: the Docker Engine API
 # Uses: configuration, waiting.
 # =====================================================================================================================
 
@@ -2148,7 +2316,7 @@ class Engine:
 
 
 # =====================================================================================================================
-# 8. Transfers: what a provider gives, and content on its way
+# 9. Transfers: what a provider gives, and content on its way
 # Uses: waiting.
 # =====================================================================================================================
 
@@ -2505,7 +2673,7 @@ class SharedReads:
 
 
 # =====================================================================================================================
-# 9. Disk: our own folder, whose files are whole or not there
+# 10. Disk: our own folder, whose files are whole or not there
 # Uses: transfers.
 # =====================================================================================================================
 
@@ -2828,7 +2996,7 @@ class Space:
 
 
 # =====================================================================================================================
-# 10. Store: content by digest, and its owners
+# 11. Store: content by digest, and its owners
 # Uses: waiting, transfers, disk.
 # =====================================================================================================================
 
@@ -3213,8 +3381,8 @@ class Store:
 
 
 # =====================================================================================================================
-# 11. Writers: content that is being written
-# Uses: waiting, transfers, disk, store.
+# 12. Writers: content that is being written
+# Uses: transfers, disk, store.
 # =====================================================================================================================
 
 
@@ -3355,7 +3523,7 @@ class Upload(Writer):
 
 
 # =====================================================================================================================
-# 12. Hosted: the registry of what was pushed
+# 13. Hosted: the registry of what was pushed
 # Uses: waiting, transfers, store, writers.
 # =====================================================================================================================
 
@@ -3693,7 +3861,7 @@ class Hosted:
 
 
 # =====================================================================================================================
-# 13. Content service: Docker's content by way of its socket
+# 14. Content service: Docker's content by way of its socket
 # Uses: waiting, engine, transfers.
 # =====================================================================================================================
 
@@ -4103,7 +4271,7 @@ class ServiceBlob:
 
 
 # =====================================================================================================================
-# 14. Layers: Docker's classic image store, read from its own folder
+# 15. Layers: Docker's classic image store, read from its own folder
 # Uses: waiting, engine, transfers.
 # =====================================================================================================================
 
@@ -4302,7 +4470,7 @@ class LayerDirectory:
 
 
 # =====================================================================================================================
-# 15. Export: images copied out of Docker
+# 16. Export: images copied out of Docker
 # Uses: waiting, activity, engine, transfers, store, writers.
 # =====================================================================================================================
 
@@ -4578,8 +4746,8 @@ class Exports:
 
 
 # =====================================================================================================================
-# 16. Origin: an image's own registry
-# Uses: configuration, waiting, engine.
+# 17. Origin: an image's own registry
+# Uses: configuration, engine.
 # =====================================================================================================================
 
 
@@ -4800,7 +4968,7 @@ class Origin:
 
 
 # =====================================================================================================================
-# 17. Images: the image stores of Docker
+# 18. Images: the image stores of Docker
 # Uses: configuration, waiting, engine, transfers, store, content service, layers, export.
 # =====================================================================================================================
 
@@ -5073,7 +5241,7 @@ class ImageStores:
 
 
 # =====================================================================================================================
-# 18. Pulls: what comes from registries, by way of Docker or without it
+# 19. Pulls: what comes from registries, by way of Docker or without it
 # Uses: configuration, waiting, activity, engine, transfers, store, writers, origin, images.
 # =====================================================================================================================
 
@@ -5503,7 +5671,7 @@ class Warming:
 
 
 # =====================================================================================================================
-# 19. Mirror: the registry of what Docker has, or gets
+# 20. Mirror: the registry of what Docker has, or gets
 # Uses: waiting, activity, engine, transfers, store, export, images, pulls.
 # =====================================================================================================================
 
@@ -5954,7 +6122,7 @@ class Mirror:
 
 
 # =====================================================================================================================
-# 20. Front: which of the two registries answers
+# 21. Front: which of the two registries answers
 # Uses: waiting, transfers, store, writers, hosted, pulls, mirror.
 # =====================================================================================================================
 
@@ -6260,7 +6428,7 @@ class Front:
 
 
 # =====================================================================================================================
-# 21. Verification: what is damaged in the store, and how to get it again
+# 22. Verification: what is damaged in the store, and how to get it again
 # Uses: waiting, activity, transfers, store, hosted, front.
 # =====================================================================================================================
 
@@ -6390,7 +6558,7 @@ class Verification:
 
 
 # =====================================================================================================================
-# 22. Status: what people and monitoring ask this program about itself
+# 23. Status: what people and monitoring ask this program about itself
 # Uses: waiting, activity, transfers, hosted, front.
 # =====================================================================================================================
 
@@ -6606,7 +6774,7 @@ def histogram(seconds: Histogram) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# 23. Page: the status for people, as HTML and as plain text
+# 24. Page: the status for people, as HTML and as plain text
 # =====================================================================================================================
 
 STYLE = """
@@ -6846,7 +7014,7 @@ def task_lines(task: Facts, width: int = 30) -> Iterator[str]:
 
 
 # =====================================================================================================================
-# 24. Requests: HTTP as values
+# 25. Requests: HTTP as values
 # Uses: configuration, waiting, transfers.
 # =====================================================================================================================
 
@@ -7188,7 +7356,7 @@ def page_of_referrers(request: Request, found: Iterable[dict[str, Any]]) -> tupl
 
 
 # =====================================================================================================================
-# 25. End-points: the distribution specification
+# 26. End-points: the distribution specification
 # Uses: waiting, writers, hosted, mirror, front, status, page, requests.
 # =====================================================================================================================
 
@@ -7455,7 +7623,7 @@ def find_route(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
 
 
 # =====================================================================================================================
-# 26. Admission: who may do what, and how many at a time
+# 27. Admission: who may do what, and how many at a time
 # Uses: waiting, requests.
 # =====================================================================================================================
 
@@ -7656,7 +7824,7 @@ class Connections:
 
 
 # =====================================================================================================================
-# 27. Server: HTTP on a socket
+# 28. Server: HTTP on a socket
 # Uses: waiting, activity, transfers, front, status, requests, end-points, admission.
 # =====================================================================================================================
 
@@ -8016,7 +8184,7 @@ class Server(ThreadingHTTPServer):
 
 
 # =====================================================================================================================
-# 28. Configurations: how others are told to use this registry
+# 29. Configurations: how others are told to use this registry
 # Uses: configuration, page.
 # =====================================================================================================================
 
@@ -8183,7 +8351,7 @@ def configuration_for(kind: str, place: Place) -> str:
 
 
 # =====================================================================================================================
-# 29. Settings: flags, variables, the settings file
+# 30. Settings: flags, variables, the settings file
 # Uses: configuration, disk, pulls, requests, admission, server.
 # =====================================================================================================================
 
@@ -8561,7 +8729,7 @@ def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
 
 
 # =====================================================================================================================
-# 30. Doctor: the usual causes, one by one
+# 31. Doctor: the usual causes, one by one
 # Uses: engine, disk, mirror, server, settings.
 # =====================================================================================================================
 
@@ -8935,7 +9103,7 @@ def log_improvements(setup: Setup) -> None:
 
 
 # =====================================================================================================================
-# 31. Command line: subcommands, signals
+# 32. Command line: subcommands, signals
 # Uses: waiting, engine, store, hosted, images, mirror, front, verification, page, server, doctor, configurations,
 # settings.
 # =====================================================================================================================

@@ -47,7 +47,8 @@ USER, PASSWORD = "developer", "s3cret"
 HTPASSWD = "developer:$2b$04$k3dregistrydockerdlab.ThCwkArtkgFA3zXWzBuYJwmAUJIsNlm\n"
 
 ENGINE_PACKAGES = "docker.io,containerd,runc,iptables,ca-certificates"
-CLIENT_PACKAGES = "docker-cli,docker-buildx,crane,oras,skopeo,docker-registry,kind,python3,busybox-static"
+CLIENT_PACKAGES = ("docker-cli,docker-buildx,crane,oras,skopeo,docker-registry,kind,openssh-server,python3,"
+                   "busybox-static")
 SUITES = {
     "forky": f"{ENGINE_PACKAGES},{CLIENT_PACKAGES},podman",  # Docker 28, containerd 2.1, Podman 5.8
     "trixie": ENGINE_PACKAGES,  # Docker 26.1: no Descriptor in inspect
@@ -769,6 +770,98 @@ class Node(Daemon):
         self.ctr("content", "prune", "references")
 
 
+# --- a machine to reach through ssh -------------------------------------------------------------
+
+
+class SshServer:
+    """OpenSSH's server on 127.0.0.1, in the clients' root: it finds a docker command and all engines there.
+
+    config is what a client needs to know: `ssh -F CONFIG lab`. Use it in a `with`.
+    """
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="ssh-", dir=SHARE))
+        self.config, self.known_hosts, self.keys = (self.folder / name for name in (
+            "config", "known_hosts", "authorized_keys"))
+        inside = f"/lab/{self.folder.name}"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        for name in ("host", "user"):
+            chroot("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{inside}/{name}")
+        self.know(self.public("host"))
+        self.let_in(self.public("user"))
+        (self.folder / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1:{self.port}\nHostKey {inside}/host\nAuthorizedKeysFile {inside}/authorized_keys\n"
+            "StrictModes no\nUsePAM no\nPidFile none\n"
+            "PerSourcePenalties no\n")  # or it would let nobody in for a while after some failures
+        self.config.write_text(
+            f"Host lab\nHostName 127.0.0.1\nPort {self.port}\nUser root\nIdentityFile {self.folder}/user\n"
+            f"IdentitiesOnly yes\nUserKnownHostsFile {self.known_hosts}\nGlobalKnownHostsFile none\n")
+        self._process = None
+
+    def public(self, name):
+        """Return a public key: "host" or "user"."""
+        return (self.folder / f"{name}.pub").read_text()
+
+    def know(self, key):
+        """Make a key the one that the client expects of the server. An empty one: it expects none."""
+        self.known_hosts.write_text(key and f"[127.0.0.1]:{self.port} {key}")
+
+    def let_in(self, line):
+        """Write the server's list of the keys that it lets in."""
+        self.keys.write_text(line)
+
+    def start(self):
+        (CLIENT_ROOT / "run/sshd").mkdir(exist_ok=True)  # where it has nothing, and where nobody may write
+        with open(self.folder / "log", "ab") as log:  # with processes of its own, all of which end with the first one
+            self._process = subprocess.Popen(
+                ["unshare", "--pid", "--fork", "--kill-child", "chroot", CLIENT_ROOT, "/usr/sbin/sshd", "-D", "-e",
+                 "-f", f"/lab/{self.folder.name}/sshd_config"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_for("the ssh server", self._answers)
+        self._namespace = Path(f"/proc/{self._process.pid}/ns/pid_for_children").readlink()
+
+    def _answers(self):
+        with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+            return connection.recv(4) == b"SSH-"
+
+    def stop(self):
+        """Stop the server, and break off all connections."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            wait_for("the end of the ssh server", lambda: not self._processes())
+            self._process = None
+
+    def _processes(self):
+        """Return the pids of the server and of all that it has started."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (path / "ns/pid").readlink() == self._namespace:
+                    found.append(int(path.name))
+        return found
+
+    def signal(self, number):
+        """Send a signal to all of them."""
+        for pid in self._processes():
+            os.kill(pid, number)
+
+    def log(self):
+        return (self.folder / "log").read_text()
+
+    def connections(self):
+        """Return how many connections the server has let in so far."""
+        return self.log().count("Accepted publickey")
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+        shutil.rmtree(self.folder)
+
+
 # --- the lab as a whole ------------------------------------------------------------------------
 
 ENGINES = {
@@ -801,11 +894,15 @@ def require():
 
     tests/run.py has looked already, before the first test: some tests stop an engine for a while.
     """
-    if os.environ.get("LAB_IS_UP") or is_up():
-        return
+    if not (os.environ.get("LAB_IS_UP") or is_up()):
+        lacking("no real engines: run `python tests/lab.py up` as root on a Debian machine")
+
+
+def lacking(what):
+    """Skip the tests, for a reason, or fail if LAB=required."""
     if os.environ.get("LAB") == "required":
-        raise RuntimeError("LAB=required, but the lab is not up: run `python tests/lab.py up` as root")
-    raise unittest.SkipTest("no real engines: run `python tests/lab.py up` as root on a Debian machine")
+        raise RuntimeError(f"LAB=required, but there is {what}")
+    raise unittest.SkipTest(what)
 
 
 def mounted(path):
@@ -835,6 +932,9 @@ def make_root(suite):
 def install_packages(root, packages):
     """Install the missing packages of a list in a root, while its daemons may be running."""
     print(f"lab: installing packages in {root.name}", flush=True)
+    policy = root / "usr/sbin/policy-rc.d"  # what invoke-rc.d asks: no package may start its daemon on this machine
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
     chroot("apt-get", "update", root=root)
     chroot("apt-get", "install", "-y", "--no-upgrade", "--no-install-recommends", *packages.split(","), root=root,
            env={"DEBIAN_FRONTEND": "noninteractive"})

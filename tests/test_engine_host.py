@@ -1,18 +1,16 @@
-"""Tests of the configuration chapter: where Docker is, by DOCKER_HOST, by contexts, and through ssh."""
+"""Tests of the configuration chapter: where Docker is, by DOCKER_HOST and by contexts."""
 
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import tempfile
-import threading
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import lab
-from program import MODULE, Program
+from program import MODULE
 
 try:
     import trustme
@@ -21,7 +19,7 @@ except ImportError:
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
-from k3d_registry_dockerd import CommandSocket, Engine, EngineHost, RegistryError
+from k3d_registry_dockerd import Engine, EngineHost
 
 DEFAULT = "/var/run/docker.sock"
 
@@ -160,113 +158,7 @@ class TestAddresses(FolderCase):
         return self.find(DOCKER_CONTEXT=name).tls
 
 
-class TestCommands(FolderCase):
-    """CommandSocket, with commands that are no ssh."""
-
-    def test_bytes_pass_and_the_command_is_ended(self):
-        sock = CommandSocket.start(["cat"], self.folder.path / "errors", 20)
-        with sock, sock.makefile("rb") as file:
-            sock.sendall(b"hello\n")
-            self.assertEqual(b"hello\n", file.readline())
-            sock.close()
-            self.assertIsNone(sock._process.poll(), "a file of the connection is still open")
-        self.assertIsNotNone(sock._process.poll())  # 0 if it saw the end of its input before it was killed
-
-    def test_what_a_command_says(self):
-        """The last one counts."""
-        errors = self.folder.path / "errors"
-        for text in ("one", "two"):
-            with CommandSocket.start(["sh", "-c", f"echo {text} >&2"], errors, 20) as sock:
-                self.assertEqual(b"", sock.recv(5))
-            self.assertEqual(f"{text}\n", errors.read_text())
-
-
-# A stand-in for ssh. It notes its arguments, and connects its input and output to the engine's socket; but it fails
-# for the host "nowhere", and never connects for the host "silent".
-SSH = """#!/usr/bin/env python3
-import json, os, socket, sys, threading
-with open({log!r}, "a") as log:
-    log.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
-host = sys.argv[sys.argv.index("--") + 1]
-if host == "nowhere":
-    sys.exit("Warning: noise\\nssh: Could not resolve hostname nowhere: Name or service not known")
-engine = socket.socket(socket.AF_UNIX)
-if host == "silent":
-    threading.Event().wait()
-engine.connect({socket!r})
-def copy(read, write, end):
-    while data := read(65536):
-        write(data)
-    end()
-def send():
-    copy(lambda n: os.read(0, n), engine.sendall, lambda: engine.shutdown(socket.SHUT_WR))
-threading.Thread(target=send, daemon=True).start()
-copy(engine.recv, lambda data: [data := data[os.write(1, data):] for _ in iter(lambda: data, b"")], lambda: None)
-"""
-
-
-class SshCase(FolderCase):
-    def install(self, engine_socket):
-        """Put the stand-in on PATH."""
-        self.log = self.folder.path / "log"
-        program = self.folder.path / "ssh"
-        program.write_text(SSH.format(log=str(self.log), socket=str(engine_socket)))
-        program.chmod(0o755)
-        self.path = f"{self.folder.path}:{os.environ['PATH']}"
-        self.stack.enter_context(mock.patch.dict(os.environ, {"PATH": self.path}))
-
-    def calls(self):
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-    def assert_ended(self):
-        """No process that was started for a connection is left."""
-        for pid, *_ in self.calls():
-            with self.assertRaises(ProcessLookupError):
-                os.kill(pid, 0)
-
-
-class TestSsh(SshCase):
-    def test_arguments(self):
-        self.install("/nowhere")
-        for text, expected in (
-                ("ssh://h", ["--", "h", "docker", "system", "dial-stdio"]),
-                ("ssh://me@h:2222", ["-l", "me", "-p", "2222", "--", "h", "docker", "system", "dial-stdio"]),
-                ("ssh://me@[::1]/", ["-l", "me", "--", "::1", "docker", "system", "dial-stdio"]),
-                ("ssh://h/run/my%20d.sock", ["--", "h", "docker", "'--host=unix:///run/my d.sock'", "system",
-                                             "dial-stdio"])):
-            with self.subTest(text):
-                host = self.find(DOCKER_HOST=text)
-                self.assertEqual(text.rstrip("/"), str(host))
-                with contextlib.suppress(OSError), host.connect(20) as sock:
-                    sock.recv(1)
-                call = self.calls()[-1]
-                self.assertEqual(expected, call[-len(expected):])
-                self.assertIn("BatchMode=yes", call)
-        self.assert_ended()
-
-    def test_errors(self):
-        self.install("/nowhere")
-        with self.assertRaises(RegistryError) as caught:
-            Engine(self.find(DOCKER_HOST="ssh://me@nowhere")).info()
-        self.assertEqual("UNAVAILABLE", caught.exception.code)
-        self.assertRegex(caught.exception.detail, "ssh://me@nowhere failed: .*Name or service not known.*"
-                                                  "run: ssh .*-l me -- nowhere docker version")
-        with mock.patch.dict(os.environ, {"PATH": "/nowhere"}), self.assertRaises(RegistryError) as caught:
-            Engine(self.find(DOCKER_HOST="ssh://h")).info()
-        self.assertRegex(caught.exception.detail, "failed: .*No such file or directory: 'ssh'")
-
-    def test_an_ssh_that_hangs_is_ended(self):
-        self.install("/nowhere")
-        host = self.find(DOCKER_HOST="ssh://silent")
-        with contextlib.suppress(TimeoutError), host.connect(20) as sock:
-            while not self.log.exists() or not self.log.read_text().endswith("\n"):
-                threading.Event().wait(0.02)
-            sock.settimeout(0.1)
-            sock.recv(1)
-        self.assert_ended()
-
-
-class TestEngines(SshCase):
+class TestEngines(FolderCase):
     """Real engines, and the real docker command as an oracle."""
 
     engine = lab.ENGINES["classic"]
@@ -301,39 +193,6 @@ class TestEngines(SshCase):
         self.folder.context("lab", f"unix://{lab.ENGINES['classic'].socket}")
         self.folder.use("lab")
         self.assertEqual("classic", Engine(self.find()).info().store)
-
-    def test_images_through_ssh(self):
-        """A node's requests are answered by an engine that is reached through ssh: by lists, streams and gRPC."""
-        for name in ("containerd", "classic"):
-            engine = lab.ENGINES[name]
-            with self.subTest(name):
-                self.install(engine.socket)
-                digest = engine.inspect("base:1")["Id"]
-                with Program("ssh://me@h", env={"PATH": self.path}) as program:
-                    program.wait_for_line("Docker is at ssh://me@h (from DOCKER_HOST)")
-                    answer = program.get("/v2/library/base/manifests/1?ns=docker.io")
-                    self.assertEqual(200, answer.status, program.log)
-                    config = answer.json["config"]["digest"]
-                    self.assertIn(digest, (config, answer.headers["Docker-Content-Digest"]))
-                    for layer in answer.json["layers"]:
-                        body = program.get(f"/v2/library/base/blobs/{layer['digest']}?ns=docker.io").body
-                        self.assertEqual(layer["digest"], f"sha256:{hashlib.sha256(body).hexdigest()}")
-                self.assert_ended()
-
-    def test_real_bridge(self):
-        """The docker command's own `docker system dial-stdio` is at the other end."""
-        program = self.folder.path / "ssh"
-        program.write_text("#!/bin/sh\nwhile [ \"$1\" != -- ]; do shift; done; shift 2\n"
-                           f"exec chroot {lab.CLIENT_ROOT} sh -c \"$*\"\n")
-        program.chmod(0o755)
-        path = f"{self.folder.path}:{os.environ['PATH']}"
-        with mock.patch.dict(os.environ, {"PATH": path}):
-            host = self.find(DOCKER_HOST="ssh://h/lab/containerd/docker.sock")
-            self.assertEqual("containerd", Engine(host).info().store)
-            self.assertTrue(Engine(host).image("base:1"))
-            with self.assertRaises(RegistryError) as caught:
-                Engine(self.find(DOCKER_HOST="ssh://h/lab/nowhere.sock")).info()
-            self.assertIn("/lab/nowhere.sock", caught.exception.detail)
 
 
 if __name__ == "__main__":

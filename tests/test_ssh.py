@@ -1,0 +1,322 @@
+"""Tests of the ssh chapter: with a stand-in for ssh, and with OpenSSH's own client and server before real engines."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import lab
+from program import MODULE, Program
+
+sys.path.insert(0, str(MODULE.parent))
+from k3d_registry_dockerd import CommandSocket, Engine, EngineHost, RegistryError, SshConnections, last_words
+
+
+class FolderCase(unittest.TestCase):
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+
+    def install(self, script):
+        """Make a script the ssh of PATH."""
+        program = self.folder / "ssh"
+        program.write_text(script)
+        program.chmod(0o755)
+        self.path = f"{self.folder}:{os.environ['PATH']}"
+        self.stack.enter_context(mock.patch.dict(os.environ, {"PATH": self.path}))
+
+
+class TestCommands(unittest.TestCase):
+    """CommandSocket, with commands that are no ssh."""
+
+    def test_bytes_pass_and_the_command_is_ended(self):
+        ends = []
+        sock = CommandSocket.start(["cat"], 20, lambda: ends.append(1))
+        with sock, sock.makefile("rb") as file:
+            sock.sendall(b"hello\n")
+            self.assertEqual(b"hello\n", file.readline())
+            sock.close()
+            self.assertIsNone(sock._process.poll(), "a file of the connection is still open")
+        self.assertIsNotNone(sock._process.poll())  # 0 if it saw the end of its input before it was killed
+        sock.close()
+        self.assertEqual([1], ends)
+
+    def test_the_end(self):
+        """Each row: a command, and what reading and writing raise then. Only a command that fails is an error."""
+        for script, expected in (("echo noise >&2", None), ("echo one >&2; echo two >&2; exit 3", "^one; two$"),
+                                 ("exit 3", "status 3")):
+            for name, operation in (
+                    ("recv", lambda sock: sock.recv(5)),
+                    ("recv_into", lambda sock: sock.recv_into(bytearray(5))),
+                    ("makefile", lambda sock: self.read_file(sock)),
+                    ("sendall", lambda sock: [sock.sendall(bytes(100_000)) for _ in range(100)])):
+                with self.subTest(script, operation=name), CommandSocket.start(["sh", "-c", script], 20) as sock:
+                    if expected:
+                        self.assertRaisesRegex(ConnectionError, expected, operation, sock)
+                    elif name == "sendall":
+                        self.assertRaises(ConnectionError, operation, sock)
+                    else:
+                        self.assertFalse(operation(sock))
+
+    @staticmethod
+    def read_file(sock):
+        with sock.makefile("rb") as file:
+            return file.readline()
+
+    def test_last_words(self):
+        """Each row: what a command said, and what is shown of that."""
+        for text, expected in (
+                ("", ""), ("\n  one \n\ntwo.\n", "one; two"), ("a\x1bb", r"a\x1bb"), ("x" * 500, "x" * 20),
+                ("forgotten\none more line\nlast line.", "last line"), ("a" * 5000 + "\nb", "b")):
+            with self.subTest(text[:20]), tempfile.TemporaryFile() as file:
+                file.write(text.encode())
+                file.flush()
+                self.assertEqual(expected, last_words(file, 20))
+                self.assertEqual(len(text), file.tell())
+
+
+# A stand-in for ssh. It notes its arguments. As a master, it leaves a file where ssh has its socket, and removes it
+# when it is told to exit; else it connects its input and output to the engine's socket. It fails for the host
+# "nowhere", never ends for the host "slow", and never connects for the host "silent".
+SSH = """#!/usr/bin/env python3
+import json, os, pathlib, socket, sys, threading
+with open({log!r}, "a") as log:
+    log.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
+host = sys.argv[sys.argv.index("--") + 1]
+(control,) = (pathlib.Path(word.partition("=")[2]) for word in sys.argv if word.startswith("ControlPath="))
+if host == "nowhere":
+    sys.exit("Warning: noise\\nssh: Could not resolve hostname nowhere: Name or service not known")
+if host == "slow":
+    print("still trying", file=sys.stderr, flush=True)
+    threading.Event().wait()
+if "-N" in sys.argv:
+    sys.exit(control.touch())
+if "-O" in sys.argv:
+    sys.exit(control.unlink())
+if host == "silent":
+    threading.Event().wait()
+engine = socket.socket(socket.AF_UNIX)
+engine.connect({socket!r})
+def copy(read, write, end):
+    while data := read(65536):
+        write(data)
+    end()
+def send():
+    copy(lambda n: os.read(0, n), engine.sendall, lambda: engine.shutdown(socket.SHUT_WR))
+threading.Thread(target=send, daemon=True).start()
+copy(engine.recv, lambda data: [data := data[os.write(1, data):] for _ in iter(lambda: data, b"")], lambda: None)
+"""
+
+
+class TestStandIn(FolderCase):
+    def setUp(self):
+        super().setUp()
+        self.log = self.folder / "log"
+        self.install(SSH.format(log=str(self.log), socket="/nowhere"))
+
+    def calls(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def assert_ended(self):
+        """No process that was started for a connection is left."""
+        for pid, *_ in self.calls():
+            with self.assertRaises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    def test_arguments(self):
+        for text, host, command in (
+                ("ssh://h", ["--", "h"], ["docker"]),
+                ("ssh://me@h:2222", ["-l", "me", "-p", "2222", "--", "h"], ["docker"]),
+                ("ssh://me@[::1]/", ["-l", "me", "--", "::1"], ["docker"]),
+                ("ssh://h/run/my%20d.sock", ["--", "h"], ["docker", "'--host=unix:///run/my d.sock'"])):
+            with self.subTest(text):
+                engine_host = EngineHost.parse(text)
+                self.assertEqual(text.rstrip("/"), str(engine_host))
+                with contextlib.suppress(OSError), engine_host.connect(20) as sock:
+                    sock.recv(1)
+                master, session = self.calls()[-2:]
+                self.assertEqual(host, master[-len(host):])
+                expected = [*host, *command, "system", "dial-stdio"]
+                self.assertEqual(expected, session[-len(expected):])
+                for call in master, session:
+                    self.assertIn("BatchMode=yes", call)
+                del engine_host, sock
+                self.assertEqual(["-O", "exit", *host], self.calls()[-1][-len(host) - 2:])
+        self.assert_ended()
+
+    def test_errors(self):
+        with self.assertRaises(RegistryError) as caught:
+            Engine(EngineHost.parse("ssh://me@nowhere")).info()
+        self.assertEqual("UNAVAILABLE", caught.exception.code)
+        self.assertRegex(caught.exception.detail, r"ssh://me@nowhere failed: .*Name or service not known\. To.*"
+                                                  "run: ssh .*-l me -- nowhere docker version")
+        with mock.patch.dict(os.environ, {"PATH": "/nowhere"}), self.assertRaises(RegistryError) as caught:
+            Engine(EngineHost.parse("ssh://h")).info()
+        self.assertRegex(caught.exception.detail, "failed: .*No such file or directory: 'ssh'")
+
+    def test_an_ssh_that_hangs_is_ended(self):
+        host = EngineHost.parse("ssh://silent")
+        with contextlib.suppress(TimeoutError), host.connect(20) as sock:
+            while len(self.calls()) < 2:
+                threading.Event().wait(0.02)
+            sock.settimeout(0.1)
+            sock.recv(1)
+        self.assertRaisesRegex(OSError, "timed out still trying", EngineHost.parse("ssh://slow").connect, 2)
+        self.assertEqual(3, len(self.calls()))
+        self.assert_ended()
+
+
+class TestOpenSsh(FolderCase):
+    """OpenSSH's own client and server, and the docker command's own `docker system dial-stdio` behind them."""
+
+    engine = lab.ENGINES["containerd"]
+
+    @classmethod
+    def setUpClass(cls):
+        lab.require()
+        if not shutil.which("ssh"):
+            lab.lacking("no ssh command: install openssh-client")
+        if not (lab.CLIENT_ROOT / "usr/sbin/sshd").exists():
+            lab.lacking("no OpenSSH server in the lab: run `python tests/lab.py up` again")
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.stack.enter_context(lab.SshServer())
+        # ssh reads the files of the user's home folder, which it does not take from HOME.
+        self.install(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.server.config} "$@"\n')
+        # A temporary folder with a path as long as on macOS: ssh's sockets must have short names.
+        self.temporary = self.folder / ("x" * (48 - len(str(self.folder))))
+        self.temporary.mkdir()
+
+    @contextlib.contextmanager
+    def program(self, socket=None, **constants):
+        """Run a program whose Docker is behind the server; check that nothing is left of it, and of its ssh."""
+        url = f"ssh://lab{socket or self.engine.inside + '/docker.sock'}"
+        with Program(url, env={"PATH": self.path, "TMPDIR": str(self.temporary)}, constants=constants) as program:
+            yield program
+        lab.wait_for("the end of every ssh", lambda: not self.processes())
+        self.assertEqual([], list(self.temporary.iterdir()))
+
+    def processes(self):
+        """Return the command lines of the processes of ssh that a program has started."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found.append(path.read_bytes())
+        return [line for line in found if str(self.temporary).encode() in line]
+
+    @staticmethod
+    def pull(program, name="base"):
+        """Pull an image as a node does, without unpacking: return the first answer that is no success, or the last."""
+        answer = program.get(f"/v2/library/{name}/manifests/1?ns=docker.io")
+        if answer.status == 200:
+            for part in (answer.json["config"], *answer.json["layers"]):
+                answer = program.get(f"/v2/library/{name}/blobs/{part['digest']}?ns=docker.io")
+                if answer.status != 200:
+                    break
+                assert part["digest"] == f"sha256:{hashlib.sha256(answer.body).hexdigest()}"
+        return answer
+
+    def test_pull(self):
+        """Everything that the program asks goes over one connection, gRPC included."""
+        for name, sources in (("containerd", "store, content service"), ("classic", "store, export")):
+            with self.subTest(name), self.program(f"/lab/{name}/docker.sock") as program:
+                program.wait_for_line(f"Docker is at ssh://lab/lab/{name}/docker.sock (from DOCKER_HOST)")
+                before = self.server.connections()
+                for _ in range(3):
+                    self.assertEqual(200, self.pull(program).status, program.log)
+                line = program.wait_for_line(f"{name} image store; content from: ")
+                self.assertTrue(line.endswith(f"content from: {sources}"), line)
+                self.assertTrue(self.processes())
+            self.assertEqual(before + 1, self.server.connections())
+
+    def test_many_clients(self):
+        """More at the same time than a server allows on one connection, or lets connect."""
+        with self.program() as program, concurrent.futures.ThreadPoolExecutor(30) as pool:
+            answers = list(pool.map(lambda _: self.pull(program), range(30)))
+        self.assertEqual([200] * 30, [answer.status for answer in answers], program.log)
+
+    def test_many_sessions(self):
+        with mock.patch.object(tempfile, "tempdir", str(self.temporary)), contextlib.ExitStack() as stack:
+            host = EngineHost.parse(f"ssh://lab{self.engine.inside}/docker.sock")
+
+            def ping(_):
+                connection = host.http(60)
+                stack.callback(connection.close)
+                connection.request("GET", "/_ping")
+                return connection.getresponse().read()
+
+            with concurrent.futures.ThreadPoolExecutor(30) as pool:
+                self.assertEqual({b"OK"}, set(pool.map(ping, range(30))))
+            self.assertEqual(30 / SshConnections.SESSIONS, self.server.connections())
+
+    def test_errors(self):
+        """Each row: what is wrong, what ssh or the far side says about that, and how it is mended."""
+        server = self.server
+        host, user = server.public("host"), server.public("user")
+        forced = f'command="nothing-like-this" {user}'
+        for name, spoil, said, mend in (
+                ("no server", server.stop, "connect to host 127.0.0.1 port .* Connection refused", server.start),
+                ("unknown", lambda: server.know(""), "Host key verification failed", lambda: server.know(host)),
+                ("changed", lambda: server.know(user), "Host key for .* has changed", lambda: server.know(host)),
+                ("refused", lambda: server.let_in(""), r"Permission denied \(publickey", lambda: server.let_in(user)),
+                ("no docker", lambda: server.let_in(forced), "nothing-like-this: .*not found",
+                 lambda: server.let_in(user))):
+            spoil()
+            with self.subTest(name), self.program() as program:
+                answer = self.pull(program)
+                self.assertEqual((503, "UNAVAILABLE"), (answer.status, answer.code))
+                self.assertRegex(answer.detail, f"ssh://lab/.* failed: .*{said}.* run: ssh .*-- lab docker")
+                self.assertRegex(program.wait_for_line(" 503 "), said)
+                mend()
+                if name == "no docker":  # what is forced is told to a connection at its start
+                    server.stop()
+                    server.start()
+                self.assertEqual(200, self.pull(program).status, program.log)
+        with self.program("/lab/nowhere.sock") as program:
+            self.assertRegex(self.pull(program).detail, "failed: .*/lab/nowhere.sock")
+
+    def test_server_is_stopped_and_comes_back(self):
+        data = os.urandom(64_000_000)
+        self.engine.import_image("tunnelled:1", {"data": data})
+        self.stack.callback(self.engine.remove, "tunnelled:1")
+        with self.program() as program:
+            manifest = program.get("/v2/library/tunnelled/manifests/1?ns=docker.io").json
+            (layer,) = manifest["layers"]
+            response = program.begin_get(f"/v2/library/tunnelled/blobs/{layer['digest']}?ns=docker.io")
+            self.assertEqual(1000, len(response.read(1000)))
+            self.server.stop()
+            self.assertRaises((http.client.IncompleteRead, ConnectionError), response.read)
+            answer = self.pull(program, "tunnelled")
+            self.assertEqual(503, answer.status)
+            self.assertRegex(answer.detail, "Connection refused")
+            self.server.start()
+            self.assertEqual(200, self.pull(program, "tunnelled").status, program.log)
+
+    def test_server_hangs(self):
+        """It is as with a network that is lost: nothing comes, and nothing is refused."""
+        with self.program(ENGINE_TIMEOUT=3) as program:
+            self.assertEqual(200, self.pull(program).status)
+            self.server.signal(signal.SIGSTOP)
+            try:
+                answer = self.pull(program)
+                self.assertEqual(503, answer.status)
+                self.assertRegex(answer.detail, "failed: timed out")
+            finally:
+                self.server.signal(signal.SIGCONT)
+            self.assertEqual(200, self.pull(program).status, program.log)
+
+
+if __name__ == "__main__":
+    unittest.main()
