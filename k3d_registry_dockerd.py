@@ -1896,6 +1896,7 @@ class EngineInfo:
     identity: str
     platform: str = ""          # linux/amd64
     is_podman: bool = False
+    is_remote: bool = False     # on another machine: its files cannot be read here
     user_agent: str = ""        # how it begins, when the engine asks registries for anything
     names: tuple[str, ...] = field(default=(), compare=False)  # of this registry, if it runs in a container: HOST:PORT
     details: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all that /info shows
@@ -2139,7 +2140,7 @@ class Engine:
             return EngineInfo(str(version["Version"]), (major, minor), "containerd" if snapshotter else "classic",
                               root, str(info["ID"]),
                               platform_of({"os": version.get("Os"), "architecture": version.get("Arch")}),
-                              "Podman Engine" in components,
+                              "Podman Engine" in components, self.host.tunnel is not None,
                               "docker/{} go/{} git-commit/{} kernel/{} os/{} arch/{}".format(*map(version.get, names)),
                               self._own_names(), info, read_at)
 
@@ -5076,8 +5077,8 @@ class ImageStore:
 
     def advice(self) -> str | None:
         """How to make pulls faster by having the files of Docker's image store read, or None if they are."""
-        if self.info.is_podman or any(isinstance(provider, ContentFolder | LayerDirectory)
-                                      for provider in self.providers):
+        has_files = any(isinstance(provider, ContentFolder | LayerDirectory) for provider in self.providers)
+        if has_files or self.info.is_podman or self.info.is_remote:
             return None
         folder = content_root(self.info)
         if os.access(folder, os.F_OK) and not os.access(folder, os.R_OK | os.X_OK):

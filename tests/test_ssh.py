@@ -238,6 +238,7 @@ class TestOpenSsh(FolderCase):
                     self.assertEqual(200, self.pull(program).status, program.log)
                 line = program.wait_for_line(f"{name} image store; content from: ")
                 self.assertTrue(line.endswith(f"content from: {sources}"), line)
+                self.assertIsNone(program.get("/status").json["engine"]["advice"], "its files are not on this machine")
                 self.assertTrue(self.processes())
             self.assertEqual(before + 1, self.server.connections())
 
