@@ -19,7 +19,15 @@ import lab
 from program import MODULE, Program
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import CommandSocket, Engine, EngineHost, RegistryError, SshConnections, last_words
+from k3d_registry_dockerd import (
+    CommandSocket,
+    Engine,
+    EngineHost,
+    RegistryError,
+    SshConnection,
+    SshConnections,
+    last_words,
+)
 
 
 class FolderCase(unittest.TestCase):
@@ -205,7 +213,8 @@ class TestOpenSsh(FolderCase):
         url = f"ssh://lab{socket or self.engine.inside + '/docker.sock'}"
         with Program(url, env={"PATH": self.path, "TMPDIR": str(self.temporary)}, constants=constants) as program:
             yield program
-        lab.wait_for("the end of every ssh", lambda: not self.processes())
+        # Sooner than those would end by themselves that keep connections.
+        lab.wait_for("the end of every ssh", lambda: not self.processes(), SshConnection.KEPT / 3)
         self.assertEqual([], list(self.temporary.iterdir()))
 
     def processes(self):

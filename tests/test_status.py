@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from unittest import mock
 import lab
 from browser import CHROMIUM, Browser
 from fake_daemon import FakeDaemon, Image
-from program import COMMAND, MODULE, Program
+from program import COMMAND, MODULE, Program, environment
 from test_behaviour import wait_until
 from test_engines import EngineCase
 from test_promise import FOUR_TYPES
@@ -183,6 +184,29 @@ class TestEndpoints(StatusCase):
         (info,) = families[prefix + "info"].samples
         self.assertEqual({"version", "engine", "store"}, set(info.labels))
         self.assertNotIn("nothing", self.program.get("/metrics").body.decode())
+
+    @unittest.skipUnless(shutil.which("promtool"), "needs promtool, of the package prometheus")
+    def test_prometheus_own_checks(self):
+        for path in ("nothing/manifests/1", "app/manifests/1", "BAD/manifests/1", "a/manifests/1?ns=b.c"):
+            self.program.get(f"/v2/{path}")
+        self.program.request("BREW", "/v2/")
+        metrics = self.program.get("/metrics").body
+        config = subprocess.run([*COMMAND, "config", "prometheus"], check=True, capture_output=True,
+                                env=environment()).stdout
+        for kind, document in (("metrics", metrics), ("config", config)):
+            with self.subTest(kind), tempfile.NamedTemporaryFile() as file:
+                file.write(document)
+                file.seek(0)
+                checked = subprocess.run(["promtool", "check", kind, *([file.name] if kind == "config" else [])],
+                                         stdin=file, check=False, capture_output=True, text=True)
+                self.assertEqual((0, ""), (checked.returncode, checked.stderr), checked.stdout)
+
+    def test_labels(self):
+        """Prometheus knows three escapes: for a quote, a backslash and a new line."""
+        for value, expected in (("28.5", '"28.5"'), ('a"b', r'"a\"b"'), ("a\\b", r'"a\\b"'), ("a\nb", r'"a\\nb"'),
+                                ("a\t\x07", r'"a\\t\\x07"'), ("é\ud800", r'"é\\ud800"')):
+            with self.subTest(value=ascii(value)):
+                self.assertEqual(f"{{name={expected}}}", module.labelled(name=value))
 
     def test_text_from_outside_is_escaped(self):
         evil = "<script>alert(1)</script>"
