@@ -17,14 +17,14 @@ TIMEOUT = 60  # seconds that the browser may take to answer
 class Browser:
     """A page in Chromium. Use it in a `with`. events has everything that the browser reported about it."""
 
-    def __init__(self, url):
+    def __init__(self, url, *arguments):
         self.events, self._answers, self._numbers = [], {}, itertools.count(1)
         self._changed = threading.Condition()
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (read, self._out), (self._in, write) = os.pipe(), os.pipe()
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                   "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "about:blank"]
+                   "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", *arguments, "about:blank"]
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]  # not 3 or 4, where they have to be
         self._process = subprocess.Popen(["bash", "-c", f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}', "bash", *command],
                                          pass_fds=ends, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -36,7 +36,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=url)
+        self.open(url)
 
     def _read(self):
         with open(self._in, "rb", closefd=False) as pipe:
@@ -62,6 +62,10 @@ class Browser:
             answer = self._answers.pop(number)
         assert "result" in answer, answer
         return answer["result"]
+
+    def open(self, url):
+        """Go to an address, like a person who types it."""
+        self.call("Page.navigate", url=url)
 
     def evaluate(self, script):
         """Return the value of an expression in the page."""

@@ -13,7 +13,7 @@ import threading
 import unittest
 from pathlib import Path
 
-MODULE = Path(__file__).resolve().parent.parent / "k3d_registry_dockerd.py"
+from forks import MODULE, Process
 
 # Runs the program as an import, which Python compiles once and not at each start, and with other values for some of
 # its constants. MODULE alone, as users run it, is what test_command_line.py runs.
@@ -35,6 +35,23 @@ takes_long = unittest.skipUnless(os.environ.get("TESTS") == "all", "takes long: 
 def environment(**more):
     """Return the environment for a program: this process's, with more, and with compiled modules kept."""
     return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **more}
+
+
+def start(command, arguments, env, constants):
+    """Start a command with the program's arguments, and return the Popen."""
+    return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True,
+                            env={"PYTHONUNBUFFERED": "1", "CONSTANTS": json.dumps(constants), **env})
+
+
+def run(*arguments, **env):
+    """Run the program to its end, and return the CompletedProcess, with its output."""
+    with tempfile.TemporaryFile("w+") as stdout:
+        process = Process([*map(str, arguments)], environment(**env), {}, stdout)
+        with process.stderr:
+            errors = process.stderr.read()
+        status = process.wait()
+        stdout.seek(0)
+        return subprocess.CompletedProcess(arguments, status, stdout.read(), errors)
 
 
 class Answer:
@@ -65,17 +82,16 @@ class Program:
     address is the address to listen on, by default on a free port. constants replaces values of the module's constants.
     """
 
-    def __init__(self, docker_host, *arguments, store=None, command=COMMAND, env=None, address="127.0.0.1:0",
+    def __init__(self, docker_host, *arguments, store=None, command=None, env=None, address="127.0.0.1:0",
                  constants=None):
         self._stack = contextlib.ExitStack()
         self.store = Path(store or self._stack.enter_context(tempfile.TemporaryDirectory()) + "/store")
         self.log = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen(
-            [*command, "-addr", address, "-store", str(self.store), *arguments],
-            stderr=subprocess.PIPE, text=True,
-            env=environment(**{"DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", "PYTHONUNBUFFERED": "1",
-                               "CONSTANTS": json.dumps({"STOP_INTERVAL": 0.01, **(constants or {})}), **(env or {})}))
+        arguments = ["-addr", address, "-store", str(self.store), *map(str, arguments)]
+        constants = {"STOP_INTERVAL": 0.01, **(constants or {})}
+        env = environment(**{"DOCKER_HOST": docker_host, "DOCKER_CONFIG": "/nowhere", **(env or {})})
+        self.process = start(command, arguments, env, constants) if command else Process(arguments, env, constants)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         line = self.wait_for_line("listening on ")

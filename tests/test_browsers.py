@@ -3,16 +3,15 @@
 import http.server
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import threading
 import unittest
 from email.message import Message
 
-from browser import CHROMIUM
+from browser import CHROMIUM, Browser
 from fake_daemon import FakeDaemon, sha256
 from program import MODULE, Program
+from test_behaviour import wait_until
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -189,6 +188,11 @@ class TestChromium(unittest.TestCase):
             document.getElementById("result").textContent = "RESULT" + JSON.stringify(found) + "END";
         })();</script>"""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = Browser("about:blank", "--host-resolver-rules=MAP *.example 127.0.0.1")
+        cls.addClassCleanup(cls.browser.__exit__)
+
     def setUp(self):
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -201,15 +205,13 @@ class TestChromium(unittest.TestCase):
         self.addCleanup(program.__exit__)
         return program
 
-    def browse(self, url):
-        """Open a page and return its document, after its scripts have ended."""
-        with tempfile.TemporaryDirectory() as profile:
-            done = subprocess.run(
-                [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 f"--user-data-dir={profile}", "--host-resolver-rules=MAP *.example 127.0.0.1",
-                 "--virtual-time-budget=10000", "--dump-dom", url],
-                capture_output=True, text=True, timeout=120)
-        return done.stdout
+    def browse(self, url, end="</html>"):
+        """Open a page and return its document, when that is complete and contains `end`."""
+        self.browser.open(url)
+        script = """document.readyState === "complete" && location.href === URL && document.documentElement.outerHTML"""
+        script = script.replace("URL", json.dumps(url))
+        wait_until(lambda: end in (self.browser.evaluate(script) or ""))
+        return self.browser.evaluate(script)
 
     def results(self, host, program):
         """Open a page of a host that sends requests to a registry, and return what they gave."""
@@ -220,8 +222,7 @@ class TestChromium(unittest.TestCase):
                  ["simple get", f"{base}/v2/_catalog", {"mode": "no-cors"}],
                  ["simple post", upload, {"method": "POST", "body": "x", "mode": "no-cors"}]]
         self.server.page = self.TRIES.replace("TRIES", json.dumps(tries), 1)
-        document = self.browse(f"http://{host}:{self.port}/")
-        self.assertIn("RESULT{", document)
+        document = self.browse(f"http://{host}:{self.port}/", "RESULT{")
         return json.loads(re.search("RESULT(.*)END", document)[1].replace("&quot;", '"'))
 
     def test_pages_of_others(self):

@@ -16,6 +16,7 @@ from pathlib import Path
 from fake_daemon import FakeDaemon, Image, http_answer
 from program import MODULE, Program
 from program import environment as inherited
+from program import run as run_import
 from test_behaviour import wait_until
 
 sys.path.insert(0, str(MODULE.parent))
@@ -174,12 +175,13 @@ class TestInvalidSettings(CommandCase):
         self.assertEqual(1, result.stderr.count("\n"), result.stderr)
 
     def test_version_and_help(self):
-        for flag, expected in (("-version", "k3d-registry-dockerd "), ("--version", "k3d-registry-dockerd "),
-                               ("-h", "REGISTRY_HTTP_ADDR"), ("--help", "DOCKER_HOST")):
+        cases = (("-version", "k3d-registry-dockerd "), ("--version", "k3d-registry-dockerd "),
+                 ("-h", "REGISTRY_HTTP_ADDR"), ("--help", "DOCKER_HOST"))
+        results = run_all([([flag], {}) for flag, _ in cases])
+        for (flag, expected), (status, out, err) in zip(cases, results, strict=True):
             with self.subTest(flag):
-                result = run(flag)
-                self.assertEqual((0, ""), (result.returncode, result.stderr))
-                self.assertIn(expected, " ".join(result.stdout.split()))
+                self.assertEqual((0, ""), (status, err))
+                self.assertIn(expected, " ".join(out.split()))
 
     def test_help_of_commands(self):
         overview = run("-h").stdout
@@ -288,14 +290,15 @@ class TestRunning(CommandCase):
                                         ("127.0.0.1:1", 1, "no answer from 127.0.0.1:1")):
             with self.subTest(address):
                 for command in ("-check", "check"):
-                    result = run(command, "-addr", address)
+                    result = run_import(command, "-addr", address)
                     self.assertEqual(status, result.returncode)
                     self.assertTrue(result.stdout.startswith(output), result.stdout)
 
     def test_check_finds_the_server(self):
         """It runs under a name of its own here, as the only one in a container would: other tests start servers too."""
         script = self.folder / f"{self.folder.name}.py"
-        script.write_bytes(MODULE.read_bytes())
+        script.write_text(f"import sys\nsys.path.insert(0, {str(MODULE.parent)!r})\n"
+                          "import k3d_registry_dockerd as module\nsys.exit(module.main())\n")
         command = (sys.executable, str(script))
         nobody = {"REGISTRY_HTTP_ADDR": "127.0.0.1:1"}
         self.assertEqual(1, run("check", command=command, **nobody).returncode)
@@ -313,7 +316,7 @@ class TestRunning(CommandCase):
     def test_log_of_probes_and_addresses(self):
         for level, count in (("info", 0), ("debug", 4)):
             program = self.program("unix:///nowhere", "-addr", ":0", "-log-level", level)
-            self.assertEqual("healthy\n", run("check", "-addr", f"127.0.0.1:{program.port}").stdout)
+            self.assertEqual("healthy\n", run_import("check", "-addr", f"127.0.0.1:{program.port}").stdout)
             for path in ("/livez", "/readyz?verbose", "/healthz"):
                 program.get(path)
             program.get("/v2/")  # not a probe

@@ -10,7 +10,7 @@ import unittest
 from pathlib import Path
 
 import lab
-from program import COMMAND, MODULE, environment
+from program import MODULE, run
 from test_engines import EngineCase
 
 sys.path.insert(0, str(MODULE.parent))
@@ -121,8 +121,8 @@ class TestNode(EngineCase):
         """Start a program, and make a folder with the configuration that it prints. Returns (folder, text)."""
         self.build("1")
         program = self.program()
-        done = subprocess.run([*COMMAND, "config", kind, "-addr", program.address], capture_output=True, text=True,
-                              check=True, env=environment(DOCKER_HOST=f"unix://{self.engine.socket}"))
+        done = run("config", kind, "-addr", program.address, DOCKER_HOST=f"unix://{self.engine.socket}")
+        done.check_returncode()
         folder = lab.SHARE / self.name
         self.addCleanup(shutil.rmtree, folder)
         folder.mkdir()

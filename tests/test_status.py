@@ -16,7 +16,7 @@ from unittest import mock
 import lab
 from browser import CHROMIUM, Browser
 from fake_daemon import FakeDaemon, Image
-from program import COMMAND, MODULE, Program, environment
+from program import COMMAND, MODULE, Program, environment, run
 from test_behaviour import wait_until
 from test_engines import EngineCase
 from test_promise import FOUR_TYPES
@@ -261,25 +261,22 @@ class TestEndpoints(StatusCase):
 
 
 class TestCommand(StatusCase):
-    def command(self, *arguments):
-        return [*COMMAND, "status", "-addr", self.program.address, *arguments]
-
     def test_once(self):
         for arguments in ((), ("-watch",)):  # not on a terminal: once
-            done = subprocess.run(self.command(*arguments), capture_output=True, text=True)
+            done = run("status", "-addr", self.program.address, *arguments)
             self.assertEqual((0, ""), (done.returncode, done.stderr))
             self.assertIn("Docker 28", done.stdout)
             self.assertIn("IMAGES\napp:1", done.stdout)
 
     def test_no_answer(self):
-        done = subprocess.run([*self.command()[:-1], "127.0.0.1:1"], capture_output=True, text=True)
+        done = run("status", "-addr", "127.0.0.1:1")
         self.assertEqual(1, done.returncode)
         self.assertIn("no answer from 127.0.0.1:1", done.stdout)
 
     def test_watched_on_a_terminal(self):
         ours, terminal = os.openpty()
         self.addCleanup(os.close, ours)
-        process = subprocess.Popen(self.command("-watch"), stdout=terminal)
+        process = subprocess.Popen([*COMMAND, "status", "-addr", self.program.address, "-watch"], stdout=terminal)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         os.close(terminal)

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import unittest
 from pathlib import Path
 
 import walk
 from fake_daemon import FakeDaemon, Image, sha256
 from fake_origin import INSECURE, Origin
-from program import COMMAND, Program, environment, takes_long
+from program import Program, run, takes_long
 from test_damage import (
     DAMAGES,
     FILES,
@@ -28,9 +27,7 @@ from test_damage import (
 
 def verify(store, *arguments, docker_host="unix:///nowhere", **env):
     """Run the subcommand. Return its status, and what it printed; the log is not looked at."""
-    result = subprocess.run([*COMMAND, "verify", "-store", str(store), *arguments],
-                            capture_output=True, text=True, check=False,
-                            env=environment(DOCKER_HOST=docker_host, DOCKER_CONFIG="/nowhere", **env))
+    result = run("verify", "-store", store, *arguments, DOCKER_HOST=docker_host, DOCKER_CONFIG="/nowhere", **env)
     assert "Traceback" not in result.stderr, result.stderr
     return result.returncode, result.stdout
 
@@ -128,7 +125,7 @@ class TestVerify(DamageCase):
         self.assertEqual([False, False], [path.exists() for path in paths])
 
     def test_repair_is_for_verify(self):
-        result = subprocess.run([*COMMAND, "-repair"], capture_output=True, text=True, check=False)
+        result = run("-repair")
         self.assertEqual(2, result.returncode)
         self.assertIn("unrecognized arguments: -repair", result.stderr)
 
