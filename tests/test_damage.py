@@ -278,8 +278,9 @@ class TestUnreadable(DamageCase):
 
     def test_nothing_is_deleted(self):
         for number in UNREADABLE:
+            store = self.copy()  # which no case changes
             for below in ("", "blobs", "repositories", "repositories/a", *FILES.values()):
-                with self.subTest(errno.errorcode[number], below=below), HostedProgram(self.copy()) as program:
+                with self.subTest(errno.errorcode[number], below=below), HostedProgram(store) as program:
                     def files(root=program.store):
                         return {path for path in root.rglob("*") if path.is_file()}
                     before = files()

@@ -14,7 +14,7 @@ from test_behaviour import BehaviourCase, wait_until
 
 LIMITS = {
     # Each answer comes before Docker's, and none of the waits for Docker ends by itself: so this is their only limit.
-    "the deadline of the request": {"LAST_ANSWER": 0.5, "ENGINE_TIMEOUT": 1000},
+    "the deadline of the request": {"LAST_ANSWER": 0.2, "ENGINE_TIMEOUT": 1000},
     "the timeout of each wait": {"LAST_ANSWER": 1000, "ENGINE_TIMEOUT": 0.5},
 }
 

@@ -293,9 +293,7 @@ class TestSlowClients(HostileCase):
         self.assertNotIn(TimeoutError, errors)
 
     def start_impatient(self):
-        code = ("import sys, k3d_registry_dockerd as m; m.HEAD_TIMEOUT = 0.5; m.BODY_PATIENCE = 0.5; "
-                "sys.exit(m.main())")
-        return self.start(command=[sys.executable, "-c", code], env={"PYTHONPATH": str(MODULE.parent)})
+        return self.start(constants={"HEAD_TIMEOUT": 0.3, "BODY_PATIENCE": 0.3})
 
     def trickle(self, connection, data):
         """Send a byte at a time until there is an answer, and return its status."""

@@ -352,10 +352,15 @@ class TestSharedWork(MirrorCase):
                 mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.2", "no_proxy": "127.0.0.2"}):
             origin.hold(self.image.manifest, go_on)
             reference = Reference.parse("team/app", self.image.digest, origin.host)
-            for credentials in (None, None, None, Credentials("a", "x"), Credentials("a", "x")):
+
+            def ask(credentials):
                 with self.assertRaises(RegistryError) as caught:
                     self.mirror.manifest(Client(credentials=credentials, deadline=Deadline(0.5)), reference)
-                self.assertEqual("STILL_PULLING", caught.exception.code)
+                return caught.exception.code
+
+            with ThreadPoolExecutor(5) as pool:
+                codes = pool.map(ask, (None, None, None, Credentials("a", "x"), Credentials("a", "x")))
+                self.assertEqual(["STILL_PULLING"] * 5, list(codes))
             self.assertEqual(2, origin.requests.count(f"manifests/{self.image.digest}"))
             go_on.set()
             found = self.mirror.manifest(Client(), reference)

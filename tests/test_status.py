@@ -276,7 +276,8 @@ class TestCommand(StatusCase):
     def test_watched_on_a_terminal(self):
         ours, terminal = os.openpty()
         self.addCleanup(os.close, ours)
-        process = subprocess.Popen([*COMMAND, "status", "-addr", self.program.address, "-watch"], stdout=terminal)
+        process = subprocess.Popen([*COMMAND, "status", "-addr", self.program.address, "-watch"], stdout=terminal,
+                                   env=environment(CONSTANTS=json.dumps({"WATCH_INTERVAL": 0.1})))
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         os.close(terminal)
