@@ -130,6 +130,7 @@ class TestAccepting(unittest.TestCase):
             return inherited(*arguments)
 
         server = module.Server(module.Address("127.0.0.1", 0), mock.Mock(names=()))
+        server.connections.PAUSE = 0.01
         server.connections.make_room = mock.Mock(side_effect=server.connections.make_room)
         with mock.patch.object(module.ThreadingHTTPServer, method, fail_first):
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
