@@ -277,22 +277,25 @@ class TestUnreadable(DamageCase):
                         self.assertFalse((program.store / "damaged").exists())
 
     def test_nothing_is_deleted(self):
-        for number in UNREADABLE:
-            store = self.copy()  # which no case changes
-            for below in ("", "blobs", "repositories", "repositories/a", *FILES.values()):
-                with self.subTest(errno.errorcode[number], below=below), HostedProgram(store) as program:
-                    def files(root=program.store):
-                        return {path for path in root.rglob("*") if path.is_file()}
-                    before = files()
-                    stack = self.fail(number, program.store / below)
-                    for age in (module.UPLOAD_AGE, 10 * module.FETCHED_AGE):
-                        try:
-                            self.tidy_up(program, age)
-                        except module.RegistryError as e:
-                            self.assertEqual("STORE_FAILED", e.code)
-                    stack.stop()
-                    self.assertEqual(before, files())
-                    self.assertEqual(WHOLE, state(program, "a/app"))
+        store = self.copy()  # which no case changes
+        before = self.files(store)
+        for below in ("", "blobs", "repositories", "repositories/a", *FILES.values()):
+            with self.subTest(below=below), HostedProgram(store) as program:
+                for number in UNREADABLE:
+                    with self.subTest(errno.errorcode[number]):
+                        stack = self.fail(number, store / below)
+                        for age in (module.UPLOAD_AGE, 10 * module.FETCHED_AGE):
+                            try:
+                                self.tidy_up(program, age)
+                            except module.RegistryError as e:
+                                self.assertEqual("STORE_FAILED", e.code)
+                        stack.stop()
+                        self.assertEqual(before, self.files(store))
+                self.assertEqual(WHOLE, state(program, "a/app"))
+
+    @staticmethod
+    def files(store):
+        return {path for path in store.rglob("*") if path.is_file()}
 
 
 class TestCopies(unittest.TestCase):

@@ -8,7 +8,7 @@ import unittest
 import unittest.mock
 
 from fake_daemon import FakeDaemon, Image
-from program import Program
+from program import COMMAND, Program
 from test_behaviour import BehaviourCase
 from test_hosted import module
 
@@ -43,6 +43,10 @@ class TestStart(BehaviourCase):
 
 
 class TestEnd(BehaviourCase):
+    def start(self, *arguments, **more):
+        """Start the program in an interpreter of its own, whose end is part of the program's."""
+        return super().start(*arguments, command=COMMAND, **more)
+
     def end(self, number=signal.SIGTERM):
         self.program.process.send_signal(number)
         self.assertEqual(0, self.program.process.wait(60))
