@@ -33,7 +33,7 @@ import uuid
 from pathlib import Path
 
 import lab
-from program import Program
+from program import COMMAND, Program
 
 MIB = 1024 * 1024
 NODES = 10
@@ -52,6 +52,11 @@ def seconds(call, *arguments):
     return time.perf_counter() - started
 
 
+def start(engine, *options):
+    """Start this program as users do: in an interpreter of its own, and on a disk, with an empty store."""
+    return Program(f"unix://{engine.socket}", *options, command=COMMAND, folder=None)
+
+
 class Image:
     """An image that both an engine and a static registry have, the latter as this registry serves it."""
 
@@ -59,7 +64,7 @@ class Image:
         """make(engine, name) creates the image on the engine."""
         self.engine, self.name, self.reference = engine, f"{name}:1", f"docker.io/library/{name}:1"
         make(engine, self.name)
-        with Program(f"unix://{engine.socket}") as program:
+        with start(engine) as program:
             self.manifest = self.platform(program)
             self.copy(program, name)
 
@@ -129,7 +134,7 @@ def debian(engine, name):
 def registry(image, mounted=False):
     """Start this program on an empty store."""
     options = ["-docker-root", str(lab.SHARE / image.engine.name / "data")] if mounted else []
-    return Program(f"unix://{image.engine.socket}", *options)
+    return start(image.engine, *options)
 
 
 def pull(image, address, unpack=False):
@@ -345,7 +350,7 @@ def start_up(runs=5):
     times = []
     for _ in range(runs):
         started = time.perf_counter()
-        with Program(f"unix://{lab.ENGINES['containerd'].socket}"):
+        with start(lab.ENGINES["containerd"]):
             times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -32,6 +32,19 @@ COMMAND = (sys.executable, "-c", RUN, str(MODULE))
 takes_long = unittest.skipUnless(os.environ.get("TESTS") == "all", "takes long: python tests/run.py runs it")
 
 
+def folder_in_memory(least=4 << 30):
+    """Return the folder of a file system in memory where so many bytes are free, or None."""
+    with contextlib.suppress(OSError):
+        found = os.statvfs("/dev/shm")
+        if found.f_bavail * found.f_frsize >= least and os.access("/dev/shm", os.W_OK):
+            return "/dev/shm"
+    return None
+
+
+# Where tests make their stores, if not where temporary files are: all that is pushed is synced, and a disk takes long.
+IN_MEMORY = None if "TMPDIR" in os.environ else folder_in_memory()
+
+
 def environment(**more):
     """Return the environment for a program: this process's, with more, and with compiled modules kept."""
     return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **more}
@@ -80,12 +93,13 @@ class Program:
     """A running registry. Use it in a `with`. `log` has the lines that it has written so far.
 
     address is the address to listen on, by default on a free port. constants replaces values of the module's constants.
+    command is what to run, in a process of its own, instead of a fork. folder is where a folder for the store is made.
     """
 
     def __init__(self, docker_host, *arguments, store=None, command=None, env=None, address="127.0.0.1:0",
-                 constants=None):
+                 constants=None, folder=IN_MEMORY):
         self._stack = contextlib.ExitStack()
-        self.store = Path(store or self._stack.enter_context(tempfile.TemporaryDirectory()) + "/store")
+        self.store = Path(store or self._stack.enter_context(tempfile.TemporaryDirectory(dir=folder)) + "/store")
         self.log = []
         self._changed = threading.Condition()
         arguments = ["-addr", address, "-store", str(self.store), *map(str, arguments)]

@@ -15,7 +15,7 @@ from unittest import mock
 
 import walk
 from fake_daemon import FakeDaemon, Image
-from program import Program, takes_long
+from program import IN_MEMORY, Program, takes_long
 from test_hosted import HostedProgram, module
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -132,7 +132,7 @@ DAMAGES = {
 class DamageCase(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         cls.addClassCleanup(folder.cleanup)
         cls.pristine = Path(folder.name) / "store"
         with HostedProgram(cls.pristine) as program:
@@ -140,7 +140,7 @@ class DamageCase(unittest.TestCase):
             assert state(program, "a/app") == state(program, "b") == WHOLE
 
     def copy(self):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         subprocess.run(["cp", "-a", str(self.pristine), folder.name], check=True)
         return Path(folder.name) / "store"
@@ -306,7 +306,7 @@ class TestCopies(unittest.TestCase):
         image = Image("exported")
         with FakeDaemon("classic") as daemon:
             daemon.add("app:1", image)
-            folder = tempfile.TemporaryDirectory()
+            folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
             self.addCleanup(folder.cleanup)
             pristine = Path(folder.name) / "store"
             with Program(daemon.host, store=pristine) as program:
@@ -314,7 +314,7 @@ class TestCopies(unittest.TestCase):
             for pattern, what in itertools.chain(
                     itertools.product(("exports/sha256/*", "docker/sha256/*", "blobs/sha256/*"), DAMAGES),
                     itertools.product(("exports", "docker", "blobs"), ("missing", "a file", "a loop"))):
-                with self.subTest(pattern, what=what), tempfile.TemporaryDirectory() as folder:
+                with self.subTest(pattern, what=what), tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
                     subprocess.run(["cp", "-a", str(pristine), folder], check=True)
                     self.check(daemon, Path(folder) / "store", pattern, DAMAGES[what])
 
@@ -343,7 +343,7 @@ class TestCopies(unittest.TestCase):
 class TestArriving(unittest.TestCase):
     def test_content_that_arrives_while_it_is_looked_for(self):
         """It is absent to whoever looked too early. It is not damaged, and stays."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
             store = module.Store(Path(folder))
             with module.BlobWriter(store) as writer:
                 writer.write(b"layer")
@@ -355,7 +355,7 @@ class TestArriving(unittest.TestCase):
 
     def test_good_content_that_replaces_damage_while_that_is_removed(self):
         """It stays: what was damaged is no longer there."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
             store = module.Store(Path(folder))
             digest = module.keep_content(store, b"layer", store.docker)
             store.docker.path(digest).write_bytes(b"LAYER")

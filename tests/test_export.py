@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from fake_daemon import OCI_INDEX, OCI_MANIFEST, Image, sha256, tar_of
-from program import MODULE
+from program import IN_MEMORY, MODULE
 
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import Digest, ExportStream, Store, Unpacking
@@ -24,7 +24,7 @@ def index(*manifests, note=""):
 
 class TestClosure(unittest.TestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         self.store = Store(Path(folder.name) / "store")
         self.image = Image()

@@ -235,6 +235,7 @@ class TestHiddenImages(FrontCase):
             for blob in (image.config, image.layer):
                 program.request("POST", f"/v2/app/blobs/uploads/?digest={sha256(blob)}", body=blob)
             program.request("PUT", "/v2/app/manifests/1", {"Content-Type": MANIFEST}, image.manifest)
+            program.wait_for_line("content from:")  # the program has asked what there is, at its start
             daemon.faults[""] = lambda sock: b""
             asked = len(daemon.requests)
             self.assertEqual(json.loads(image.manifest), program.get("/v2/app/manifests/1").json)

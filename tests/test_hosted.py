@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import test_spec
-from program import MODULE, Program
+from program import IN_MEMORY, MODULE, Program
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -50,7 +50,7 @@ class HostedProgram(Program):
     """Like Program, but runs in this process. hosted is the registry that answers."""
 
     def __init__(self, store=None, untagged=None, **limits):
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.store = store or Path(self._folder.name) / "store"
         self.hosted = module.Hosted(module.Store(self.store, **limits), untagged)
         self._server = module.Server(module.Address("127.0.0.1", 0), Alone(self.hosted))

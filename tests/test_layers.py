@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import lab
-from program import MODULE, Program
+from program import IN_MEMORY, MODULE, Program
 from test_engines import MIB, EngineCase, sha256
 
 sys.path.insert(0, str(MODULE.parent))
@@ -61,7 +61,7 @@ def strange_layers():
 
 def sparse_tar():
     """Return a tar with a sparse file, in GNU tar's format."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         with open(f"{folder}/sparse", "wb") as file:
             file.write(b"start")
             file.seek(2_000_000)
@@ -75,7 +75,7 @@ class FolderCase(unittest.TestCase):
     CACHE = "0123456789abcdef"
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         self.root = Path(folder.name) / "docker"
         self.diff = self.root / "overlay2" / self.CACHE / "diff"
@@ -363,7 +363,7 @@ class Folder:
         others = {"containerd": "containerd-26", "containerd-26": "containerd", "classic": "classic-20",
                   "classic-20": "classic"}
         self.assert_not_used(self.root(lab.ENGINES[others[self.engine.name]]), "it is not used")
-        with tempfile.TemporaryDirectory() as empty:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as empty:
             self.assert_not_used(empty, "can be read in")
         self.assert_not_used("/no/such/folder", "can be read in")
 

@@ -15,7 +15,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from program import MODULE
+from program import IN_MEMORY, MODULE
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -448,7 +448,7 @@ class TestInsecure(unittest.TestCase):
 
 class TestTransfer(unittest.TestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         self.path = Path(folder.name) / "file"
         self.data = os.urandom(1_000_000)
@@ -529,7 +529,7 @@ class TestSharedReads(unittest.TestCase):
     PIECE = 300_000
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name) / "store"
         self.sharing = SharedReads(self.folder)

@@ -14,7 +14,7 @@ from unittest import mock
 
 from fake_daemon import FakeDaemon, Image, chunked, http_answer
 from fake_origin import INSECURE, Origin
-from program import MODULE
+from program import IN_MEMORY, MODULE
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -298,7 +298,7 @@ class MirrorCase(unittest.TestCase):
         self.daemon = FakeDaemon(store)
         self.daemon.__enter__()
         self.addCleanup(self.daemon.__exit__)
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         self.mirror = Mirror(Engine(EngineHost(path=self.daemon.path)), Store(Path(folder.name) / "store"))
         self.image = Image()

@@ -11,7 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from program import takes_long
+from program import IN_MEMORY, takes_long
 from test_damage import APP, CONFIG, LAYER, MANIFEST, ODD_TYPE, WHOLE, digest_of, push, state
 from test_hosted import HostedProgram, module
 
@@ -294,7 +294,7 @@ class TestUntagged(unittest.TestCase):
         data = [module.json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "layers": [], "annotations": {
             "name": name}}).encode() for name in ("first", "second")]
         for what, stays in (("nothing", False), ("GET", True), ("moved", True), ("untagged", True)):
-            with self.subTest(what), tempfile.TemporaryDirectory() as folder:
+            with self.subTest(what), tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
                 program = HostedProgram(Path(folder) / "store", untagged=7 * 24 * 3600.0)
                 self.addCleanup(program.__exit__)
                 digest = module.Digest.parse(digest_of(data[0]))
@@ -315,7 +315,7 @@ class TestUntagged(unittest.TestCase):
 
     def test_push_while_it_is_removed(self):
         """The push marks the manifest as used, and the removal looks again when the push is done."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
             store = module.Store(Path(folder) / "store")
             hosted = module.Hosted(store, 7 * 24 * 3600.0)
             repository = hosted.repository("app")
@@ -336,7 +336,7 @@ class TestUntagged(unittest.TestCase):
 
     def test_table(self):
         day = 24 * 3600.0
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
             with HostedProgram(Path(folder) / "store") as program:
                 manifests = {}
 

@@ -11,7 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from program import MODULE
+from program import IN_MEMORY, MODULE
 
 sys.path.insert(0, str(MODULE.parent))
 import k3d_registry_dockerd as module
@@ -35,7 +35,7 @@ NOW = 2_000_000_000.0
 
 class StoreCase(unittest.TestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(folder.cleanup)
         self.root = Path(folder.name) / "store"
         self.store = Store(self.root)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fake_daemon import OCI_INDEX, OCI_MANIFEST, FakeDaemon, Image, sha256
 from fake_origin import INSECURE, Origin
-from program import Program
+from program import IN_MEMORY, Program
 
 RECORDED = Path(__file__).resolve().parent / "data" / "store-0.9.tar.gz"
 FOLDER = "store"
@@ -82,7 +82,8 @@ def record():
             must(201, program.request("POST", f"/v2/{repository}/blobs/uploads/?digest={digest}", {}, blob))
         must(201, program.request("PUT", f"/v2/{repository}/manifests/{reference}", {"Content-Type": media_type}, data))
 
-    with tempfile.TemporaryDirectory() as folder, FakeDaemon("classic") as daemon, Origin(FETCHED) as origin:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder, FakeDaemon("classic") as daemon, \
+            Origin(FETCHED) as origin:
         daemon.info = INSECURE
         daemon.add("exported:1", EXPORTED)
         store = Path(folder) / FOLDER
@@ -117,7 +118,7 @@ class TestStore(unittest.TestCase):
     def setUp(self):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
-        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory(dir=IN_MEMORY))
         with tarfile.open(RECORDED) as archive:
             archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         self.store = Path(folder) / FOLDER
