@@ -292,6 +292,8 @@ class TestChangedEngine(BehaviourCase):
                         "GET", "/v2/library/app/manifests/1?ns=docker.io", 200).body)
                     self.assertEqual(image.layer, self.ask(
                         "GET", f"/v2/library/app/blobs/{layer}?ns=docker.io", 200).body)
+                    if identity != b"5c9fd3f1":
+                        self.program.wait_for_line("the data folder of another Docker")
                     lines = self.program.lines("the data folder of another Docker")
                     self.assertEqual(identity != b"5c9fd3f1", bool(lines))
                     self.assertTrue(all("WARNING" in line and str(root) in line for line in lines))
