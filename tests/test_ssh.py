@@ -251,6 +251,19 @@ class TestOpenSsh(FolderCase):
                 self.assertTrue(self.processes())
             self.assertEqual(before + 1, self.server.connections())
 
+    def test_docker_pulls(self):
+        """Several clients ask for an image that Docker does not have: one pull through the tunnel, for all of them."""
+        origin, name = lab.ORIGINS["open"], f"tunnelled-{os.getpid()}"
+        lab.push_platforms(origin, name, "1", ["amd64"], [("data", os.urandom(3_000_000))])
+        self.stack.callback(self.engine.remove, f"{origin.host}/{name}:1")
+        with self.program() as program, concurrent.futures.ThreadPoolExecutor(8) as pool:
+            path = f"/v2/{name}/manifests/1?ns={origin.host}"
+            answers = list(pool.map(lambda _: program.get(path), range(8)))
+            self.assertEqual({200}, {answer.status for answer in answers}, program.log)
+            self.assertEqual(1, len(program.jobs("pull")))
+            lab.NODE.forget()
+            lab.NODE.fetch(f"{origin.host}/{name}:1", program.address)  # a real node takes all of it
+
     def test_many_clients(self):
         """More at the same time than a server allows on one connection, or lets connect."""
         with self.program() as program, concurrent.futures.ThreadPoolExecutor(30) as pool:
