@@ -4848,9 +4848,11 @@ class Origin:
 
     DOCKER_HUB = "registry-1.docker.io"
 
-    def __init__(self, reference: Reference, credentials: Credentials | None, trusted: ssl.SSLContext | None):
+    def __init__(self, reference: Reference, credentials: Credentials | None, trusted: ssl.SSLContext | None,
+                 user_agent: str = f"k3d-registry-dockerd/{__version__}"):
         """trusted holds the trusted certificate authorities. None means that the registry may be insecure."""
         assert reference.namespace
+        self._user_agent = user_agent
         self._host = self.DOCKER_HUB if reference.namespace == "docker.io" else reference.namespace
         self._repository, self._credentials = reference.repository, credentials
         self._schemes = ["https"] if trusted else ["https", "http"]
@@ -4916,7 +4918,7 @@ class Origin:
         return self._try(path)
 
     def _send(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        request.add_header("User-Agent", f"k3d-registry-dockerd/{__version__}")
+        request.add_header("User-Agent", self._user_agent)
         try:
             response: http.client.HTTPResponse = self._opener.open(request, timeout=ORIGIN_TIMEOUT)
         except ValueError as e:
@@ -5376,7 +5378,7 @@ class Fetches:
         self._policy.check(reference)
         assert reference.namespace
         insecure = self._engine.is_insecure(reference.namespace)
-        return Origin(reference, credentials, None if insecure else self._trusted)
+        return Origin(reference, credentials, None if insecure else self._trusted, self._engine.user_agent)
 
     def manifest(self, reference: Reference, digest: Digest, credentials: Credentials | None,
                  deadline: Deadline) -> Manifest:
@@ -5743,12 +5745,15 @@ class Mirror:
         """True if the client is the engine itself: its User-Agent names its version, its commit and its kernel."""
         return client.user_agent.startswith("docker/") and client.user_agent.startswith(self.engine.info().user_agent)
 
-    def _refuse_own_engine(self, reference: Reference, client: Client, code: str) -> None:
-        """Raise an error if the engine itself asks for an image of another registry, as of a mirror.
+    def _refuse_ourselves(self, reference: Reference, client: Client, code: str) -> None:
+        """Raise an error if this program asks itself, or the engine asks for an image of another registry.
 
-        It does when somebody runs `docker pull`. Told what it has already, it would never see that a tag has moved;
-        and a pull that this program has it do may wait for that one.
+        This program does when it fetches what Docker lacks by a name that leads here: that fetch would wait for itself.
+        The engine does when somebody runs `docker pull`, with this as a mirror. Told what it has already, it would
+        never see that a tag has moved; and a pull that this program has it do may wait for that one.
         """
+        if client.user_agent == self.engine.user_agent:
+            raise RegistryError(code, f"{reference}: this program itself asks for it, because Docker lacks it")
         if reference.namespace and self._is_docker(client):
             raise RegistryError(code, f"{reference}: Docker has it itself, or pulls it")
 
@@ -5775,7 +5780,7 @@ class Mirror:
 
     def _find_manifest(self, client: Client, reference: Reference) -> Manifest | ArrivingManifest:
         """The same; takes as long as it takes."""
-        self._refuse_own_engine(reference, client, "MANIFEST_UNKNOWN")
+        self._refuse_ourselves(reference, client, "MANIFEST_UNKNOWN")
         if isinstance(reference.target, Digest):
             manifest = self._manifest_by_digest(reference, reference.target, client)
         else:
@@ -6025,7 +6030,7 @@ class Mirror:
         Docker does not keep its content apart by repository, so the repository does not matter. BLOB_UNKNOWN if
         nobody has it, and for manifests too: to a node, 200 means that the digest is not one.
         """
-        self._refuse_own_engine(reference, client, "BLOB_UNKNOWN")
+        self._refuse_ourselves(reference, client, "BLOB_UNKNOWN")
         digest = reference.digest
         blob = self._content.find(digest)
         if blob is None:
@@ -6274,9 +6279,11 @@ class Front:
     def _refuse_docker(self, reference: Reference, client: Client, code: str) -> None:
         """Refuse a request that Docker sends while it pulls for us: each would wait for the other.
 
-        Docker repeats our User-Agent to registries. It may ask us if it was told that this is a mirror of others.
+        Docker repeats our User-Agent to registries. It may ask us if it was told that this is a mirror of others. What
+        was pushed here is not for it, but for our own requests: see Mirror._refuse_ourselves.
         """
-        if self.mirror.engine.token in client.user_agent:
+        engine = self.mirror.engine
+        if engine.token in client.user_agent and client.user_agent != engine.user_agent:
             raise RegistryError(code, f"{reference}: Docker asks for this program, which does not have it")
 
     def manifest(self, reference: Reference, client: Client, head: bool = False) -> Manifest | ArrivingManifest:

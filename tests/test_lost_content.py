@@ -176,6 +176,42 @@ class TestOtherNames(LostBlobs):
                         self.assertEqual([], origin.requests)
 
 
+class TestOwnNames(LostBlobs):
+    """Names that lead to the program itself, which must not wait for its own answer."""
+
+    engine = lab.ENGINES["containerd"]
+    host = lab.ORIGINS["open"].host
+
+    def setUp(self):
+        super().setUp()
+        self.running = self.program()
+        self.own = f"{self.running.address}/{self.name}:1"
+        self.images += [self.own, f"{self.name}:1"]
+        self.base = self.on(self.host)
+        self.engine.docker("pull", "-q", self.base)
+        self.engine.docker("tag", self.base, self.own)
+
+    def forget_the_origin(self):
+        """Lose a layer, and every name that leads to the registry that has it."""
+        self.engine.containerd("content", "rm", self.large)
+        self.engine.remove(self.base, f"{self.base[:-2]}@{self.index}")
+        blobs = (self.manifest["config"], *self.manifest["layers"][:-1])
+        for digest in (self.index, self.child, *(blob["digest"] for blob in blobs)):
+            self.engine.containerd("content", "label", digest, f"containerd.io/distribution.source.{self.host}=")
+
+    def test_nobody_has_the_layer(self):
+        self.forget_the_origin()
+        answer = self.running.get(f"/v2/{self.name}/manifests/1")
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code), answer.body)
+
+    def test_layer_that_was_pushed_here(self):
+        self.engine.docker("push", "-q", self.own)
+        self.engine.docker("tag", self.own, f"{self.name}:1")
+        self.forget_the_origin()
+        self.pull(self.running, f"docker.io/library/{self.name}:1")
+        self.assertEqual(self.large, sha256(lab.NODE.content(self.large)))
+
+
 class DigestsOfBuiltImages:
     """The classic store has no manifests, so a digest that was served once must be found again."""
 
