@@ -6103,16 +6103,22 @@ class Mirror:
     @in_time
     def catalog(self, client: Client) -> set[str]:
         """The repositories of Docker's images, by the names under which they can be pulled without a namespace."""
-        found = set()
-        for _, name, _ in self.engine.names():
-            host, repository = docker_name(name)
-            if host == "docker.io":
-                repository = repository.removeprefix("library/")
-            elif not names_us(host, client.names):
-                repository = name
-            if REPOSITORY.fullmatch(repository):  # a registry's port cannot be part of a repository's name
-                found.add(repository)
+        found: set[str] = set()
+        for full in {docker_name(name) for _, name, _ in self.engine.names()}:
+            host, repository = full
+            short = repository.removeprefix("library/") if host == "docker.io" else repository
+            named = (name for name in (short, "/".join(full)) if self._is_pulled_by(name, full, client))
+            found.update(itertools.islice(named, 1))
         return found
+
+    def _is_pulled_by(self, repository: str, full: tuple[str, str], client: Client) -> bool:
+        """True if a repository without a namespace leads to the images of a registry and repository, given in full.
+
+        A registry's port cannot be part of a repository's name.
+        """
+        names = self._names(Reference(repository, "latest"), client)
+        return bool(REPOSITORY.fullmatch(repository)) and full in {docker_name(name.docker_repository())
+                                                                   for name in names}
 
     def _tidy_up_soon(self) -> None:
         with contextlib.suppress(RegistryError):  # no thread can be started: there is a next time

@@ -626,6 +626,19 @@ class TestRepositoriesAndDocker(SpecCase):
         self.assertIn("local/app", self.ask("GET", "/v2/_catalog", 200).json["repositories"])
         self.assertEqual(["1"], self.ask("GET", "/tags/list?ns=docker.io", 200).json["tags"])
 
+    def test_catalog_lists_names_that_can_be_pulled(self):
+        """Images of other registries, also local ones, are not found by their paths alone."""
+        with FakeDaemon() as daemon, Program(daemon.host) as program:
+            for name in ("localhost:5000/a", "localhost/b", "[::1]:5000/c", "quay.io/d", "e/f", "docker.io/library/g",
+                         f"localhost:{program.port}/h"):
+                daemon.add(f"{name}:1", Image())
+            listed = program.get("/v2/_catalog").json["repositories"]
+            self.assertEqual(["e/f", "g", "h", "localhost/b", "quay.io/d"], listed)
+            for name in listed:
+                with self.subTest(name):
+                    self.assertEqual(["1"], program.get(f"/v2/{name}/tags/list").json["tags"])
+                    self.assertEqual(200, program.get(f"/v2/{name}/manifests/1").status)
+
     def test_own_names_by_namespace_and_host(self):
         """Each row has the namespace and Host of a request, and True if they name this registry."""
         tagged = self.daemon.add("localhost:12345/tagged:1", Image()).digest
