@@ -7941,8 +7941,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.browsers.check(self.headers)
         if preflight := self.server.browsers.preflight(self.command, self.headers):
             return preflight
-        try:
-            url = urllib.parse.urlsplit(self.path)
+        try:  # a path may begin with two slashes, which would be a host's (RFC 9112, 3.2.1)
+            url = urllib.parse.urlsplit(f"http://-{self.path}" if self.path.startswith("/") else self.path)
         except ValueError as e:
             raise RegistryError("REQUEST_INVALID", f"the request target is malformed: {e}") from None
         path = urllib.parse.unquote(url.path)

@@ -74,7 +74,8 @@ class TestRoutes(HttpCase):
     def test_bad_routes(self):
         long_name = "a/" * 130 + "a"
         for path, status, code in (
-                ("/x", 404, "NOT_FOUND"), ("/v1/", 404, "NOT_FOUND"), ("/v2/app", 404, "NOT_FOUND"),
+                ("/x", 404, "NOT_FOUND"), ("/v1/", 404, "NOT_FOUND"), ("//x/v2/", 404, "NOT_FOUND"),
+                ("//v2/", 404, "NOT_FOUND"), ("///v2/_catalog", 404, "NOT_FOUND"), ("/v2/app", 404, "NOT_FOUND"),
                 ("/v2/app/manifests/", 404, "NOT_FOUND"),
                 ("/v2/App/manifests/1", 400, "NAME_INVALID"), ("/v2/a//b/manifests/1", 400, "NAME_INVALID"),
                 ("/v2/../../etc/manifests/1", 400, "NAME_INVALID"), ("/v2/a%2f..%2fb/manifests/1", 400, "NAME_INVALID"),
