@@ -181,6 +181,7 @@ TAG_LIMIT = 100             # tags that one push of a manifest may set; the spec
 SIZE_LIMIT = 2**63          # bytes of content: sizes have to be smaller
 LAYERS_LIMIT = 127          # layers of an image of Docker's, and unknown manifests of an index that it is asked for
 BLOBS_LIMIT = 1000          # blobs fetched at once, or for one manifest
+LINE_LIMIT = KIB            # bytes of files that hold a name or a digest
 JSON_LIMIT = 64 * MIB       # bytes of an answer of the engine (lists of images can be long)
 PIECE = 256 * KIB           # bytes per read or write of a stream
 SENDFILE_STEP = 16 * MIB    # bytes per system call when a file is sent
@@ -2402,8 +2403,11 @@ class FileBlob:
     """Content that is a file of its own."""
 
     def __init__(self, path: Path):
-        """Raises OSError if there is no such file."""
-        self.path, self.size = path, path.stat().st_size
+        """Raises OSError if there is no such file; IsADirectoryError for anything else of that name."""
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "not a regular file")
+        self.path, self.size = path, status.st_size
 
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
         """See Blob."""
@@ -2442,7 +2446,7 @@ class ContentFolder:
         path = self._folder / digest.algorithm / digest.hex
         try:
             blob = FileBlob(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
         except OSError as e:
             raise RegistryError("ENGINE_FAILED", f"cannot read {path} of Docker: {e.strerror or e}") from e
@@ -2692,6 +2696,22 @@ def open_file(path: Path) -> BinaryIO:
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # the errors of a name under which there is nothing
 # The errors of something that is in the place of a file or of a folder. The last one is that of a socket.
 MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+
+
+def read_small(path: Path, limit: int) -> bytes | None:
+    """The first bytes of a file, at most limit of them. None if there is none, or something in its place. OSError."""
+    try:
+        with open_file(path) as file:
+            return file.read(limit)
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, *MISPLACED):
+            raise
+        return None
+
+
+def read_line(path: Path) -> str:
+    """The text of a file that has one short line; empty if there is no such file. OSError."""
+    return (read_small(path, LINE_LIMIT) or b"").decode(errors="replace").strip()
 
 
 def is_folder(path: Path) -> bool:
@@ -4273,7 +4293,7 @@ class ServiceBlob:
 
 # =====================================================================================================================
 # 15. Layers: Docker's classic image store, read from its own folder
-# Uses: waiting, engine, transfers.
+# Uses: waiting, engine, transfers, disk.
 # =====================================================================================================================
 
 
@@ -4333,7 +4353,7 @@ class Layer:
     def _entries(self) -> Iterator[dict[str, Any]]:
         """Yield the parsed lines of the metadata. Parsing many at once is three times as fast."""
         rest = b""
-        with gzip.open(self._split) as file:
+        with open_file(self._split) as compressed, gzip.open(compressed) as file:
             while data := file.read(PIECE):
                 lines, _, rest = (rest + data).rpartition(b"\n")
                 yield from json.loads(b"[%s]" % lines.replace(b"\n", b","))
@@ -4366,6 +4386,8 @@ class Layer:
             elif size >= self.EXTENDED and self.SPARSE in piece:
                 raise ValueError("sparse files are not supported")
             total += size
+        if not total:  # of an empty file, left by a crash: even a tar of nothing has a kilobyte
+            raise ValueError("the metadata is empty")
         return total
 
     def open(self, start: int, length: int, deadline: Deadline) -> Body:
@@ -4435,11 +4457,11 @@ class LayerDirectory:
             return BytesBlob(self._manifests[digest])
         return self._config(digest) or self._layer(str(digest))
 
-    def _config(self, digest: Digest) -> FileBlob | None:
+    def _config(self, digest: Digest) -> BytesBlob | None:
         path = self._configs / digest.algorithm / digest.hex
-        with disk_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
-            return FileBlob(path)
-        return None
+        with disk_errors(f"read {path}"):
+            data = read_small(path, MANIFEST_LIMIT)
+        return BytesBlob(data) if data is not None and Digest.of(data, digest.algorithm) == digest else None
 
     def _layer(self, diff_id: str) -> Layer | None:
         """Return the layer with a digest, measured only once, or None if there is none that can be used."""
@@ -4447,8 +4469,8 @@ class LayerDirectory:
         if folder is None:
             return None
         with disk_errors(f"read {folder}"), contextlib.suppress(FileNotFoundError):  # Docker has just removed it
-            key = folder, (folder / "tar-split.json.gz").stat().st_mtime
-            cache = (folder / "cache-id").read_text(errors="replace").strip()
+            key = folder, (folder / "tar-split.json.gz").lstat().st_mtime
+            cache = read_line(folder / "cache-id")
             if key not in self._measured and re.fullmatch(r"[\w-]+", cache):
                 self._measured[key] = Layer(diff_id, folder, self._overlay / cache / "diff")
             layer = self._measured.get(key)
@@ -4463,8 +4485,8 @@ class LayerDirectory:
             if changed != made:
                 folders = {}
                 for folder in self._layers.iterdir():  # glob() hides errors
-                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # Docker has just removed it
-                        folders[(folder / "diff").read_text(errors="replace").strip()] = folder
+                    if diff_id := read_line(folder / "diff"):  # or else Docker has just removed it
+                        folders[diff_id] = folder
                 self._index = (changed, folders)
             return folders
         return {}
@@ -4972,7 +4994,7 @@ class Origin:
 
 # =====================================================================================================================
 # 18. Images: the image stores of Docker
-# Uses: configuration, waiting, engine, transfers, store, content service, layers, export.
+# Uses: configuration, waiting, engine, transfers, disk, store, content service, layers, export.
 # =====================================================================================================================
 
 
@@ -5232,7 +5254,7 @@ class ImageStores:
         if files is None:
             return f"nothing of Docker's {info.store} image store can be read in {root}" if self._root else None
         try:
-            identity = (root / "engine-id").read_text(errors="replace").strip()
+            identity = read_line(root / "engine-id")
         except OSError:
             identity = ""  # engines before 23 have no such file; the folder of the system's containerd has none either
         if identity and identity != info.identity:

@@ -21,7 +21,17 @@ from program import IN_MEMORY, MODULE, Program
 from test_engines import MIB, EngineCase, sha256
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import Deadline, Digest, EngineImage, Layer, LayerDirectory, RegistryError, make_manifest
+from k3d_registry_dockerd import (
+    ContentFolder,
+    Deadline,
+    Digest,
+    EngineImage,
+    Layer,
+    LayerDirectory,
+    RegistryError,
+    make_manifest,
+    read_blob,
+)
 
 
 def tar_with(*members, **options):
@@ -198,14 +208,15 @@ class TestFolder(FolderCase):
                       b'{"type": 1, "size": "5", "name": "x"}', b'{"type": 1, "size": 5, "name": 7}', b"\xff\xfe",
                       b'{"type": 1, "size": 5, "name": "\\ud800"}', b'{"type": 1, "size": -5, "name": "x"}',
                       b'{"type": 1, "size": 5, "name_raw": "AAA"}', b'{"type":2,"payload":' + b"[" * 100_000,
-                      b'{"type": 2, "payload": "' + b"A" * (17 * MIB) + b'"}', b'{"type": 2, "payload": "A"}'):
+                      b'{"type": 2, "payload": "' + b"A" * (17 * MIB) + b'"}', b'{"type": 2, "payload": "A"}',
+                      b"", b"empty", b'{"type": 2, "payload": ""}'):
             with self.subTest(split[:40]):
                 FolderCase.setUp(self)
                 self.tar = b"whatever"
-                if split == b"no gzip":
+                if split in (b"no gzip", b"empty"):
                     self.write(b"")
                     (path,) = self.root.glob("image/overlay2/layerdb/sha256/*/tar-split.json.gz")
-                    path.write_bytes(split)
+                    path.write_bytes(split if split != b"empty" else b"")
                 else:
                     self.write(split)
                 self.assert_unreadable("cannot be read")
@@ -216,8 +227,9 @@ class TestFolder(FolderCase):
             with self.subTest(text):
                 FolderCase.setUp(self)
                 self.tar = text.encode()
-                self.write(json.dumps({"type": 2, "payload": text}).encode())
-                self.assertEqual((size, size), (self.blob().size, len(self.read())))
+                self.write(b"".join(json.dumps({"type": 2, "payload": piece}).encode() + b"\n"
+                                    for piece in (text, "aGVsbG8=")))
+                self.assertEqual((size + 5,) * 2, (self.blob().size, len(self.read())))
 
     def test_malformed_cache_id(self):
         for cache in ("..", "../../x", "", "a/b", "a\0b"):
@@ -225,7 +237,7 @@ class TestFolder(FolderCase):
             self.assertIsNone(self.blob())
 
     def test_damaged_folder(self):
-        """What cannot be read is an error, and does not hide other layers. What Docker has just removed is absent."""
+        """What cannot be read is an error. What is damaged or has just been removed is absent, and hides no others."""
         def replace(name, make):
             def damage(folder):
                 (folder / name).unlink()
@@ -240,9 +252,13 @@ class TestFolder(FolderCase):
                 ("no metadata", replace("tar-split.json.gz", lambda path: None), None),
                 ("no cache", replace("cache-id", lambda path: None), None),
                 ("a cache that is not text", replace("cache-id", lambda path: path.write_bytes(b"\xff")), None),
-                ("a cache that cannot be read", replace("cache-id", Path.mkdir), "STORE_FAILED"),
-                ("configs that cannot be read", lambda folder: (
-                    folder.parents[2] / "imagedb/content").write_bytes(b""), "STORE_FAILED")):
+                *((f"{what} for {name}", replace(name, make), None)
+                  for name in ("diff", "cache-id", "tar-split.json.gz") for what, make in (
+                      ("a folder", Path.mkdir), ("a pipe", os.mkfifo),
+                      ("a loop", lambda path: path.symlink_to(path.name)),
+                      ("no end", lambda path: path.symlink_to("/dev/zero")))),
+                ("a cache that cannot be read", lambda folder: self.fail_to_open(folder / "cache-id"), "STORE_FAILED"),
+                ("a name that cannot be read", lambda folder: self.fail_to_open(folder / "diff"), "STORE_FAILED")):
             with self.subTest(what):
                 FolderCase.setUp(self)
                 self.note(b"other")
@@ -257,6 +273,44 @@ class TestFolder(FolderCase):
                 else:
                     self.assertIsNone(self.blob())
                     self.assertEqual(5, self.layers.find(other).size)
+
+    def fail_to_open(self, path):
+        real = os.open
+
+        def fail(name, *arguments, **more):
+            if str(name) == str(path):
+                raise OSError(errno.EIO, "an error of the disk")
+            return real(name, *arguments, **more)
+
+        patch = mock.patch.object(os, "open", fail)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_damaged_configs(self):
+        """They are absent, so that an image is exported."""
+        config = b'{"a": 1}'
+        path = self.root / "image/overlay2/imagedb/content/sha256" / Digest.of(config).hex
+        path.parent.mkdir(parents=True)
+        for what, make in (("right", lambda: path.write_bytes(config)), ("empty", lambda: path.write_bytes(b"")),
+                           ("other bytes", lambda: path.write_bytes(b"xxxxxxxx")), ("a folder", path.mkdir),
+                           ("a pipe", lambda: os.mkfifo(path)), ("no end", lambda: path.symlink_to("/dev/zero"))):
+            with self.subTest(what):
+                make()
+                found = self.layers.find(Digest.of(config))
+                self.assertEqual(config if what == "right" else None, found and read_blob(found, 100))
+                path.rmdir() if path.is_dir() else path.unlink()
+
+    def test_content_of_containerd(self):
+        """What is in the place of content counts as absent, as the content service has that too."""
+        digest, path = Digest.of(b"content"), self.root / "sha256" / Digest.of(b"content").hex
+        path.parent.mkdir()
+        for what, make in (("right", lambda: path.write_bytes(b"content")), ("a folder", path.mkdir),
+                           ("a pipe", lambda: os.mkfifo(path)), ("no end", lambda: path.symlink_to("/dev/zero"))):
+            with self.subTest(what):
+                make()
+                found = ContentFolder(self.root).find(digest)
+                self.assertEqual(b"content" if what == "right" else None, found and read_blob(found, 100))
+                path.rmdir() if path.is_dir() else path.unlink()
 
     def test_manifest(self):
         config = b'{"a": 1}'
