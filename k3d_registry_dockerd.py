@@ -4506,6 +4506,7 @@ class ExportStream:
     """
 
     TAIL = 64 * KIB
+    HEADER = 16 * KIB  # bytes of a header in the tar; of larger ones tarfile may read for hours, and stop all threads
 
     def __init__(self, source: http.client.HTTPResponse, progress: Callable[[int], None]):
         self._source, self._progress = source, progress
@@ -4514,7 +4515,9 @@ class ExportStream:
         self.count = 0
 
     def read(self, size: int) -> bytes:
-        """Return up to size bytes; none at the end."""
+        """Return up to size bytes of a header; none at the end. Raises tarfile.ReadError if it is too large."""
+        if size > self.HEADER:
+            raise tarfile.ReadError("a header is too large")
         return bytes(self._read(size))
 
     def _read(self, size: int) -> memoryview:
@@ -4549,7 +4552,7 @@ class ExportStream:
         If an export fails halfway, Docker appends a JSON object to the incomplete tar and ends the HTTP
         response normally.
         """
-        while self.read(PIECE):  # tarfile stopped at the first invalid header
+        while self._read(PIECE):  # tarfile stopped at the first invalid header
             pass
         found = re.search(rb'\{"(?:message|error|errorDetail)":[^\0]*\}\s*\Z', self._tail)
         try:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+import tarfile
 import tempfile
 import unittest
 from pathlib import Path
@@ -96,6 +97,24 @@ class TestClosure(unittest.TestCase):
         with contextlib.suppress(Exception):
             Unpacking(self.store, Digest.of(b"")).unpack(ExportStream(endless, self.stop))
         self.assertTrue(0 < endless.largest <= 1024 * 1024)
+
+    def test_size_of_headers(self):
+        """Python's tarfile takes hours for one with many digits, if it is not among the newest, and no thread runs."""
+        for size, error in ((4096, None), (20_000, "a header is too large"), (5_000_000, "a header is too large")):
+            with self.subTest(size):
+                out = io.BytesIO()
+                with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                    member = tarfile.TarInfo("x")
+                    member.pax_headers = {"comment": "9" * size}
+                    archive.addfile(member)
+                out.seek(0)
+                stream = ExportStream(out, self.stop)
+                unpacked = Unpacking(self.store, Digest.of(b""))
+                if error is None:
+                    unpacked.unpack(stream)
+                else:
+                    self.assertRaisesRegex(tarfile.ReadError, error, unpacked.unpack, stream)
+                    self.assertIsNone(stream.complaint())
 
     @staticmethod
     def stop(count):
