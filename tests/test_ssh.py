@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import lab
-from program import MODULE, Program
+from program import COMMAND, MODULE, Program
 
 sys.path.insert(0, str(MODULE.parent))
 from k3d_registry_dockerd import (
@@ -211,7 +211,8 @@ class TestOpenSsh(FolderCase):
     def program(self, socket=None, **constants):
         """Run a program whose Docker is behind the server; check that nothing is left of it, and of its ssh."""
         url = f"ssh://lab{socket or self.engine.inside + '/docker.sock'}"
-        with Program(url, env={"PATH": self.path, "TMPDIR": str(self.temporary)}, constants=constants) as program:
+        variables = {"PATH": self.path, "TMPDIR": str(self.temporary)}
+        with Program(url, command=COMMAND, env=variables, constants=constants) as program:  # it tidies up at its end
             yield program
         # Sooner than those would end by themselves that keep connections.
         lab.wait_for("the end of every ssh", lambda: not self.processes(), SshConnection.KEPT / 3)
