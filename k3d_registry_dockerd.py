@@ -123,7 +123,6 @@ import re
 import resource
 import secrets
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -803,219 +802,42 @@ def make_manifest(config: tuple[Digest, int], *layers: tuple[Digest, int]) -> by
 # =====================================================================================================================
 
 
-class CommandSocket(socket.socket):
-    """A connection to the standard input and output of a command, which is ended when the connection is closed.
-
-    If the command fails, the operation that finds the connection broken raises ConnectionError with what it said.
-    """
-
-    PATIENCE = 1.0      # seconds that a command may take to end after it has closed its output
-
-    _process: subprocess.Popen[bytes]
-    _errors: BinaryIO
-    _on_close: Callable[[], None]
-
-    @classmethod
-    def start(cls, command: Iterable[str], timeout: float, on_close: Callable[[], None] = lambda: None
-              ) -> CommandSocket:
-        """Start a command. timeout is in seconds, per operation. on_close is called once."""
-        ours, theirs = socket.socketpair()
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
-        with ours, theirs, on_failure(errors.close):
-            # A session of its own: no terminal to ask on, and no Ctrl-C that is meant for this program.
-            process = subprocess.Popen([*command], stdin=theirs.fileno(), stdout=theirs.fileno(),  # noqa: S603
-                                       stderr=errors, start_new_session=True)
-            sock = cls(fileno=ours.detach())
-        sock._process, sock._errors, sock._on_close = process, errors, on_close
+def unix_connection(path: str, timeout: float) -> socket.socket:
+    """Connect to a unix socket. timeout, in seconds, applies to each operation. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX)
+    with on_failure(sock.close):
         sock.settimeout(timeout)
-        return sock
-
-    def recv(self, *arguments: int) -> bytes:
-        """See socket.socket.recv."""
-        return self._checked(super().recv, *arguments)
-
-    def recv_into(self, *arguments: Any) -> int:
-        """See socket.socket.recv_into."""
-        return self._checked(super().recv_into, *arguments)
-
-    def sendall(self, *arguments: Any) -> None:
-        """See socket.socket.sendall."""
-        return self._checked(super().sendall, *arguments)
-
-    def _checked(self, operation: Callable[..., T], *arguments: Any) -> T:
-        try:
-            result = operation(*arguments)
-        except ConnectionError:  # it ended without reading all that was sent
-            self._check_command()
-            raise
-        if result in (0, b""):  # the end
-            self._check_command()
-        return result
-
-    def _check_command(self) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(self.PATIENCE)
-            if status > 0:  # and not ended by close()
-                raise ConnectionError(last_words(self._errors) or f"it ended with status {status}")
-
-    def close(self) -> None:
-        """See socket.socket.close, which is called again when the last file of the connection is closed."""
-        super().close()
-        if self.fileno() < 0 and not self._errors.closed:
-            self._process.kill()  # SIGTERM may be blocked in it, as it is in this program
-            self._process.wait()
-            self._errors.close()
-            self._on_close()
+        sock.connect(path)
+    return sock
 
 
-def last_words(file: BinaryIO, limit: int = 300) -> str:
-    """Return the last lines, at most limit characters, that a command has written to a file, as one line.
-
-    The command may still write: the position of the file is its own.
-    """
-    text = os.pread(file.fileno(), 2000, max(os.fstat(file.fileno()).st_size - 2000, 0)).decode(errors="replace")
-    words = "; ".join(line for line in map(str.strip, text.splitlines()) if line).rstrip(".")
-    if len(words) > limit:
-        words = words[-limit:].partition("; ")[2] or words[-limit:]
-    return printable(words)
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started with pipes."""
+    with process:
+        process.kill()  # SIGTERM may be blocked in it, as it is in this program
 
 
-class SshConnection:
-    """A connection of OpenSSH to a server, for several sessions. A process in the background has it, the master.
-
-    The master ends by itself when there was no session for KEPT seconds, even if this program was killed.
-    """
-
-    KEPT = 60
-
-    def __init__(self, socket_path: Path):
-        self.path, self.sessions = socket_path, 0
-
-    @property
-    def is_open(self) -> bool:
-        """True while there is a master, which removes its socket at its end."""
-        return self.path.exists()
-
-    def open(self, command: Iterable[str], host: Iterable[str], timeout: float) -> None:
-        """Start the master, and wait until the server has let it in. Raises OSError with what ssh says."""
-        options = (f"ControlPath={self.path}", "ControlMaster=yes", f"ControlPersist={self.KEPT}")
-        with tempfile.TemporaryFile() as errors:  # and not a pipe, which the master might keep open
-            try:
-                status = subprocess.run(  # noqa: S603
-                    [*command, *(word for option in options for word in ("-o", option)), "-N", "-f", *host],
-                    check=False, timeout=timeout, start_new_session=True, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=errors).returncode
-            except subprocess.TimeoutExpired:
-                raise TimeoutError(f"timed out {last_words(errors)}".strip()) from None
-            if status or not self.is_open:
-                raise ConnectionError(last_words(errors) or f"ssh ended with status {status}")
-
-    def close(self, command: Iterable[str], host: Iterable[str]) -> None:
-        """End the master. Does nothing if there is none."""
-        if self.is_open:
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                subprocess.run([*command, "-o", f"ControlPath={self.path}", "-O", "exit", *host],  # noqa: S603
-                               check=False, timeout=ENGINE_TIMEOUT, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-class Opening:
-    """A connection that is being opened. Those who need one wait for that, and share the failure."""
-
-    def __init__(self) -> None:
-        self.ended, self.failure = threading.Event(), ""
-
-
-class SshConnections:
-    """As many connections to a server as its sessions need, which are opened one after another.
-
-    By default, OpenSSH's server allows 10 sessions on a connection (MaxSessions), and drops some of more than 10
-    connections that begin at the same time (MaxStartups).
-    """
-
-    SESSIONS = 5        # on one connection: the server takes a moment to notice that others have ended
-
-    def __init__(self, command: tuple[str, ...], host: tuple[str, ...]):
-        """command is ssh with its options, and host what follows them."""
-        self._command, self._host, self._numbers = command, host, itertools.count()
-        self._lock = threading.Lock()  # guards what follows, and the number of sessions of each connection
-        self._connections: list[SshConnection] = []
-        self._opening: Opening | None = None
-
-    @functools.cached_property
-    def _folder(self) -> Path:
-        """The folder, removed at the end, of the masters' sockets. Only who opens a connection asks for it."""
-        folder = Path(tempfile.mkdtemp(prefix="k3d-ssh-"))
-        weakref.finalize(self, self._end, folder, self._connections, self._command, self._host)
-        return folder
-
-    @staticmethod
-    def _end(folder: Path, connections: list[SshConnection], command: Iterable[str], host: Iterable[str]) -> None:
-        for connection in connections:
-            connection.close(command, host)
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def start(self, command: Iterable[str], timeout: float) -> CommandSocket:
-        """Run a command on the server. timeout, in seconds, is for the way there, and then per operation. OSError."""
-        connection = self._take(timeout)
-        with on_failure(lambda: self._release(connection)):
-            return CommandSocket.start([*self._command, "-o", f"ControlPath={connection.path}", *self._host, *command],
-                                       timeout, lambda: self._release(connection))
-
-    def _take(self, timeout: float) -> SshConnection:
-        """Return a connection on which one more session is counted. Raises OSError."""
-        end = time.monotonic() + timeout
-        while True:
-            with self._lock:
-                found = next((c for c in self._connections if c.sessions < self.SESSIONS and c.is_open), None)
-                if found:
-                    found.sessions += 1
-                    return found
-                opening, is_ours = self._opening or Opening(), not self._opening
-                self._opening = opening
-            if is_ours:
-                self._open(opening, end - time.monotonic())
-            if not opening.ended.wait(end - time.monotonic()):
-                raise TimeoutError("timed out")
-            if opening.failure:
-                raise ConnectionError(opening.failure)
-
-    def _open(self, opening: Opening, timeout: float) -> None:
-        """Open one more connection, or note why that failed."""
-        opened: list[SshConnection] = []
-        try:
-            connection = SshConnection(self._folder / str(next(self._numbers)))
-            connection.open(self._command, self._host, timeout)
-            opened.append(connection)
-        except OSError as e:
-            opening.failure = str(e)
-        finally:
-            with self._lock:
-                self._connections[:] = [c for c in self._connections if c.is_open] + opened
-                self._opening = None
-            opening.ended.set()
-
-    def _release(self, connection: SshConnection) -> None:
-        with self._lock:
-            connection.sessions -= 1
-
-
-@dataclass(frozen=True)
 class Tunnel:
-    """The way to a Docker daemon through ssh, as the docker command goes it: ssh://[user@]host[:port][/socket].
+    """The way to a Docker daemon through ssh, as the docker command has it: ssh://[user@]host[:port][/socket].
 
-    OpenSSH keeps connections for all that is asked, as a new one takes half a second. It must not ask anything,
-    because nobody is there to answer.
+    One process of OpenSSH forwards a socket of ours to Docker's on the server. It is started when it is needed, and
+    ends with this program, however that ends: what it runs on the server is `cat`, which ends with its input.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",  # less than ENGINE_TIMEOUT: ssh says why it failed
-        "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=2")
+    # It must not ask anything: nobody is there to answer. And it gives up before ENGINE_TIMEOUT, and says why.
+    COMMAND = ("ssh", "-T", "-S", "none", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",
+               "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=2")
+    # What the docker command on the server goes by: it has an environment and contexts of its own.
+    FIND_SOCKET = "docker context inspect --format '{{.Endpoints.docker.Host}}'"
 
-    text: str                   # ssh://...
-    host: tuple[str, ...]       # what follows the options of ssh
-    command: tuple[str, ...]    # the docker command there
-    connections: SshConnections = field(compare=False, repr=False)
+    def __init__(self, text: str, host: tuple[str, ...], target: str):
+        """text is for people, host is what follows ssh's options, and target is the socket there, if it is known."""
+        self._text, self._host = text, host
+        self._lock = threading.Lock()  # held while ssh is started; guards what follows
+        self._target = target
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], Any] = lambda: None  # ends the process
+        self._failed_at, self._failure = 0.0, ""
 
     @classmethod
     def parse(cls, text: str) -> Tunnel:
@@ -1023,25 +845,88 @@ class Tunnel:
         parts = urllib.parse.urlsplit(f"//{text}")
         if parts.password is not None or parts.query or parts.fragment or not parts.hostname:
             raise ValueError("use ssh://[user@]host[:port][/socket], without a password")
-        path, host = urllib.parse.unquote(parts.path), urllib.parse.unquote(parts.hostname)
         user = ("-l", urllib.parse.unquote(parts.username)) if parts.username else ()
         port = ("-p", str(parts.port)) if parts.port else ()
-        socket_there = (shlex.quote(f"--host=unix://{path}"),) if path.strip("/") else ()
-        where = (*user, *port, "--", host)
-        connections = SshConnections(("ssh", *cls.OPTIONS), where)
-        return cls(f"ssh://{text.rstrip('/')}", where, ("docker", *socket_there), connections)
+        return cls(f"ssh://{text.rstrip('/')}", (*user, *port, "--", urllib.parse.unquote(parts.hostname)),
+                   urllib.parse.unquote(parts.path).rstrip("/"))
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        """The folder, removed at the end, of our socket and of what ssh says."""
+        folder = Path(tempfile.mkdtemp(prefix="k3d-ssh-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def connect(self, timeout: float) -> socket.socket:
-        """Open a connection, which is not known to lead to Docker before the first read. Raises OSError."""
-        return self.connections.start([*self.command, "system", "dial-stdio"], timeout)
+        """Open a connection, which is not known to lead to Docker before the first read. Raises OSError.
+
+        timeout is in seconds, for the way there, and then for each operation.
+        """
+        asked_at = time.monotonic()
+        if not self._lock.acquire(timeout=timeout):
+            raise TimeoutError("timed out")
+        try:
+            if self._process is None or self._process.poll() is not None:
+                if self._failed_at > asked_at:  # while this call waited for the lock
+                    raise ConnectionError(self._failure)
+                self._open(asked_at + timeout)
+        except OSError as e:
+            self._failed_at, self._failure = time.monotonic(), str(e)
+            raise
+        finally:
+            self._lock.release()
+        return unix_connection(f"{self._folder}/socket", timeout)
+
+    def _open(self, end: float) -> None:
+        """Start ssh, and wait until it forwards: until a moment of the monotonic clock. Raises OSError."""
+        if not self._target:
+            self._target = self._ask(self.FIND_SOCKET, b"", end).removeprefix("unix://").removeprefix("tcp://")
+        (self._folder / "socket").unlink(missing_ok=True)
+        self._ask("cat", b"\n", end, "-L", f"{self._folder}/socket:{self._target}")
+
+    def _ask(self, command: str, text: bytes, end: float, *options: str) -> str:
+        """Run a command on the server, which gets a text, and return what it answers. It goes on. Raises OSError."""
+        self._end()
+        with open(self._folder / "errors", "wb") as errors:
+            # A session of its own: no terminal to ask on, and no Ctrl-C that is meant for this program.
+            process = subprocess.Popen([*self.COMMAND, *options, *self._host, command], bufsize=0,  # noqa: S603
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                       start_new_session=True)
+        self._process, self._end = process, weakref.finalize(self, end_process, process)
+        assert process.stdin
+        assert process.stdout
+        with on_failure(self._end):
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(text)
+            if not select.select([process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+                raise TimeoutError(f"timed out {self._last_words()}".strip())
+            answer = os.read(process.stdout.fileno(), KIB).decode(errors="replace")
+            if not answer:
+                raise ConnectionError(self._last_words() or f"ssh ended with status {process.wait(1)}")
+        return answer.strip()
+
+    def _last_words(self, limit: int = 300) -> str:
+        """Return the last lines that ssh has written, at most limit characters, as one line."""
+        try:
+            text = (self._folder / "errors").read_bytes()[-2000:].decode(errors="replace")
+        except OSError:
+            return ""
+        words = "; ".join(line for line in map(str.strip, text.splitlines()) if line).rstrip(".")
+        if len(words) > limit:
+            words = words[-limit:].partition("; ")[2] or words[-limit:]
+        return printable(words)
 
     def advice(self, error: Exception) -> str:
-        """Explain an error to the user, and name the command that shows it."""
-        command = " ".join(["ssh", "-o", "BatchMode=yes", *self.host, *self.command, "version"])
-        return f"{self} failed: {error}. To see why, run: {command}"
+        """Explain an error to the user, with what ssh said, and name the command that shows it."""
+        said = self._last_words()
+        if "open failed" in said:
+            said += ": Docker is not there, or the ssh server forbids forwarding"
+        command = " ".join(["ssh", "-o", "BatchMode=yes", *self._host, "docker", "version"])
+        return (f"{self} failed: {error}{f' ({said})' if said and said not in str(error) else ''}. "
+                f"To see why, run: {command}")
 
     def __str__(self) -> str:
-        return self.text
+        return self._text
 
 
 # =====================================================================================================================
@@ -1188,14 +1073,7 @@ class EngineHost:
         if self.tunnel:
             return self.tunnel.connect(timeout)
         if self.path:
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.settimeout(timeout)
-                sock.connect(self.path)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
+            return unix_connection(self.path, timeout)
         sock = socket.create_connection((self.host, self.port), timeout)
         return self.tls.wrap_socket(sock, server_hostname=self.host) if self.tls else sock
 

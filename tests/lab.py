@@ -790,7 +790,7 @@ class SshServer:
             chroot("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{inside}/{name}")
         self.know(self.public("host"))
         self.let_in(self.public("user"))
-        (self.folder / "sshd_config").write_text(
+        self._settings = (
             f"ListenAddress 127.0.0.1:{self.port}\nHostKey {inside}/host\nAuthorizedKeysFile {inside}/authorized_keys\n"
             "StrictModes no\nUsePAM no\nPidFile none\n"
             "PerSourcePenalties no\n")  # or it would let nobody in for a while after some failures
@@ -811,7 +811,13 @@ class SshServer:
         """Write the server's list of the keys that it lets in."""
         self.keys.write_text(line)
 
-    def start(self):
+    def restart(self, settings=""):
+        """Start it again, with more settings in the form of its configuration file."""
+        self.stop()
+        self.start(settings)
+
+    def start(self, settings=""):
+        (self.folder / "sshd_config").write_text(self._settings + settings)
         (CLIENT_ROOT / "run/sshd").mkdir(exist_ok=True)  # where it has nothing, and where nobody may write
         with open(self.folder / "log", "ab") as log:  # with processes of its own, all of which end with the first one
             self._process = subprocess.Popen(

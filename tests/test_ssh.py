@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -19,15 +18,7 @@ import lab
 from program import COMMAND, MODULE, Program
 
 sys.path.insert(0, str(MODULE.parent))
-from k3d_registry_dockerd import (
-    CommandSocket,
-    Engine,
-    EngineHost,
-    RegistryError,
-    SshConnection,
-    SshConnections,
-    last_words,
-)
+from k3d_registry_dockerd import Engine, EngineHost, RegistryError
 
 
 class FolderCase(unittest.TestCase):
@@ -45,85 +36,25 @@ class FolderCase(unittest.TestCase):
         self.stack.enter_context(mock.patch.dict(os.environ, {"PATH": self.path}))
 
 
-class TestCommands(unittest.TestCase):
-    """CommandSocket, with commands that are no ssh."""
-
-    def test_bytes_pass_and_the_command_is_ended(self):
-        ends = []
-        sock = CommandSocket.start(["cat"], 20, lambda: ends.append(1))
-        with sock, sock.makefile("rb") as file:
-            sock.sendall(b"hello\n")
-            self.assertEqual(b"hello\n", file.readline())
-            sock.close()
-            self.assertIsNone(sock._process.poll(), "a file of the connection is still open")
-        self.assertIsNotNone(sock._process.poll())  # 0 if it saw the end of its input before it was killed
-        sock.close()
-        self.assertEqual([1], ends)
-
-    def test_the_end(self):
-        """Each row: a command, and what reading and writing raise then. Only a command that fails is an error."""
-        for script, expected in (("echo noise >&2", None), ("echo one >&2; echo two >&2; exit 3", "^one; two$"),
-                                 ("exit 3", "status 3")):
-            for name, operation in (
-                    ("recv", lambda sock: sock.recv(5)),
-                    ("recv_into", lambda sock: sock.recv_into(bytearray(5))),
-                    ("makefile", lambda sock: self.read_file(sock)),
-                    ("sendall", lambda sock: [sock.sendall(bytes(100_000)) for _ in range(100)])):
-                with self.subTest(script, operation=name), CommandSocket.start(["sh", "-c", script], 20) as sock:
-                    if expected:
-                        self.assertRaisesRegex(ConnectionError, expected, operation, sock)
-                    elif name == "sendall":
-                        self.assertRaises(ConnectionError, operation, sock)
-                    else:
-                        self.assertFalse(operation(sock))
-
-    @staticmethod
-    def read_file(sock):
-        with sock.makefile("rb") as file:
-            return file.readline()
-
-    def test_last_words(self):
-        """Each row: what a command said, and what is shown of that."""
-        for text, expected in (
-                ("", ""), ("\n  one \n\ntwo.\n", "one; two"), ("a\x1bb", r"a\x1bb"), ("x" * 500, "x" * 20),
-                ("forgotten\none more line\nlast line.", "last line"), ("a" * 5000 + "\nb", "b")):
-            with self.subTest(text[:20]), tempfile.TemporaryFile() as file:
-                file.write(text.encode())
-                file.flush()
-                self.assertEqual(expected, last_words(file, 20))
-                self.assertEqual(len(text), file.tell())
-
-
-# A stand-in for ssh. It notes its arguments. As a master, it leaves a file where ssh has its socket, and removes it
-# when it is told to exit; else it connects its input and output to the engine's socket. It fails for the host
-# "nowhere", never ends for the host "slow", and never connects for the host "silent".
+# A stand-in for ssh. It notes its arguments. On the server, `cat` works, and the docker command says where Docker is.
+# Connections to its socket lead to an engine. It fails for the host "nowhere", and never ends for the host "slow".
 SSH = """#!/usr/bin/env python3
-import json, os, pathlib, socket, sys, threading
+import json, os, socket, sys, threading
 with open({log!r}, "a") as log:
     log.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
-host = sys.argv[sys.argv.index("--") + 1]
-(control,) = (pathlib.Path(word.partition("=")[2]) for word in sys.argv if word.startswith("ControlPath="))
+host, command = sys.argv[sys.argv.index("--") + 1:]
 if host == "nowhere":
     sys.exit("Warning: noise\\nssh: Could not resolve hostname nowhere: Name or service not known")
 if host == "slow":
     print("still trying", file=sys.stderr, flush=True)
     threading.Event().wait()
-if "-N" in sys.argv:
-    sys.exit(control.touch())
-if "-O" in sys.argv:
-    sys.exit(control.unlink())
-if host == "silent":
-    threading.Event().wait()
-engine = socket.socket(socket.AF_UNIX)
-engine.connect({socket!r})
-def copy(read, write, end):
-    while data := read(65536):
-        write(data)
-    end()
-def send():
-    copy(lambda n: os.read(0, n), engine.sendall, lambda: engine.shutdown(socket.SHUT_WR))
-threading.Thread(target=send, daemon=True).start()
-copy(engine.recv, lambda data: [data := data[os.write(1, data):] for _ in iter(lambda: data, b"")], lambda: None)
+if command.startswith("docker "):
+    sys.exit(print("unix:///found.sock"))
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[sys.argv.index("-L") + 1].partition(":")[0])
+listener.listen()
+while data := os.read(0, 100):
+    os.write(1, data)
 """
 
 
@@ -131,7 +62,7 @@ class TestStandIn(FolderCase):
     def setUp(self):
         super().setUp()
         self.log = self.folder / "log"
-        self.install(SSH.format(log=str(self.log), socket="/nowhere"))
+        self.install(SSH.format(log=str(self.log)))
 
     def calls(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -143,24 +74,23 @@ class TestStandIn(FolderCase):
                 os.kill(pid, 0)
 
     def test_arguments(self):
-        for text, host, command in (
-                ("ssh://h", ["--", "h"], ["docker"]),
-                ("ssh://me@h:2222", ["-l", "me", "-p", "2222", "--", "h"], ["docker"]),
-                ("ssh://me@[::1]/", ["-l", "me", "--", "::1"], ["docker"]),
-                ("ssh://h/run/my%20d.sock", ["--", "h"], ["docker", "'--host=unix:///run/my d.sock'"])):
+        for text, host, target in (
+                ("ssh://h", ["--", "h"], "/found.sock"),
+                ("ssh://me@h:2222", ["-l", "me", "-p", "2222", "--", "h"], "/found.sock"),
+                ("ssh://me@[::1]/", ["-l", "me", "--", "::1"], "/found.sock"),
+                ("ssh://h/run/my%20d.sock", ["--", "h"], "/run/my d.sock")):
             with self.subTest(text):
                 engine_host = EngineHost.parse(text)
                 self.assertEqual(text.rstrip("/"), str(engine_host))
-                with contextlib.suppress(OSError), engine_host.connect(20) as sock:
-                    sock.recv(1)
-                master, session = self.calls()[-2:]
-                self.assertEqual(host, master[-len(host):])
-                expected = [*host, *command, "system", "dial-stdio"]
-                self.assertEqual(expected, session[-len(expected):])
-                for call in master, session:
-                    self.assertIn("BatchMode=yes", call)
-                del engine_host, sock
-                self.assertEqual(["-O", "exit", *host], self.calls()[-1][-len(host) - 2:])
+                count = len(self.calls()) if self.log.exists() else 0
+                for _ in range(2):
+                    engine_host.connect(20).close()
+                *asked, (_, *call) = self.calls()[count:]
+                self.assertEqual([target == "/found.sock"], [bool(asked)])
+                self.assertEqual([*host, "cat"], call[-len(host) - 1:])
+                self.assertEqual(target, call[call.index("-L") + 1].partition(":")[2])
+                self.assertIn("BatchMode=yes", call)
+                del engine_host
         self.assert_ended()
 
     def test_errors(self):
@@ -169,24 +99,36 @@ class TestStandIn(FolderCase):
         self.assertEqual("UNAVAILABLE", caught.exception.code)
         self.assertRegex(caught.exception.detail, r"ssh://me@nowhere failed: .*Name or service not known\. To.*"
                                                   "run: ssh .*-l me -- nowhere docker version")
+        self.assertEqual(1, caught.exception.detail.count("not known"))
         with mock.patch.dict(os.environ, {"PATH": "/nowhere"}), self.assertRaises(RegistryError) as caught:
             Engine(EngineHost.parse("ssh://h")).info()
         self.assertRegex(caught.exception.detail, "failed: .*No such file or directory: 'ssh'")
 
     def test_an_ssh_that_hangs_is_ended(self):
-        host = EngineHost.parse("ssh://silent")
-        with contextlib.suppress(TimeoutError), host.connect(20) as sock:
-            while len(self.calls()) < 2:
-                threading.Event().wait(0.02)
-            sock.settimeout(0.1)
-            sock.recv(1)
         self.assertRaisesRegex(OSError, "timed out still trying", EngineHost.parse("ssh://slow").connect, 2)
-        self.assertEqual(3, len(self.calls()))
         self.assert_ended()
+
+    def test_a_failure_is_shared(self):
+        """Those who ask while ssh is started do not start it once more when that has failed."""
+        host = EngineHost.parse("ssh://slow")
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            asked = [pool.submit(host.connect, 2) for _ in range(20)]
+            self.assertEqual({"timed out still trying"}, {str(each.exception()) for each in asked} - {"timed out"})
+        self.assertEqual(1, len(self.calls()))
+
+    def test_last_words(self):
+        """Each row: what ssh said, and what is shown of that."""
+        tunnel = EngineHost.parse("ssh://h").tunnel
+        for text, expected in (
+                ("", ""), ("\n  one \n\ntwo.\n", "one; two"), ("a\x1bb", r"a\x1bb"), ("x" * 500, "x" * 20),
+                ("forgotten\none more line\nlast line.", "last line"), ("a" * 5000 + "\nb", "b")):
+            with self.subTest(text[:20]):
+                (tunnel._folder / "errors").write_text(text)
+                self.assertEqual(expected, tunnel._last_words(20))
 
 
 class TestOpenSsh(FolderCase):
-    """OpenSSH's own client and server, and the docker command's own `docker system dial-stdio` behind them."""
+    """OpenSSH's own client and server."""
 
     engine = lab.ENGINES["containerd"]
 
@@ -203,19 +145,18 @@ class TestOpenSsh(FolderCase):
         self.server = self.stack.enter_context(lab.SshServer())
         # ssh reads the files of the user's home folder, which it does not take from HOME.
         self.install(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.server.config} "$@"\n')
-        # A temporary folder with a path as long as on macOS: ssh's sockets must have short names.
+        # A temporary folder with a path as long as on macOS: sockets must have short names.
         self.temporary = self.folder / ("x" * (48 - len(str(self.folder))))
         self.temporary.mkdir()
 
     @contextlib.contextmanager
-    def program(self, socket=None, **constants):
+    def program(self, socket="/lab/containerd/docker.sock", **constants):
         """Run a program whose Docker is behind the server; check that nothing is left of it, and of its ssh."""
-        url = f"ssh://lab{socket or self.engine.inside + '/docker.sock'}"
-        variables = {"PATH": self.path, "TMPDIR": str(self.temporary)}
-        with Program(url, command=COMMAND, env=variables, constants=constants) as program:  # it tidies up at its end
+        url = f"ssh://lab{socket}"
+        with Program(url, env={"PATH": self.path, "TMPDIR": str(self.temporary)}, constants=constants,
+                     command=COMMAND) as program:  # the end of its interpreter ends ssh
             yield program
-        # Sooner than those would end by themselves that keep connections.
-        lab.wait_for("the end of every ssh", lambda: not self.processes(), SshConnection.KEPT / 3)
+        lab.wait_for("the end of every ssh", lambda: not self.processes(), 20)
         self.assertEqual([], list(self.temporary.iterdir()))
 
     def processes(self):
@@ -283,19 +224,36 @@ class TestOpenSsh(FolderCase):
 
             with concurrent.futures.ThreadPoolExecutor(30) as pool:
                 self.assertEqual({b"OK"}, set(pool.map(ping, range(30))))
-            self.assertEqual(30 / SshConnections.SESSIONS, self.server.connections())
+            self.assertEqual(1, self.server.connections())
+
+    def test_docker_is_asked_where_it_is(self):
+        """The address names no socket: the docker command on the server has a DOCKER_HOST."""
+        self.server.restart(f"SetEnv DOCKER_HOST={self.engine.host}\n")
+        with self.program("") as program:
+            self.assertEqual(200, self.pull(program).status, program.log)
+
+    def test_nothing_is_left_after_a_kill(self):
+        with self.program() as program:
+            self.assertEqual(200, self.pull(program).status, program.log)
+            self.assertTrue(self.processes())
+            program.stop(signal.SIGKILL)
+            lab.wait_for("the end of every ssh", lambda: not self.processes(), 20)
+            (left,) = self.temporary.iterdir()
+            shutil.rmtree(left)
 
     def test_errors(self):
         """Each row: what is wrong, what ssh or the far side says about that, and how it is mended."""
         server = self.server
         host, user = server.public("host"), server.public("user")
-        forced = f'command="nothing-like-this" {user}'
+        forced, narrow = f'command="nothing-like-this" {user}', f"restrict {user}"
         for name, spoil, said, mend in (
                 ("no server", server.stop, "connect to host 127.0.0.1 port .* Connection refused", server.start),
                 ("unknown", lambda: server.know(""), "Host key verification failed", lambda: server.know(host)),
                 ("changed", lambda: server.know(user), "Host key for .* has changed", lambda: server.know(host)),
                 ("refused", lambda: server.let_in(""), r"Permission denied \(publickey", lambda: server.let_in(user)),
-                ("no docker", lambda: server.let_in(forced), "nothing-like-this: .*not found",
+                ("forced", lambda: server.let_in(forced), "nothing-like-this: .*not found",
+                 lambda: server.let_in(user)),
+                ("narrow", lambda: server.let_in(narrow), "open failed.*forbids forwarding",
                  lambda: server.let_in(user))):
             spoil()
             with self.subTest(name), self.program() as program:
@@ -304,12 +262,11 @@ class TestOpenSsh(FolderCase):
                 self.assertRegex(answer.detail, f"ssh://lab/.* failed: .*{said}.* run: ssh .*-- lab docker")
                 self.assertRegex(program.wait_for_line(" 503 "), said)
                 mend()
-                if name == "no docker":  # what is forced is told to a connection at its start
-                    server.stop()
-                    server.start()
+                if name == "narrow":  # a connection that stands has what it was let in with
+                    server.restart()
                 self.assertEqual(200, self.pull(program).status, program.log)
         with self.program("/lab/nowhere.sock") as program:
-            self.assertRegex(self.pull(program).detail, "failed: .*/lab/nowhere.sock")
+            self.assertRegex(self.pull(program).detail, "failed: .*open failed.*is not there")
 
     def test_server_is_stopped_and_comes_back(self):
         data = os.urandom(64_000_000)
