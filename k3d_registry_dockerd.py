@@ -3730,8 +3730,14 @@ class Hosted:
         return manifest
 
     def put_manifest(self, reference: Reference, manifest: Manifest, tags: Iterable[str]) -> None:
-        """Keep a manifest with its tags. MANIFEST_BLOB_UNKNOWN if its repository lacks a blob: then nothing is kept."""
+        """Keep a manifest with its tags. Nothing is kept after an error.
+
+        MANIFEST_BLOB_UNKNOWN if its repository lacks a blob, MANIFEST_INVALID if a manifest there has another size.
+        """
         repository = self.repository(reference.repository)
+        for digest, descriptor in descriptors(manifest.document, "manifests"):
+            if repository.manifests.size(digest) not in (None, descriptor["size"]):
+                raise RegistryError("MANIFEST_INVALID", f"the manifest {digest} has not {descriptor['size']} bytes")
         sizes = manifest.sizes("config", "layers", "blobs")
         missing = [digest for digest, size in sizes.items() if not repository.has_blob(digest, size)]
         if missing:

@@ -191,7 +191,7 @@ class TestHeads(HostileCase):
                 ("a host that is IPv6", b"GET /v2/ HTTP/1.1\r\nHost: [::1]:5000\r\n", 200),
                 ("a bare CR", b"GET /v2/ HTTP/1.1\r\nX: a\rContent-Length: 5\r\n" + host, 400),
                 ("a bare CR at the end", b"GET /v2/ HTTP/1.1\r\n" + host + b"X: a\r\r\n", 400),
-                ("a bare CR in the first line", b"GET /v2/\rX HTTP/1.1\r\n" + host, 404),
+                ("a bare CR in the first line", b"GET /v2/\rX HTTP/1.1\r\n" + host, 400),
                 ("a NUL", b"GET /v2/ HTTP/1.1\r\nX: a\0b\r\n" + host, 400),
                 ("a folded line", b"GET /v2/ HTTP/1.1\r\nX: a\r\n b\r\n" + host, 400),
                 ("a space before the colon", b"GET /v2/ HTTP/1.1\r\nX : a\r\n" + host, 400),
