@@ -2865,7 +2865,7 @@ class Space:
 
     def _lacking(self, count: int, free: int) -> int:
         wanted = count + self._reserved
-        return max(wanted + MINIMUM_FREE - free, self.used + wanted - self.limit if self.limit else 0, 0)
+        return max(wanted + MINIMUM_FREE - free, 0 if self.limit is None else self.used + wanted - self.limit, 0)
 
     def lacking(self, count: int) -> int:
         """How many bytes have to be freed before this many more can be reserved."""
@@ -2890,7 +2890,7 @@ class Space:
             self.used, self.freed = self.used - count, self.freed + count
 
     def __str__(self) -> str:
-        limit = f" of the limit of {human_bytes(self.limit)}" if self.limit else ""
+        limit = "" if self.limit is None else f" of the limit of {human_bytes(self.limit)}"
         return f"{human_bytes(self.used)}{limit} used"
 
 
@@ -3196,7 +3196,7 @@ class Store:
 
     def reserve(self, count: int) -> None:
         """Count bytes that are about to be written, and make room for them if need be. STORE_FULL if there is none."""
-        if self.space.limit and not self.space.measured:
+        if self.space.limit is not None and not self.space.measured:
             self.measure(again=False)
         if self.space.lacking(count):
             self._evict(count)
@@ -6773,7 +6773,7 @@ def head_lines(facts: Facts) -> Row:
     engine, store = facts["engine"], facts["store"]
     about = (f"{engine['name']} {engine['version']}, {engine['image_store']} image store; content from: "
              f"{', '.join(engine['content_from'])}" if engine["reachable"] else "Docker cannot be reached")
-    limit = f" of {human_bytes(store['limit_bytes'])}" if store["limit_bytes"] else ""
+    limit = "" if store["limit_bytes"] is None else f" of {human_bytes(store['limit_bytes'])}"
     advice = engine.get("advice") or ""
     free = f", {human_bytes(store['free_bytes'])} of the disk are free" if store["free_bytes"] is not None else ""
     return ((about, "good" if engine["reachable"] else "bad"), (engine.get("problem") or "", "bad"),

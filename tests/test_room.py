@@ -85,6 +85,12 @@ class TestLimit(RoomCase):
         self.assertEqual(201, self.put(program, b"z" * KB).status)
         self.assertLessEqual(self.bytes(), 50 * KB)
 
+    def test_limit_of_nothing(self):
+        program = self.start(limit=0)
+        answer = self.put(program, b"x")
+        self.assertEqual((507, "STORE_FULL"), (answer.status, answer.code), answer.body)
+        self.assertIn("the limit of 0 B", answer.detail)
+
     @staticmethod
     def put_chunked(program, data):
         location = program.request("POST", "/v2/a/app/blobs/uploads/").headers["Location"]
