@@ -100,6 +100,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -8337,7 +8338,8 @@ def read_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             data = file.read(SETTINGS_FILE_LIMIT + 1)
-        lines = data.decode().splitlines()
+        # Not str.splitlines(), which knows more ends of lines. Like docker's --env-file, without a byte order mark.
+        lines = [line.decode() for line in data.removeprefix(codecs.BOM_UTF8).splitlines()]
     except FileNotFoundError:
         raise ValueError("does not exist") from None
     except IsADirectoryError:
@@ -8454,7 +8456,7 @@ def read_settings_file(path: Path) -> dict[str, tuple[int, str]]:
         raise ValueError(f"the settings file {path} {e}") from None
     found = {}
     for number, line in enumerate(lines, 1):
-        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][\w.-]*)=(.*)", line.strip(), re.ASCII)
+        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][\w.-]*)=([^\0]*)", line.strip(), re.ASCII)
         if match:
             quoted = re.fullmatch(r"([\"'])(.*)\1", match[2])
             found[match[1]] = number, quoted[2] if quoted else match[2]

@@ -82,9 +82,18 @@ class TestSources(SettingsCase):
         self.assertEqual([f"TYPO (line 7 of {self.file}) is not a setting of this program",
                           "K3D_REGISTRY_DOCKERD_TYPO is not a setting of this program"], list(settings.notes)[-2:])
 
+    def test_lines(self):
+        """They end as in all files, and there may be a mark of the encoding, as Windows' Notepad writes it."""
+        for content in (b"\xef\xbb\xbfREGISTRY_LOG_LEVEL=debug\r\n", b"#a\x0bb\x0cc\nREGISTRY_LOG_LEVEL=debug",
+                        "# a\u2028b\x85c\rREGISTRY_LOG_LEVEL=debug".encode()):
+            with self.subTest(content):
+                self.file.write_bytes(content)
+                self.assertEqual("debug", self.read("-env-file", str(self.file)).log_level)
+
     def test_invalid_files(self):
         for content, expected in (
-                (b"A=1\nnonsense", "line 2, is not NAME=value"), (b"\xff", "cannot be read"),
+                (b"A=1\nnonsense", "line 2, is not NAME=value"), (b"A=/a\0b", "line 1, is not NAME=value"),
+                (b"DOCKER_CONFIG='\0'", "line 1, is not NAME=value"), (b"\xff", "cannot be read"),
                 (b"K3D_REGISTRY_DOCKERD_UNTAGGED_AGE=old",
                  f"'old' (line 1 of {self.file}) is not an age: use for example 12h or 7d"),
                 (b"#" * 2**21, "is larger than"), (None, "is a folder: Docker makes one")):
