@@ -995,6 +995,25 @@ def client_tls(folder: Path, verified: bool = True, needs_authority: bool = True
     return context
 
 
+class LimitedResponse(http.client.HTTPResponse):
+    """A response of Docker's or of a registry's. http.client reads any number of interim responses and of trailers."""
+
+    _heads = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        self._heads += 1
+        if self._heads > HEADERS_LIMIT:
+            raise http.client.HTTPException("too many interim responses")
+        status: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        return status
+
+    def _read_and_discard_trailer(self) -> None:
+        for _ in range(HEADERS_LIMIT):
+            if not self.fp.readline(CHUNK_LINE).strip(b"\r\n"):
+                return
+        raise http.client.HTTPException("too many trailers")
+
+
 @dataclass(frozen=True)
 class EngineHost:
     """The address of the Docker daemon: a unix socket, or a host and a port, with or without TLS, or a tunnel.
@@ -1081,6 +1100,7 @@ class EngineHost:
     def http(self, timeout: float) -> http.client.HTTPConnection:
         """Open a connection for HTTP; otherwise like connect()."""
         connection = http.client.HTTPConnection("docker", timeout=timeout)
+        connection.response_class = LimitedResponse
         connection.sock = self.connect(timeout)
         return connection
 
@@ -1757,7 +1777,7 @@ class Activity:
 # =====================================================================================================================
 
 
-class UnbufferedResponse(http.client.HTTPResponse):
+class UnbufferedResponse(LimitedResponse):
     """A response of which only the head is read: what follows belongs to another protocol."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any):
@@ -4700,6 +4720,7 @@ class OriginConnections(urllib.request.HTTPSHandler):
 
     def _make(self, kind: Callable[..., Any], req: urllib.request.Request, host: str, **options: Any) -> Any:
         connection = kind(host, **options)
+        connection.response_class = LimitedResponse
         if host == urllib.parse.urlsplit(req.full_url).netloc:  # no proxy
             connection._create_connection = self._connect_elsewhere if req.unverifiable else self._connect_home
         return connection
@@ -4795,7 +4816,7 @@ class Origin:
             raise PullFailed(codes.get(e.code, "ORIGIN_UNAVAILABLE"), reason) from None
         except OSError as e:
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: {getattr(e, 'reason', None) or e!r}") from None
-        except http.client.HTTPException as e:  # its text may be what another host said, or have a password of a URL
+        except (http.client.HTTPException, ValueError) as e:  # the text may be another host's, or have a URL's password
             raise PullFailed("ORIGIN_UNAVAILABLE", f"{self._host}: malformed HTTP ({type(e).__name__})") from None
 
     def _is_own(self, url: str) -> bool:

@@ -470,6 +470,9 @@ class TestMalformedResponses(EngineCase):
         ("no response", b"", "UNAVAILABLE", "Docker is restarting"),
         ("not HTTP", b"SSH-2.0-OpenSSH_9.6\r\n", "ENGINE_FAILED", "SSH-2.0-OpenSSH_9.6"),
         ("an endless header", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, "ENGINE_FAILED", "header line"),
+        ("endless interim responses", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "ENGINE_FAILED", "interim responses"),
+        ("endless trailers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 1000,
+         "ENGINE_FAILED", "trailers"),
         ("half of a chunk", chunked(b'{"status": "hello"}')[:-20], "UNAVAILABLE", "Docker is restarting"),
     )
 

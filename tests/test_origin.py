@@ -235,6 +235,25 @@ class TestOrigin(OriginCase):
                 self.answers[self.PATH] = (307, {"Location": location}, b"")
                 self.assertEqual("ORIGIN_UNAVAILABLE", self.failure().code)
 
+    def test_malformed_http(self):
+        """The floods would go on. Here the connection is closed at their end, which would be another error, or none."""
+        chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for what, data, reason in (
+                ("interim responses", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "HTTPException"),
+                ("trailers", chunks + b"0\r\n" + b"X: y\r\n" * 1000, "HTTPException"),
+                ("headers", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, "HTTPException"),
+                ("a chunk of less than nothing", chunks + b"-5\r\nabcde", "ValueError"),
+                ("not a chunk", chunks + b"x\r\n", "IncompleteRead")):
+            with self.subTest(what):
+                def answer(handler):
+                    handler.wfile.write(data)  # noqa: B023
+                    raise ConnectionAbortedError
+
+                self.answers[self.PATH] = answer
+                failure = self.failure()
+                self.assertEqual(("ORIGIN_UNAVAILABLE", f"{self.host}: malformed HTTP ({reason})"),
+                                 (failure.code, str(failure)))
+
     def test_failures_show_nothing_that_is_secret(self):
         """What another service says, to which a registry leads, is not for clients; nor is a password in a URL."""
         service = socket.create_server(("127.0.0.1", 0))
