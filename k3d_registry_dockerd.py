@@ -694,6 +694,8 @@ class Manifest:
         if media_type is None or not MEDIA_TYPE.fullmatch(media_type) or not media_type.lower().startswith(
                 "application/"):
             raise RegistryError("MANIFEST_INVALID", f"Content-Type: {declared!r} is not a manifest's media type")
+        if own and own.lower() == media_type.lower():
+            media_type = own  # clients compare them exactly
         manifest = cls(Digest.of(data, algorithm), media_type, data)
         if own == DOCKER_SCHEMA1:
             raise RegistryError("MANIFEST_INVALID", "manifests of schema version 1 are not supported")
@@ -4963,10 +4965,13 @@ class Content:
             self._seen[digest, size] = now + PRESENCE_FRESH
         return found
 
-    def manifest(self, digest: Digest) -> Manifest | None:
-        """The manifest or index with a digest; None if there is none, or if the content is something else."""
+    def manifest(self, digest: Digest, remembered: bool = True) -> Manifest | None:
+        """The manifest or index with a digest; None if there is none, or if the content is something else.
+
+        What was here a few seconds ago is taken to be here if remembered is set: where Docker still has the image.
+        """
         known = self._manifests.get(digest)
-        if known and self.has(digest, len(known.data)):
+        if known and (self.has if remembered else self.find)(digest, len(known.data)):
             return known
         blob = self.find(digest)
         data = read_blob(blob, MANIFEST_LIMIT) if blob and blob.size <= MANIFEST_LIMIT else b""
@@ -5781,7 +5786,8 @@ class Mirror:
     def _manifest_by_digest(self, reference: Reference, digest: Digest, client: Client) -> Manifest:
         if reference.namespace is None:
             return self._manifest_here(reference, digest, client)
-        manifest = self.pulls.manifest(digest, client.deadline) or self._content.manifest(digest)
+        manifest = self.pulls.manifest(digest, client.deadline) or self._content.manifest(
+            digest, remembered=False)
         if manifest:
             return manifest
         if self.images.current().made_type:

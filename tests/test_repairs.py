@@ -89,6 +89,18 @@ class TestLostBlobs(LostBlobs):
                 self.assertEqual(({self.large}, untagged), (self.stored(program), self.untagged()))
                 self.engine.remove(*self.images, reference)
 
+    def test_removed_image_is_pulled_again(self):
+        """A node that asks for its digest at once gets all of it, although everything was here a moment ago."""
+        host, program = lab.ORIGINS["open"].host, self.program()
+        for count in (1, 2):
+            for digest in (self.index, self.child):
+                for method in ("HEAD", "GET"):
+                    self.assertEqual(200, program.request(method, self.path("manifests", digest, host)).status)
+            for blob in (self.manifest["config"], *self.manifest["layers"]):
+                self.assertEqual(blob["digest"], sha256(program.get(self.path("blobs", blob["digest"], host)).body))
+            self.assertEqual(count, len(program.jobs("pull")))
+            self.engine.docker("rmi", f"{host}/lab/{self.name}@{self.index}")
+
     def test_lost_config_and_lost_layer(self):
         reference = self.on(lab.ORIGINS["open"].host)
         for lost in (self.manifest["config"]["digest"], self.manifest["layers"][0]["digest"]):

@@ -384,6 +384,9 @@ class TestManifestPush(SpecCase):
             with self.subTest(what):
                 self.push("unknown", encode(document), media_type)
                 self.assertEqual(media_type, self.ask("GET", "/manifests/unknown", 200).headers["Content-Type"])
+        empty = encode({"schemaVersion": 2, "mediaType": INDEX, "manifests": []})
+        self.push("case", empty, INDEX.replace("oci", "OCI"))
+        self.assertEqual(INDEX, self.ask("GET", "/manifests/case", 200).headers["Content-Type"])
         same = encode({"schemaVersion": 2, "layers": [], "config": descriptor(b"", EMPTY)})
         self.push_blob(b"")
         for media_type in ("application/vnd.docker.distribution.manifest.v2+json", MANIFEST):
