@@ -3577,7 +3577,7 @@ class Repository:
 
     def dangling_tags(self) -> Iterator[tuple[str, Digest]]:
         """The tags whose manifest is not there, though it was not deleted, with its digest."""
-        for tag in self._disk.names(self._tags):
+        for tag in filter(TAG.fullmatch, self._disk.names(self._tags)):
             digest = self._tagged(tag)
             if digest and self.manifests.size(digest) is None and not self._disk.status(self._path("_deleted", digest)):
                 yield tag, digest
@@ -9145,6 +9145,11 @@ def log_always(message: str, *arguments: object) -> None:
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, arguments, None))
 
 
+def say(line: str) -> None:
+    """Print a line, which may hold text from outside, as the log has it."""
+    print(printable(line, OneLineEach.LIMIT))
+
+
 def server_address(settings: Settings, arguments: argparse.Namespace) -> Address:
     """Return the address of the server that a command is about: of -addr, else of the one that runs, else as it is set.
 
@@ -9160,7 +9165,7 @@ def check(settings: Settings, arguments: argparse.Namespace) -> bool:
     try:
         status, *_ = ask_server(address, settings.tls is not None, "/v2/")
     except (OSError, http.client.HTTPException) as e:
-        print(f"no answer from {address}: {e}")
+        say(f"no answer from {address}: {e}")
         return False
     print("healthy" if status == 200 else "unhealthy")
     return status == 200
@@ -9181,7 +9186,7 @@ def show_status(settings: Settings, arguments: argparse.Namespace) -> bool:
                 return True
             time.sleep(WATCH_INTERVAL)
     except (OSError, http.client.HTTPException) as e:
-        print(f"no answer from {address}: {e}")
+        say(f"no answer from {address}: {e}")
         return False
     except KeyboardInterrupt:
         return True
@@ -9198,9 +9203,9 @@ def verify(settings: Settings, arguments: argparse.Namespace) -> bool:
     """Verify the store, and print the result. True if all of it is right in the end."""
     with contextlib.closing(make_registry(settings)) as registry:
         try:
-            right = Verification(registry.store, registry, print).run(arguments.repair)
+            right = Verification(registry.store, registry, say).run(arguments.repair)
         except RegistryError as e:
-            print(f"the store could not be verified: {e.detail}")
+            say(f"the store could not be verified: {e.detail}")
             return False
     print("the store is complete and undamaged" if right else "the store has damaged or missing content")
     return right

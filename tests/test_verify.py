@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 
 import walk
-from fake_daemon import FakeDaemon, Image, sha256
+from fake_daemon import FakeDaemon, Image, http_answer, sha256
 from fake_origin import INSECURE, Origin
 from program import Program, run, takes_long
 from test_damage import (
@@ -45,6 +45,22 @@ class TestVerify(DamageCase):
 
     def test_no_store(self):
         self.assertEqual((0, "the store is complete and undamaged\n"), verify("/tmp/there/is/no/such/store"))
+
+    def test_files_that_are_no_tags(self):
+        store = self.copy()
+        for name in (b"\xff", b"x\ny", b"-x"):
+            (store / "repositories/a/app/_tags" / os.fsdecode(name)).write_text(digest_of(b"nothing"))
+        self.assertEqual((0, "the store is complete and undamaged\n"), verify(store))
+
+    def test_text_from_outside_is_escaped(self):
+        store = self.copy()
+        DAMAGES["other bytes"](store / FILES["content"])
+        with FakeDaemon() as daemon:
+            daemon.faults = {"/version": http_answer(500, {"message": "boom\n\x1b[1m"})}
+            status, output = verify(store, "-repair", docker_host=daemon.host)
+        self.assertEqual(1, status)
+        self.assertIn(r"boom\n\x1b[1m", output)
+        self.assertNotIn("\x1b", output)
 
     def test_damage_is_named_and_nothing_is_changed(self):
         """Each row: a kind of file, a damage, what the result says."""
