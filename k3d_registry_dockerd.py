@@ -577,7 +577,7 @@ class Reference:
             if name in names:
                 hosts += names
             yield from map(self.under, dict.fromkeys(hosts))
-        if self.namespace is None:
+        if self.namespace is None and self.repository != "sha256":  # which Docker takes for the ID of an image
             yield self
 
     def under(self, namespace: str | None) -> Reference:
@@ -7806,6 +7806,11 @@ class Handler(BaseHTTPRequestHandler):
         """True if the client knows neither chunks nor 100 Continue. Its connection serves one request."""
         return self.request_version == "HTTP/1.0"
 
+    @property
+    def _shown_target(self) -> str:
+        """The target of the request for the log, without what may be a password: http://user:password@host/."""
+        return printable(re.sub(r"//[^/?#]*@", "//", self.path))
+
     def handle_one_request(self) -> None:
         """Wait for a request and answer it. Until its headers are there, the connection is idle."""
         self.server.connections.set_idle(self.connection)
@@ -7837,7 +7842,7 @@ class Handler(BaseHTTPRequestHandler):
         except RegistryError as e:
             response = self._error_response(e)
         except Exception as e:  # last resort: this client gets an answer, and the others are not affected
-            log.exception("%s %s: a bug in this program", self.command, printable(self.path))
+            log.exception("%s %s: a bug in this program", self.command, self._shown_target)
             response = self._error_response(RegistryError("UNKNOWN", f"{type(e).__name__}, see the log"))
         self._keep_in_step(body)
         self.reply(response, started)
@@ -7941,12 +7946,12 @@ class Handler(BaseHTTPRequestHandler):
                 if sent < (length or 0):
                     raise RegistryError("ENGINE_FAILED", "the content ended early")
             self.wfile.flush()
-        except (OSError, ClientGone) as e:
+        except (ConnectionError, TimeoutError, ssl.SSLError, ClientGone) as e:
             problem = f"the client went away: {e or 'it closed the connection'}"
-        except RegistryError as e:
+        except (OSError, RegistryError) as e:  # such as an error of the disk
             problem = f"closed early: {e}"
         except Exception as e:  # last resort, as in _handle
-            log.exception("%s %s: a bug in this program", self.command, printable(self.path))
+            log.exception("%s %s: a bug in this program", self.command, self._shown_target)
             problem = f"closed early: {type(e).__name__}"
         finally:
             if not isinstance(body, bytes):
@@ -8022,7 +8027,7 @@ class Handler(BaseHTTPRequestHandler):
         if "/manifests/" in self.path:
             visit.digest = response.headers.get("Docker-Content-Digest", "")
         self.server.activity.end(visit)
-        log.log(level, "%s %s %d %s %s %s%s", self.command, printable(self.path), status, human_bytes(sent),
+        log.log(level, "%s %s %d %s %s %s%s", self.command, self._shown_target, status, human_bytes(sent),
                 human_seconds(seconds), self.client_address[0], note and f" - {printable(note)}")
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:

@@ -419,6 +419,11 @@ class ContainerdStore(EveryEngine):
         self.pull(program, reference)
         self.assertEqual(image_id, lab.NODE.digest(reference))
 
+    def test_an_id_is_no_tag(self):
+        image_id = self.build("1")
+        answer = self.program().get(f"/v2/sha256/manifests/{image_id.removeprefix('sha256:')}")
+        self.assertEqual((404, "MANIFEST_UNKNOWN"), (answer.status, answer.code))
+
     def test_platform_missing_in_docker(self):
         """Docker has one platform of an index. The other one is 404, and no pull is started for it."""
         origin = lab.ORIGINS["open"]

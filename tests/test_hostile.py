@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import os
 import re
 import socket
 import sys
@@ -264,6 +265,25 @@ class TestHeads(HostileCase):
                 self.assertEqual(chunked, b"Transfer-Encoding" in answered)
                 body = answered.rpartition(b"\r\n\r\n")[2] if not chunked else answered[-21:]
                 self.assertEqual(b"3\r\nabc\r\n3\r\ndef\r\n0\r\n\r\n" if chunked else b"abcdef", body)
+
+
+    def test_content_that_cannot_be_read(self):
+        """The log says that it is the disk's fault, and not the client's."""
+
+        def parts():
+            yield b"abc"
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        server = self.serve()
+        with mock.patch.object(module, "find_route", lambda *request: (
+                lambda endpoints, request: module.Response(200, {}, module.Body(parts(), 6)), ())), \
+                self.assertLogs("k3d-registry-dockerd") as logs, \
+                socket.create_connection(server.server_address, timeout=30) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertTrue(connection.makefile("rb").read().endswith(b"\r\n\r\nabc"))
+            with server.connections._change:
+                server.connections._change.wait_for(lambda: not server.connections._open, 30)
+        self.assertRegex(logs.output[-1], "closed early: .*Input/output error")
 
 
 class TestSlowClients(HostileCase):

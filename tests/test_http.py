@@ -332,6 +332,12 @@ class TestConnections(HttpCase):
         self.assertNotIn("\x1b", line)
         self.assertNotIn("\x85", line)
 
+    def test_no_password_in_the_log(self):
+        """A target may be a whole URL, also one with a password."""
+        self.raw(b"GET http://joe:hunter2@x/v2/?a=b@c HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertIn(" GET http://x/v2/?a=b@c 200 ", self.program.wait_for_line("a=b@c"))
+        self.assertEqual([], self.program.lines("hunter2"))
+
     def test_log_line_for_each_request(self):
         self.program.get(self.layer)
         self.assertRegex(self.program.wait_for_line(f"GET {self.layer} 200"),

@@ -94,6 +94,11 @@ class TestNames(unittest.TestCase):
                 found = Reference("app", "1", namespace).aliases((host, *names))
                 self.assertEqual(expected, [reference.namespace for reference in found])
 
+    def test_an_id_is_no_name(self):
+        """Docker takes sha256:HEX for the ID of an image, whatever its name is."""
+        names = [str(name) for name in Reference("sha256", "a" * 64).aliases(("localhost:5000",))]
+        self.assertEqual([f"{host}:5000/sha256:{'a' * 64}" for host in ("localhost", "127.0.0.1")], names)
+
 
 class TestEngine(unittest.TestCase):
     """The container is found in what Docker says, and nothing else depends on it."""
