@@ -14,7 +14,7 @@ import zipapp
 from pathlib import Path
 
 from fake_daemon import FakeDaemon, Image, http_answer
-from program import MODULE, Program
+from program import COMMAND, MODULE, Program
 from program import environment as inherited
 from program import run as run_import
 from test_behaviour import wait_until
@@ -207,7 +207,7 @@ class TestInvalidSettings(CommandCase):
         for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}):
             for arguments, expected in ((("doctor",), "!!  socket: "), (("verify", "-store", str(store)), r"\udcff")):
                 with self.subTest(arguments, **locale):
-                    result = run(*arguments, DOCKER_HOST="unix:///nowhere", **locale)
+                    result = run(*arguments, command=COMMAND, DOCKER_HOST="unix:///nowhere", **locale)
                     self.assertEqual(1, result.returncode)
                     self.assertIn(expected, result.stdout)
                     self.assertNotIn("Traceback", result.stderr)
@@ -220,18 +220,19 @@ class TestInvalidSettings(CommandCase):
                 nobody = ("-addr", "127.0.0.1:1")
                 for arguments, status in ((("check", *nobody), 1), (("status", "-watch", *nobody), 1),
                                           (("config", "k3s", *nobody), 0)):
-                    result = run("-c", f'"$0" "$@" {script}', sys.executable, str(MODULE), *arguments, command=("sh",),
+                    result = run("-c", f'"$0" "$@" {script}', *COMMAND, *arguments, command=("sh",),
                                  DOCKER_HOST="unix:///nowhere")
                     self.assertEqual((status, ""), (result.returncode, result.stderr), arguments)
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     port = free.getsockname()[1]
                 process = subprocess.Popen(
-                    ["sh", "-c", f'exec "$0" "$@" {script}', sys.executable, str(MODULE), "-addr", f"127.0.0.1:{port}",
-                     "-store", str(self.folder / "store")], env=inherited(DOCKER_HOST="unix:///nowhere"),
+                    ["sh", "-c", f'exec "$0" "$@" {script}', *COMMAND, "-addr", f"127.0.0.1:{port}", "-store",
+                     str(self.folder / "store")], env=inherited(DOCKER_HOST="unix:///nowhere"),
                     stderr=subprocess.DEVNULL)
                 self.addCleanup(process.wait)
                 self.addCleanup(process.kill)
-                wait_until(lambda: not run("check", "-addr", f"127.0.0.1:{port}").returncode)  # noqa: B023
+                checked = ("check", "-addr", f"127.0.0.1:{port}")
+                wait_until(lambda: not run(*checked, command=COMMAND).returncode)  # noqa: B023
                 links = [str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in closed]
                 self.assertEqual([os.devnull] * len(closed), links)
                 process.send_signal(signal.SIGTERM)
