@@ -3061,6 +3061,11 @@ class Store:
         """See Disk."""
         self.disk.close()
 
+    @classmethod
+    def folders(cls, root: Path) -> list[Path]:
+        """The folders of a store that are written to, as far as they exist, or the one that it is made in. OSError."""
+        return [nearest_existing(root), *filter(os.path.isdir, map(root.joinpath, cls.FOLDERS))]
+
     def parse_digest(self, text: str, path: Path) -> Digest | None:
         """The digest that is the name of a file, or in it. None if it is malformed: then the log names the file."""
         try:
@@ -8308,7 +8313,7 @@ def configuration_for(kind: str, place: Place) -> str:
 
 # =====================================================================================================================
 # 30. Settings: flags, variables, the settings file
-# Uses: configuration, disk, pulls, requests, admission, server.
+# Uses: configuration, store, pulls, requests, admission, server.
 # =====================================================================================================================
 
 DEFAULT_SETTINGS_FILE = Path("/etc/k3d-registry-dockerd.env")
@@ -8647,13 +8652,15 @@ class Settings:
         """Yield a warning if the store is not writable. Raises ValueError if it is no folder, and cannot become one."""
         name = f"the store {self.store} ({self.origin('-store')})"
         try:
-            existing = nearest_existing(self.store)
+            existing, *parts = Store.folders(self.store)
             if not existing.is_dir():
                 raise ValueError(f"{name} cannot be created: {existing} is not a folder")
         except OSError as e:
             raise ValueError(f"{name} cannot be used: {e.strerror or e}") from None
-        if not os.access(existing, os.W_OK | os.X_OK):
-            yield f"{name} is not writable: pushes and exports will fail"
+        locked = [str(folder) for folder in (existing, *parts) if not os.access(folder, os.W_OK | os.X_OK)]
+        if locked:  # a part of it perhaps because another user wrote it
+            what = f": {some_of(locked)}" if existing == self.store else ""
+            yield f"{name} is not writable{what}: pushes and exports will fail"
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -8687,7 +8694,7 @@ def proxy_notes(variables: Mapping[str, str]) -> Iterator[str]:
 
 # =====================================================================================================================
 # 31. Doctor: the usual causes, one by one
-# Uses: engine, disk, mirror, server, settings.
+# Uses: engine, store, mirror, server, settings.
 # =====================================================================================================================
 
 GOOD, HINT, BAD = "ok", "--", "!!"
@@ -8855,12 +8862,14 @@ def check_origin(setup: Setup) -> Finding | None:
 
 def check_store(setup: Setup) -> Finding:
     """Can the store be written to, and is there room?"""
-    existing = nearest_existing(setup.settings.store)
+    folder = setup.settings.store
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            free = shutil.disk_usage(existing).free
+        for folder in Store.folders(setup.settings.store):
+            with tempfile.TemporaryFile(dir=folder):
+                free = shutil.disk_usage(folder).free
     except OSError as e:
-        return Finding(BAD, f"{setup.settings.store} cannot be written to: {e.strerror or e}", (
+        name = folder if setup.settings.store in folder.parents else setup.settings.store
+        return Finding(BAD, f"{name} cannot be written to: {e.strerror or e}", (
             "pushes and exports fail. Mount a volume there that this user may write to, or use -store"))
     if free < MINIMUM_FREE:
         return Finding(BAD, f"{human_bytes(free)} free where {setup.settings.store} is", (

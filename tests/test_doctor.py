@@ -104,6 +104,17 @@ class TestFaults(DoctorCase):
                     self.assertIn(f"!!  socket: permission denied on unix://{path}: ", result.stdout)
                     self.assertIn(advice, result.stdout)
                     self.assertIn("!!  store: /proc/store cannot be written to", result.stdout)
+        store = self.folder / "store"
+        (store / "blobs").mkdir(parents=True)  # by another user
+        store.chmod(0o1777)  # as in the image
+        result = subprocess.run([*command, "doctor", "-addr", "127.0.0.1:1", "-store", store], capture_output=True,
+                                text=True, check=False, env=environment)
+        self.assertIn(f"!!  store: {store}/blobs cannot be written to: Permission denied", result.stdout)
+        with subprocess.Popen([*command, "-addr", "127.0.0.1:0", "-store", store], stderr=subprocess.PIPE, text=True,
+                              env=environment) as process:
+            line = next(line for line in process.stderr if "not writable" in line or "listening on" in line)
+            process.terminate()
+        self.assertIn(f"is not writable: {store}/blobs: pushes and exports will fail", line)
 
     def test_docker(self):
         """A table: what the daemon is like -> the line."""
