@@ -448,12 +448,13 @@ def container_names(container: Mapping[str, Any], port: int) -> tuple[str, ...]:
     """Return the names of a registry that listens on a port of a container: HOST:PORT, each at most once.
 
     container is what Docker shows of it. Names by which this machine reaches a published port come first, then those
-    of the container on its networks. Raises one of MALFORMED_ERRORS.
+    of the container on its networks. On the network of the machine itself it has none. Raises one of MALFORMED_ERRORS.
     """
     settings, config = container.get("NetworkSettings") or {}, container.get("Config") or {}
+    is_on_host = (container.get("HostConfig") or {}).get("NetworkMode") == "host"
     published = [(str(binding["HostIp"]), int(binding["HostPort"]))
                  for binding in (settings.get("Ports") or {}).get(f"{port}/tcp") or ()]
-    if (container.get("HostConfig") or {}).get("NetworkMode") == "host":
+    if is_on_host:
         published.append(("", port))
     anywhere = ("", "0.0.0.0", "::", "127.0.0.1", "::1")  # noqa: S104
     outside = [f"{name}:{number}" for host, number in published
@@ -461,13 +462,22 @@ def container_names(container: Mapping[str, Any], port: int) -> tuple[str, ...]:
     found = [str(container.get("Name") or "").lstrip("/"), str(config.get("Hostname") or "")]
     for network in (settings.get("Networks") or {}).values():
         found += [str(name) for key in ("DNSNames", "Aliases") for name in network.get(key) or ()]
-    inside = [f"{name}:{port}" for name in found if name != str(container.get("Id"))[:12]]
+    inside = [f"{name}:{port}" for name in found if not is_on_host and name != str(container.get("Id"))[:12]]
     return tuple(dict.fromkeys(name for name in (*outside, *inside) if is_host(name)))[:NAMES_LIMIT]
 
 
 def is_loopback(name: str) -> bool:
     """Return True if the name of a registry, with or without a port, means it on its own machine only."""
     return re.sub(r":\d+$", "", name) in LOOPBACK
+
+
+def is_address(name: str) -> bool:
+    """Return True if the name of a registry, with a port, is an IP address, or localhost."""
+    host = name.rpartition(":")[0]
+    try:
+        return host == "localhost" or bool(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return False
 
 
 def names_for_nodes(names: Iterable[str]) -> list[str]:
@@ -6784,7 +6794,7 @@ MIRRORS_YAML = """\
 mirrors:
   "*":
     endpoint:
-      - http://{address}
+      - {url}
 """
 
 
@@ -6861,16 +6871,18 @@ def as_html(text: str) -> str:
     return html.escape(printable(text))
 
 
-def mirrors_for_nodes(facts: Facts, host: str) -> tuple[str, str]:
-    """A registries.yaml for the nodes, and what to say about it. host is the name by which the page was asked for."""
+def mirrors_for_nodes(facts: Facts, url: str) -> tuple[str, str]:
+    """A registries.yaml for the nodes, and what to say about it. url is the one by which the page was asked for."""
     names = names_for_nodes(facts["names"])
+    scheme, _, host = url.partition("://")
     note = "" if names else " (the name by which the nodes reach this registry may be another one)"
-    return MIRRORS_YAML.format(address=names[0] if names else host), f"In the registries.yaml of k3d or k3s{note}:"
+    mirrors = MIRRORS_YAML.format(url=f"{scheme}://{names[0] if names else host}")
+    return mirrors, f"In the registries.yaml of k3d or k3s{note}:"
 
 
-def page_html(facts: Facts, host: str) -> str:
-    """The facts of Status as a page for browsers, which know this registry by the name `host`."""
-    images, (mirrors, about) = facts["images"], mirrors_for_nodes(facts, host)
+def page_html(facts: Facts, url: str) -> str:
+    """The facts of Status as a page for browsers, which know this registry by a URL."""
+    images, (mirrors, about) = facts["images"], mirrors_for_nodes(facts, url)
     ended = details_html("ended", f"The last that have ended ({len(facts['ended'])})", (
         ((f"{task['kind']} {task['what']}", "name"),
          (f"failed: {task['error']}", "bad") if task["error"] else ("done", ""),
@@ -6941,12 +6953,12 @@ def table_html(rows: Iterable[Row], *headings: str) -> str:
 # ---- plain text
 
 
-def page_text(facts: Facts, host: str) -> str:
+def page_text(facts: Facts, url: str) -> str:
     """The same for terminals."""
     lines = [f"k3d-registry-dockerd {facts['version']}; its API is under /v2/ (OCI Distribution Specification)",
              *(line for line, _ in head_lines(facts) if line)]
     if not facts["nodes"]:
-        mirrors, about = mirrors_for_nodes(facts, host)
+        mirrors, about = mirrors_for_nodes(facts, url)
         lines += ["", f"{WELCOME} {about}", "", *mirrors.splitlines()]
     if facts["under_way"]:
         lines += ["", "UNDER WAY", *itertools.chain.from_iterable(map(task_lines, facts["under_way"]))]
@@ -7324,18 +7336,20 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Endpoints:
     """One method for each endpoint of OCI Distribution Spec v1.1, "Endpoints"."""
 
-    def __init__(self, registry: Front, status: Status):
-        self._registry, self._status = registry, status
+    def __init__(self, registry: Front, status: Status, scheme: Callable[[], str]):
+        """scheme returns http or https, which can change."""
+        self._registry, self._status, self._scheme = registry, status, scheme
 
     # ---- about this program
 
     def page(self, request: Request) -> Response:
         """GET /: the status for people, as HTML or as plain text."""
-        facts, host = self._status.document(), next(iter(request.client.names), "localhost:5000")
+        facts = self._status.document()
+        url = f"{self._scheme()}://{next(iter(request.client.names), 'localhost:5000')}"
         if "text/html" not in request.client.accept:
-            return Response(200, {"Content-Type": TEXT_TYPE, **UNCACHED}, page_text(facts, host).encode())
+            return Response(200, {"Content-Type": TEXT_TYPE, **UNCACHED}, page_text(facts, url).encode())
         return Response(200, {"Content-Type": HTML_TYPE, "Content-Security-Policy": page_policy(), **UNCACHED},
-                        page_html(facts, host).encode())
+                        page_html(facts, url).encode())
 
     def status(self, request: Request) -> Response:
         """GET /status: the same facts as JSON. See Status.document."""
@@ -8083,7 +8097,7 @@ class Server(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__((address.host, address.port), Handler)
         self.status = Status(registry, self.activity, str(self.address))
-        self.endpoints = Endpoints(registry, self.status)
+        self.endpoints = Endpoints(registry, self.status, lambda: self.browsers.scheme)
 
     def change(self, policy: Policy, tls: ssl.SSLContext | None) -> None:
         """Apply a policy from the next request on, and what __init__ says of tls from the next connection on."""
@@ -8153,23 +8167,29 @@ class Server(ThreadingHTTPServer):
 class Place:
     """Where this registry is, as others reach it: HOST:PORT."""
 
-    def __init__(self, port: int, names: Iterable[str], engine: EngineHost, root: Path):
-        """names are those by which Docker knows the registry: published ports, then the names on its networks.
+    def __init__(self, address: str, names: Iterable[str], engine: EngineHost, root: Path, scheme: str = "http"):
+        """address is where it answers on its own machine, or in its container.
 
-        Without any, it runs on this machine itself, and k3d's nodes reach that as host.k3d.internal. root is Docker's
-        data folder.
+        names are those by which Docker knows the registry: published ports, then the names on its networks. Without
+        the latter, it runs on this machine itself, and k3d's nodes reach that as host.k3d.internal, unless it listens
+        on another address only. root is Docker's data folder.
         """
-        known = {name: name.rpartition(":")[0] for name in names}
-        inside = names_for_nodes(known)
-        self.local = next((name for name in known if name not in inside), f"localhost:{port}")  # from this machine
-        self.nodes = inside[0] if inside else f"host.k3d.internal:{port}"   # from the nodes of a cluster in Docker
-        self.container = known[inside[0]] if inside else None               # the name of its container, if it has one
-        self.engine, self.root = engine, root
+        published, inside = list[str](), list[str]()
+        for name in names:
+            (published if is_address(name) else inside).append(name)
+        here = address.replace(address.rpartition(":")[0], "localhost") if is_loopback(address) else address
+        self.local = published[0] if published else here  # from this machine
+        self.port = self.local.rpartition(":")[2]
+        self.is_anywhere = is_loopback(self.local)  # not on one address of this machine only
+        # From the nodes of a cluster in Docker.
+        self.nodes = inside[0] if inside else f"host.k3d.internal:{self.port}" if self.is_anywhere else self.local
+        self.container = inside[0].rpartition(":")[0] if inside else None  # the name of its container, if it has one
+        self.engine, self.root, self.scheme = engine, root, scheme
 
 
 # {hosts} is a hosts.toml for all registries. It names no server: what is not here, nodes get from its own registry.
 HOSTS_TOML = """\
-[host."http://{address}"]
+[host."{scheme}://{address}"]
   capabilities = ["pull", "resolve"]
   dial_timeout = "1s"
 """
@@ -8183,7 +8203,7 @@ registries:{use}
     mirrors:
       "*":
         endpoint:
-          - http://{nodes}
+          - {url}
 """
 
 K3S = """\
@@ -8192,7 +8212,7 @@ K3S = """\
 
 CONTAINERD_HOSTS = """\
 # /etc/containerd/certs.d/_default/hosts.toml. In config.toml, config_path has to be "/etc/containerd/certs.d".
-""" + HOSTS_TOML
+{hosts}"""
 
 KIND = """\
 #!/bin/sh
@@ -8219,10 +8239,13 @@ data:
     hostFromClusterNetwork: "$address"
 EOF
 """
-# How kind's nodes reach this registry: by its container's name, or else by the gateway of their network.
+# How kind's nodes reach this registry: by its container's name, by the address that it listens on, or else by the
+# gateway of their network.
 KIND_CONTAINER = """\
 address={nodes}
 docker network connect kind {container} || true  # it may be in that network already"""
+KIND_ADDRESS = """\
+address={nodes}"""
 KIND_HOST = """\
 address=$(docker network inspect kind -f '{{{{range .IPAM.Config}}}}{{{{.Gateway}}}} {{{{end}}}}' |
     tr ' ' '\\n' | grep -v : | head -n 1):{port}"""
@@ -8257,12 +8280,20 @@ services:
     restart: unless-stopped
     ports:
       - "127.0.0.1:5000:5000"
-    volumes:
-      - {socket}:/var/run/docker.sock
-      - {root}:{root}:ro
-      - registry:/var/lib/registry
+{docker}      - registry:/var/lib/registry
 volumes:
   registry: {{}}
+"""
+# How the container reaches Docker.
+COMPOSE_SOCKET = """\
+    volumes:
+      - {engine.path}:/var/run/docker.sock
+      - {root}:{root}:ro
+"""
+COMPOSE_HOST = """\
+    environment:
+      - DOCKER_HOST={engine}
+    volumes:
 """
 
 SYSTEMD = """\
@@ -8285,6 +8316,7 @@ PROMETHEUS = """\
 # prometheus.yml
 scrape_configs:
   - job_name: k3d-registry-dockerd
+    scheme: {scheme}
     static_configs:
       - targets: ["{local}"]
 """
@@ -8301,13 +8333,14 @@ def configuration_for(kind: str, place: Place) -> str:
     nodes = place.local if outside and kind in ("k3s", "containerd") else place.nodes
     if outside and kind == "minikube":
         nodes = nodes.replace("host.k3d.internal", "host.minikube.internal")
-    values = {
-        "nodes": nodes, "address": nodes, "local": place.local, "container": place.container,
-        "port": place.local.rpartition(":")[2],
-        "hosts": HOSTS_TOML.format(address="$address" if kind == "kind" else nodes),
-        "use": f"\n  use:\n    - {nodes}" if place.container else "",
-        "socket": str(place.engine).removeprefix("unix://"), "engine": str(place.engine), "root": str(place.root)}
-    values["connect"] = (KIND_CONTAINER if place.container else KIND_HOST).format(**values)
+    values: dict[str, Any] = {
+        "nodes": nodes, "url": f"{place.scheme}://{nodes}", "local": place.local, "container": place.container,
+        "port": place.port, "scheme": place.scheme, "engine": place.engine, "root": place.root,
+        "hosts": HOSTS_TOML.format(scheme=place.scheme, address="$address" if kind == "kind" else nodes),
+        "use": f"\n  use:\n    - {nodes}" if place.container else ""}
+    values["connect"] = (KIND_CONTAINER if place.container else KIND_HOST if place.is_anywhere else KIND_ADDRESS
+                         ).format(**values)
+    values["docker"] = (COMPOSE_SOCKET if place.engine.path else COMPOSE_HOST).format(**values)
     return CONFIGURATIONS[kind].format(**values)
 
 
@@ -8822,21 +8855,23 @@ def check_pulls(setup: Setup) -> Finding:
 
 def check_mirrors(setup: Setup) -> Finding:
     """Is this registry a mirror of the very Docker that it answers from?"""
-    registries = setup.mirror.engine.info().details.get("RegistryConfig") or {}
+    info = setup.mirror.engine.info()
+    registries = info.details.get("RegistryConfig") or {}
+    names = info.names or (str(setup.server), f"localhost:{setup.server.port}")
     mirrors = [str(mirror) for mirror in registries.get("Mirrors") or ()]
-    ours = [mirror for mirror in mirrors if leads_here(mirror, setup.settings.address.port)]
+    ours = [mirror for mirror in mirrors if leads_here(mirror, names)]
     if ours:
         return Finding(HINT, f"Docker's registry mirror {some_of(ours)} is this registry", (
             "take it out of registry-mirrors in daemon.json: Docker hears of nothing there that it does not have"))
     return Finding(GOOD, f"Docker's registry mirrors: {some_of(mirrors)}" if mirrors else "Docker has none")
 
 
-def leads_here(url: str, port: int) -> bool:
-    """Return True if a URL leads to a port of this machine."""
+def leads_here(url: str, names: Iterable[str]) -> bool:
+    """Return True if a URL leads to a registry with these names, on this machine."""
     parts = urllib.parse.urlsplit(url)
-    host = (parts.hostname or "").lower()
-    return parts.port == port and (
-        host in ("localhost", socket.gethostname().lower()) or host.startswith("127.") or host == "::1")
+    host, port = (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
+    is_local = host in ("localhost", socket.gethostname().lower(), "::1") or host.startswith("127.")
+    return f"{'localhost' if is_local else host}:{port}" in names
 
 
 def check_origin(setup: Setup) -> Finding | None:
@@ -8897,11 +8932,16 @@ def ask_server(address: Address, tls: bool, path: str, is_guess: bool = True) ->
             raise
 
 
+def is_from_us(headers: Message) -> bool:
+    """Return True if an answer with these headers is from this program."""
+    return str(headers.get("Server", "")).startswith("k3d-registry-dockerd/")
+
+
 def check_port(setup: Setup) -> Finding:
     """Who listens on the port?"""
     try:
         _, headers, _ = ask_server(setup.server, setup.settings.tls is not None, "/v2/")
-        if str(headers.get("Server", "")).startswith("k3d-registry-dockerd/"):
+        if is_from_us(headers):
             return Finding(GOOD, f"this registry answers at {setup.server}")
     except ConnectionRefusedError:
         return Finding(HINT, f"nothing listens at {setup.server}", "start it, or name its address with -addr")
@@ -9173,6 +9213,16 @@ def server_address(settings: Settings, arguments: argparse.Namespace) -> Address
     return reachable(found[0] if len(found) == 1 else settings.address)
 
 
+def uses_tls(settings: Settings, address: Address) -> bool:
+    """Return True if the server at an address uses TLS. It may have been told so on its own command line only."""
+    as_set = settings.tls is not None
+    try:
+        _, headers, _ = ask_server(address, not as_set, "/v2/", is_guess=False)
+    except (OSError, http.client.HTTPException):
+        return as_set
+    return as_set != is_from_us(headers)
+
+
 def check(settings: Settings, arguments: argparse.Namespace) -> bool:
     """Check that the registry answers, and print the result."""
     address = server_address(settings, arguments)
@@ -9206,10 +9256,11 @@ def show_status(settings: Settings, arguments: argparse.Namespace) -> bool:
         return True
 
 
-def make_registry(settings: Settings) -> Front:
-    """Return the registry as it is set."""
+def make_registry(settings: Settings, port: int | None = None) -> Front:
+    """Return the registry as it is set, on another port if one is given."""
     store = Store(settings.store, settings.durable, settings.store_limit)
-    mirror = Mirror(Engine(settings.engine, settings.address.port), store, settings.pulls, settings.docker_root)
+    engine = Engine(settings.engine, settings.address.port if port is None else port)
+    mirror = Mirror(engine, store, settings.pulls, settings.docker_root)
     return Front(Hosted(store, settings.untagged_age), mirror, store, settings.warm)
 
 
@@ -9228,19 +9279,21 @@ def verify(settings: Settings, arguments: argparse.Namespace) -> bool:
 def doctor(settings: Settings, arguments: argparse.Namespace) -> bool:
     """Go through the usual causes, and print a line for each. True if nothing is wrong."""
     log.setLevel(logging.CRITICAL)  # the lines say it
-    with contextlib.closing(make_registry(settings)) as registry:
-        return run_doctor(Setup(settings, registry.mirror, server_address(settings, arguments)), print)
+    address = server_address(settings, arguments)
+    with contextlib.closing(make_registry(settings, address.port)) as registry:
+        return run_doctor(Setup(settings, registry.mirror, address), print)
 
 
 def print_configuration(settings: Settings, arguments: argparse.Namespace) -> bool:
     """Print a configuration for this registry. Without Docker, what Docker knows is not filled in."""
     log.setLevel(logging.CRITICAL)
     names, root = tuple[str, ...](), Path("/var/lib/docker")
-    port = server_address(settings, arguments).port
+    address = server_address(settings, arguments)
     with contextlib.suppress(RegistryError):
-        info = Engine(settings.engine, port).info()
+        info = Engine(settings.engine, address.port).info()
         names, root = info.names, content_root(info)
-    place = Place(port, names, settings.engine, root)
+    scheme = "https" if uses_tls(settings, address) else "http"
+    place = Place(str(address), names, settings.engine, root, scheme)
     print(configuration_for(arguments.kind, place), end="")
     return True
 

@@ -364,6 +364,9 @@ class TestRunning(CommandCase):
         program = self.program("unix:///nowhere", "-tls-certificate", files[0], "-tls-key", files[1])
         self.assertEqual("healthy\n", run("check", "-addr", program.address).stdout)
         self.assertEqual([], program.lines("WARNING"))
+        for command in (("config", "k3s"), ("status",)):  # which do not know the flags of the server
+            found = run(*command, "-addr", program.address, DOCKER_HOST="unix:///nowhere").stdout
+            self.assertRegex(found, rf"- https://[\w.]+:{program.port}\n")
         Path(files[0]).write_text("nonsense")
         program.process.send_signal(signal.SIGHUP)
         program.wait_for_line("SIGHUP: the settings stay as they are: the TLS certificate")

@@ -26,10 +26,12 @@ except ImportError:
     yaml = None
 
 ENGINE = module.EngineHost(path="/var/run/docker.sock")
-ON_THE_HOST = module.Place(5000, (), ENGINE, Path("/var/lib/docker"))
+ROOT = Path("/var/lib/docker")
+ON_THE_HOST = module.Place("localhost:5000", (), ENGINE, ROOT)
+ON_ONE_ADDRESS = module.Place("172.17.0.1:5000", (), ENGINE, ROOT)
 IN_A_CONTAINER = module.Place(
-    5000, ("localhost:57840", "127.0.0.1:57840", "k3d-dockerd:5000"), ENGINE, Path("/var/lib/docker"))
-PLACES = (ON_THE_HOST, IN_A_CONTAINER)
+    "localhost:5000", ("localhost:57840", "127.0.0.1:57840", "k3d-dockerd:5000"), ENGINE, ROOT)
+PLACES = (ON_THE_HOST, ON_ONE_ADDRESS, IN_A_CONTAINER)
 
 
 def text(kind, place):
@@ -38,9 +40,22 @@ def text(kind, place):
 
 class TestPlace(unittest.TestCase):
     def test_names(self):
-        for place, expected in ((ON_THE_HOST, ("localhost:5000", "host.k3d.internal:5000", None)),
-                                (IN_A_CONTAINER, ("localhost:57840", "k3d-dockerd:5000", "k3d-dockerd"))):
-            self.assertEqual(expected, (place.local, place.nodes, place.container))
+        """Each row: the address that it listens on, its names -> from this machine, from nodes, the container's."""
+        outside = "localhost:57840", "127.0.0.1:57840"
+        for address, names, expected in (
+                ("localhost:5000", (), ("localhost:5000", "host.k3d.internal:5000", None)),
+                ("127.0.0.1:5000", (), ("localhost:5000", "host.k3d.internal:5000", None)),
+                ("[::1]:5000", (), ("localhost:5000", "host.k3d.internal:5000", None)),
+                ("172.17.0.1:5000", (), ("172.17.0.1:5000", "172.17.0.1:5000", None)),
+                ("[fd00::1]:5000", (), ("[fd00::1]:5000", "[fd00::1]:5000", None)),
+                ("localhost:5000", (*outside, "k3d-x:5000"), ("localhost:57840", "k3d-x:5000", "k3d-x")),
+                ("localhost:5000", outside, ("localhost:57840", "host.k3d.internal:57840", None)),
+                ("localhost:5000", ("10.0.0.1:57840", "k3d-x:5000"), ("10.0.0.1:57840", "k3d-x:5000", "k3d-x")),
+                ("localhost:5000", ("[fd00::1]:57840", "k3d-x:5000"), ("[fd00::1]:57840", "k3d-x:5000", "k3d-x")),
+                ("localhost:5000", ("k3d-x:5000",), ("localhost:5000", "k3d-x:5000", "k3d-x"))):
+            with self.subTest(address=address, names=names):
+                place = module.Place(address, names, ENGINE, ROOT)
+                self.assertEqual(expected, (place.local, place.nodes, place.container))
 
 
 class TestForms(unittest.TestCase):
@@ -66,7 +81,21 @@ class TestForms(unittest.TestCase):
             self.assertEqual(["127.0.0.1:5000:5000"], service["ports"])
             self.assertIn("/var/run/docker.sock:/var/run/docker.sock", service["volumes"])
             (job,) = yaml.safe_load(text("prometheus", place))["scrape_configs"]
-            self.assertEqual([{"targets": [place.local]}], job["static_configs"])
+            self.assertEqual(("http", [{"targets": [place.local]}]), (job["scheme"], job["static_configs"]))
+
+    @unittest.skipUnless(yaml, "needs PyYAML")
+    def test_compose_with_docker_on_another_machine(self):
+        place = module.Place("localhost:5000", (), module.EngineHost(host="10.0.0.1", port=2375), ROOT)
+        service = yaml.safe_load(text("compose", place))["services"]["registry"]
+        self.assertEqual((["DOCKER_HOST=tcp://10.0.0.1:2375"], ["registry:/var/lib/registry"]),
+                         (service["environment"], service["volumes"]))
+
+    def test_tls(self):
+        for kind in ("k3d", "k3s", "kind", "minikube", "containerd", "prometheus"):
+            with self.subTest(kind):
+                found = text(kind, module.Place("localhost:5000", (), ENGINE, ROOT, "https"))
+                self.assertIn("scheme: https" if kind == "prometheus" else "https://", found)
+                self.assertNotIn("http://", found)
 
     @unittest.skipUnless(tomllib, "needs tomllib")
     def test_toml(self):
@@ -104,7 +133,7 @@ class TestForms(unittest.TestCase):
             found = [path.read_text() for path in home.glob(".minikube/files/etc/containerd/certs.d/*/hosts.toml")]
             self.assertEqual(2, len(found))
         else:
-            address = "k3d-dockerd:5000" if place.container else "172.19.0.1:5000"
+            address = "172.19.0.1:5000" if place is ON_THE_HOST else place.nodes
             self.assertEqual(bool(place.container), "docker network connect kind k3d-dockerd" in calls)
             found = [(home / "hosts.toml").read_text()]
             applied = (home / "applied").read_text()

@@ -13,12 +13,15 @@ import tempfile
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import lab
 from fake_daemon import FakeDaemon, http_answer
 from program import MODULE, Program
+from test_own_names import ID, container, published
 
 sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
 from k3d_registry_dockerd import Check, Finding, Settings, Setup, examine, make_registry, run_doctor
 
 DIGEST = "sha256:" + 64 * "a"
@@ -161,6 +164,22 @@ class TestFaults(DoctorCase):
                     for name, value in options.items():
                         setattr(daemon, name, value)
                     self.assert_finding(expected, make_setup(daemon.path, self.folder, root=root))
+
+    def test_mirrors(self):
+        """Each row: a mirror, the port that is listened on, the container -> is it this registry?"""
+        shown = container({"5000/tcp": published(57840, "0.0.0.0"), "5001/tcp": published(80, "10.0.0.1")})
+        for mirror, port, identity, expected in (
+                ("http://localhost:5001/", 5001, None, True), ("http://127.0.0.1:5001", 5001, None, True),
+                ("http://localhost:1/", 5001, None, False), ("http://172.17.0.1:5001", 5001, None, True),
+                ("http://localhost:57840/", 5000, ID, True), ("http://localhost:5000/", 5000, ID, False),
+                ("http://10.0.0.1/", 5001, ID, True), ("https://10.0.0.1/", 5001, ID, False)):
+            with self.subTest(mirror, port=port, identity=identity), FakeDaemon() as daemon, mock.patch.object(
+                    module, "own_container", lambda identity=identity: [identity] if identity else []):
+                daemon.info = {"RegistryConfig": {"Mirrors": [mirror]}}
+                daemon.faults = {"/containers/": http_answer(200, shown)}
+                settings = make_setup(daemon.path, self.folder).settings  # of another port
+                setup = Setup(settings, make_registry(settings, port).mirror, module.Address("172.17.0.1", port))
+                self.assertEqual(expected, "is this registry" in str(module.check_mirrors(setup)))
 
     def test_settings_forbid_the_origin(self):
         with FakeDaemon() as daemon:

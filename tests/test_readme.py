@@ -55,7 +55,8 @@ class TestText(unittest.TestCase):
         self.assertEqual({"sh", "env", "text", "yaml", "toml"}, {language for language, _ in BLOCKS})
 
     def test_configurations(self):
-        place = module.Place(5000, (), module.EngineHost(path="/var/run/docker.sock"), Path("/var/lib/docker"))
+        engine = module.EngineHost(path="/var/run/docker.sock")
+        place = module.Place("localhost:5000", (), engine, Path("/var/lib/docker"))
         printed = {kind: module.configuration_for(kind, place) for kind in module.CONFIGURATIONS}
         for language, block in BLOCKS:
             if language in ("yaml", "toml"):
