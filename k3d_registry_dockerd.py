@@ -911,11 +911,15 @@ class Tunnel:
         with on_failure(self._end):
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(text)
-            if not select.select([process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+            poll = select.poll()  # select() takes no descriptor above 1023
+            poll.register(process.stdout, select.POLLIN)
+            if not poll.poll(max(end - time.monotonic(), 0) * 1000):
                 raise TimeoutError(f"timed out {self._last_words()}".strip())
             answer = os.read(process.stdout.fileno(), KIB).decode(errors="replace")
             if not answer:
-                raise ConnectionError(self._last_words() or f"ssh ended with status {process.wait(1)}")
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its output, and goes on
+                    process.wait(1)
+                raise ConnectionError(self._last_words() or f"ssh said nothing (status {process.returncode})")
         return answer.strip()
 
     def _last_words(self, limit: int = 300) -> str:

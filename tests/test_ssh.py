@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -37,7 +38,8 @@ class FolderCase(unittest.TestCase):
 
 
 # A stand-in for ssh. It notes its arguments. On the server, `cat` works, and the docker command says where Docker is.
-# Connections to its socket lead to an engine. It fails for the host "nowhere", and never ends for the host "slow".
+# Connections to its socket lead to an engine. It fails for the host "nowhere", and never ends for the hosts "slow" and
+# "mute", for which it closes its output.
 SSH = """#!/usr/bin/env python3
 import json, os, socket, sys, threading
 with open({log!r}, "a") as log:
@@ -47,6 +49,9 @@ if host == "nowhere":
     sys.exit("Warning: noise\\nssh: Could not resolve hostname nowhere: Name or service not known")
 if host == "slow":
     print("still trying", file=sys.stderr, flush=True)
+    threading.Event().wait()
+if host == "mute":
+    os.close(1)
     threading.Event().wait()
 if command.startswith("docker "):
     sys.exit(print("unix:///found.sock"))
@@ -107,6 +112,20 @@ class TestStandIn(FolderCase):
     def test_an_ssh_that_hangs_is_ended(self):
         self.assertRaisesRegex(OSError, "timed out still trying", EngineHost.parse("ssh://slow").connect, 1)
         self.assert_ended()
+
+    def test_an_ssh_that_closes_its_output_is_ended(self):
+        self.assertRaisesRegex(OSError, "ssh said nothing", EngineHost.parse("ssh://mute").connect, 20)
+        self.assert_ended()
+
+    def test_many_descriptors(self):
+        """Each client has a descriptor, and so those of ssh may be above the 1023 that select() takes."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with contextlib.ExitStack() as others:
+            while others.enter_context(open(os.devnull)).fileno() < 1024:
+                pass
+            EngineHost.parse("ssh://h").connect(20).close()
 
     def test_a_failure_is_shared(self):
         """Those who ask while ssh is started do not start it once more when that has failed."""
