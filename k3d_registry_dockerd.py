@@ -1450,17 +1450,22 @@ def ask(deadline: Deadline, question: Callable[[Deadline], T], late: Callable[[J
     answered with late(the job), or STILL_PULLING if that is None. discard is called with an answer that comes too late.
     """
     inner, job = deadline.separate(), Job("at work for this request")
+    first = threading.Lock()  # held once this thread has given up, or the other has ended; the second one discards
+
+    def leave() -> None:
+        if not first.acquire(blocking=False) and discard and job.error is None:
+            with contextlib.suppress(Exception):
+                discard(job.result)
+
+    def answer_question() -> None:
+        job.run(lambda: question(inner))
+        leave()
 
     def give_up() -> None:
         inner.cancel()
-        if discard:
-            start_thread(discard_outcome, discard)
+        leave()
 
-    def discard_outcome(discard: Callable[[T], None]) -> None:
-        with contextlib.suppress(Exception):
-            discard(job.outcome(Deadline()))
-
-    start_thread(job.run, lambda: question(inner))
+    start_thread(answer_question)
     with on_failure(give_up):
         if not deadline.wait(job.done.wait):
             if not inner.is_waiting:
@@ -5602,12 +5607,15 @@ class Warming:
         """Work until the list is done. Failures are logged."""
         count = len(self._missing)
         for pause in itertools.chain(WARMING_PAUSES, itertools.repeat(WARMING_PAUSES[-1])):
-            waiting = iter(self.missing())
-            threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True) for _ in range(WARMING_PULLS)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            waiting, helpers = iter(self.missing()), []
+            with contextlib.suppress(RuntimeError):  # no thread can be started: this one does all of it
+                for _ in range(WARMING_PULLS - 1):
+                    helper = threading.Thread(target=self._work, args=(waiting,), daemon=True)
+                    helper.start()
+                    helpers.append(helper)
+            self._work(waiting)
+            for helper in helpers:
+                helper.join()
             missing = self.missing()
             if not missing:
                 break

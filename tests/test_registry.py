@@ -116,6 +116,21 @@ class TestAsk(unittest.TestCase):
         self.assertTrue(answers.get(timeout=30), "it was not discarded")
         self.assertTrue(answers.empty(), "an answer that may still be taken was discarded")
 
+    def test_late_answer_when_no_more_threads_can_be_started(self):
+        go_on, answers, starts = threading.Event(), queue.Queue(), [module.start_thread]
+        self.addCleanup(go_on.set)
+
+        def start(*arguments):
+            if not starts:
+                raise RegistryError("UNAVAILABLE", "no thread can be started")
+            starts.pop()(*arguments)
+
+        with mock.patch.object(module, "start_thread", start):
+            self.assertEqual("UNAVAILABLE", self.error_of(
+                Deadline(0.1), lambda _: go_on.wait(30), discard=answers.put))
+        go_on.set()
+        self.assertTrue(answers.get(timeout=30), "it was not discarded")
+
     def test_client_disconnects(self):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)

@@ -87,6 +87,12 @@ class TestWarming(unittest.TestCase):
         self.assertEqual({}, warming.missing())
         self.assertEqual(2, self.pulls.most)
 
+    def test_no_thread_can_be_started(self):
+        warming = self.warming(["r.io/a:1", "r.io/b:1", "r.io/c:1"])
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            warming.run()
+        self.assertEqual({}, warming.missing())
+
     def test_failures_are_tried_again_with_growing_pauses(self):
         warming = self.warming(["r.io/a:1", "r.io/b:1", "r.io/c:1"], {
             "r.io/a:1": [RegistryError("UNAVAILABLE", "Docker is away")] * 2, "r.io/b:1": [ValueError("oops")]})
