@@ -4691,8 +4691,9 @@ class Exports:
             stream = ExportStream(stack.enter_context(self._engine.export(image_id)), progress)
             try:
                 unpacking.unpack(stream)
-                target = unpacking.target()
-                content = unpacking.closure(target)
+                with disk_errors(f"read the export of {image_id}"):  # or the error would be one of Docker's
+                    target = unpacking.target()
+                    content = unpacking.closure(target)
             except (tarfile.TarError, *MALFORMED_ERRORS) as e:
                 reason = stream.complaint() or str(e)
                 raise RegistryError("ENGINE_FAILED", f"Docker's export of {image_id} is not complete after "

@@ -1,5 +1,6 @@
 """Work that requests share, and the number of requests to Docker."""
 
+import errno
 import functools
 import os
 import queue
@@ -380,6 +381,17 @@ class TestSharedWork(MirrorCase):
             go_on.set()
             found = self.mirror.manifest(Client(), reference)
             self.assertEqual(self.image.digest, str(found.digest))
+
+    def test_export_that_cannot_be_read(self):
+        """Trouble with our own disk is not said to be Docker's."""
+        self.start("classic")
+        self.daemon.add("app:1", self.image)
+        image = self.mirror.engine.image("app:1")
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        with self.assertLogs("k3d-registry-dockerd"), self.assertRaises(RegistryError) as caught, \
+                mock.patch.object(module.Unpacking, "_path", side_effect=error):
+            self.mirror._exports._run(image)
+        self.assertEqual("STORE_FAILED", caught.exception.code)
 
     def test_export_that_has_just_ended(self):
         """A thread found no export, and started the job when another one had just ended."""
