@@ -1,5 +1,6 @@
 """Work that requests share, and the number of requests to Docker."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -24,6 +25,7 @@ from k3d_registry_dockerd import (
     ClientGone,
     Credentials,
     Deadline,
+    Digest,
     Engine,
     EngineHost,
     EngineInfo,
@@ -381,6 +383,25 @@ class TestSharedWork(MirrorCase):
             go_on.set()
             found = self.mirror.manifest(Client(), reference)
             self.assertEqual(self.image.digest, str(found.digest))
+
+    @contextlib.contextmanager
+    def origin(self):
+        """A registry that has the image, which may be fetched from it."""
+        self.start("containerd")
+        self.daemon.info = INSECURE
+        with Origin(self.image) as origin, self.assertLogs("k3d-registry-dockerd"), \
+                mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.2", "no_proxy": "127.0.0.2"}):
+            yield origin
+
+    def test_fetch_that_has_just_ended(self):
+        """A thread found a blob missing, and began to fetch it when another fetch had just ended."""
+        with self.origin() as origin:
+            layer, reference = self.image.layer, Reference.parse("team/app", self.image.digest, origin.host)
+            fetch = module.Fetch("key", Digest.of(layer), len(layer), reference, None, None)
+            for _ in range(2):
+                with contextlib.closing(self.mirror._fetches._start(fetch).open(0, len(layer), Deadline())) as body:
+                    self.assertEqual(layer, b"".join(body))
+            self.assertEqual([f"blobs/{Digest.of(layer)}"], origin.requests)
 
     def test_export_that_cannot_be_read(self):
         """Trouble with our own disk is not said to be Docker's."""
