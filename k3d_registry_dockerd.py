@@ -5913,7 +5913,7 @@ class Mirror:
         def fetch(source: Reference | None) -> None:
             left = self._missing(reference, manifest, client)
             if left:
-                self._fetch(reference, manifest, left, client, source)
+                self._fetches.begin(reference, left, client, source)
 
         if missing:
             self._try_names(itertools.chain([None], self._other_names(manifest.digest, missing, manifest)), fetch,
@@ -5942,20 +5942,13 @@ class Mirror:
         if blobs:
             self.images.current().restore(self._images_of(reference, client), blobs, client.deadline)
 
-    def _fetch(self, reference: Reference, manifest: Manifest, missing: Mapping[Digest, int], client: Client,
-               source: Reference | None) -> None:
-        for digest, size in missing.items():
-            if self._store.docker.size(digest) not in (None, size):
-                self._store.docker.drop(digest)  # a crash cut it short
-        self._fetches.begin(reference, missing, client, source)
-
     @in_time
     def fetch_lost(self, client: Client, reference: Reference, manifest: Manifest, blobs: Mapping[Digest, int]) -> None:
         """Begin to fetch blobs of a manifest, if Docker lacks them, and knows a name that leads to them."""
         lost = {digest: size for digest, size in blobs.items() if not self._content.find(digest, size)}
         for source in self._other_names(manifest.digest, lost, manifest) if lost else ():
             try:
-                self._fetch(reference, manifest, lost, client, source)
+                self._fetches.begin(reference, lost, client, source)
                 break
             except RegistryError as e:
                 log.warning("%s: %s", source, e.detail)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import json
 import os
 import queue
 import socket
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from fake_daemon import FakeDaemon, Image, chunked, http_answer
+from fake_daemon import OCI_MANIFEST, FakeDaemon, Image, chunked, http_answer
 from fake_origin import INSECURE, Origin
 from program import IN_MEMORY, MODULE
 
@@ -32,6 +33,7 @@ from k3d_registry_dockerd import (
     ImageStores,
     Job,
     Jobs,
+    Manifest,
     Mirror,
     NextReads,
     Reference,
@@ -402,6 +404,19 @@ class TestSharedWork(MirrorCase):
                 with contextlib.closing(self.mirror._fetches._start(fetch).open(0, len(layer), Deadline())) as body:
                     self.assertEqual(layer, b"".join(body))
             self.assertEqual([f"blobs/{Digest.of(layer)}"], origin.requests)
+
+    def test_size_that_is_not_that_of_a_copy(self):
+        """A manifest cannot have a copy removed that is right."""
+        with self.origin() as origin:
+            layer, reference = self.image.layer, Reference.parse("team/app", self.image.digest, origin.host)
+            store, digest = self.mirror._store, Digest.of(layer)
+            module.keep_content(store, layer, store.docker)
+            document = json.loads(self.image.manifest)
+            document["layers"][0]["size"] += 1
+            manifest = Manifest(Digest.parse(self.image.digest), OCI_MANIFEST, json.dumps(document).encode())
+            with self.assertRaisesRegex(RegistryError, f"gives {len(layer)} bytes for {digest}"):
+                self.mirror._recover(reference, manifest, Client())
+            self.assertIsNotNone(store.docker.find(digest))
 
     def test_export_that_cannot_be_read(self):
         """Trouble with our own disk is not said to be Docker's."""
