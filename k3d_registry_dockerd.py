@@ -3823,7 +3823,7 @@ class Hosted:
 
 FRAME_DATA, FRAME_HEADERS, FRAME_RESET, FRAME_SETTINGS = 0x0, 0x1, 0x3, 0x4
 FRAME_PING, FRAME_GOAWAY, FRAME_WINDOW_UPDATE, FRAME_CONTINUATION = 0x6, 0x7, 0x8, 0x9
-END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
+END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
 SETTING_HEADER_TABLE_SIZE, SETTING_ENABLE_PUSH, SETTING_INITIAL_WINDOW, SETTING_MAX_FRAME = 0x1, 0x2, 0x4, 0x5
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 WINDOW = 2**31 - 1              # bytes: the maximum; the socket itself slows down a fast sender
@@ -3910,13 +3910,16 @@ class Frame:
         return head + self.payload
 
     def content(self) -> bytes:
-        """Return the payload of DATA or HEADERS without its padding and its priority (RFC 9113, 6.1 and 6.2)."""
+        """Return the payload of DATA or HEADERS without its padding (RFC 9113, 6.1 and 6.2).
+
+        The five bytes of a priority before some headers stay: they cannot be taken for the status that is looked for.
+        """
         content = self.payload
         if self.flags & PADDED:
             if not content or content[0] >= len(content):
                 raise Http2Error("a frame is shorter than its padding")
             content = content[1:len(content) - content[0]]
-        return content[5:] if self.kind == FRAME_HEADERS and self.flags & PRIORITY else content
+        return content
 
 
 class GrpcCall:

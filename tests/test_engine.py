@@ -146,6 +146,8 @@ class TestPullProgress(unittest.TestCase):
                  [down("a", 1, 10_000_000), {"status": "Download complete", "id": "a", "progressDetail": {}}]),
                 ("100%, 10.0 MB of 10.0 MB, 1.0 MB/s, extracting",
                  [down("a", 10_000_000, 10_000_000), down("a", 1, 30_000_000, "Extracting")]),
+                ("10%, 1.0 MB of 10.0 MB, 100.0 kB/s, retrying in 5 seconds",
+                 [down("a", 1_000_000, 10_000_000), down("a", 5, 0, "Retrying in 5 seconds")]),
                 # ignored
                 ("extracting", [down("a", 1, 30_000_000, "Extracting")]),
                 ("already exists", [{"status": "Already exists", "id": "a"}]),

@@ -100,6 +100,19 @@ class TestRoutes(HttpCase):
                 self.assert_error(self.program.get(path), status, code)
                 self.assertEqual((status, b""), ((head := self.program.head(path)).status, head.body))
 
+    def test_names_of_writes(self):
+        """A name cannot lead out of the store, whatever is asked."""
+        session, digest = "0" * 32, f"?digest={A}"
+        for name in ("../../x", "App", "a//b", "a%00", "_uploads"):
+            for method, path in (
+                    ("POST", "blobs/uploads/"), ("POST", f"blobs/uploads/{digest}"),
+                    ("POST", f"blobs/uploads/?mount={A}"), ("GET", f"blobs/uploads/{session}"),
+                    ("PATCH", f"blobs/uploads/{session}"), ("PUT", f"blobs/uploads/{session}{digest}"),
+                    ("DELETE", f"blobs/uploads/{session}"), ("PUT", "manifests/1"),
+                    ("DELETE", "manifests/1"), ("DELETE", f"blobs/{A}")):
+                with self.subTest(method=method, name=name, path=path):
+                    self.assert_error(self.program.request(method, f"/v2/{name}/{path}"), 400, "NAME_INVALID")
+
     def test_methods(self):
         for method in ("POST", "PATCH", "OPTIONS"):
             with self.subTest(method):

@@ -131,6 +131,9 @@ class TestSources(SettingsCase):
                 found, origins, notes = headers(**{name: text})
                 self.assertEqual(([], [], text != "[nosniff]"), (found, origins, len(notes) == 1))
         self.assertEqual(([], ["http://x:1"], []), headers(**{"Access-Control-Allow-Origin": "['http://x:1']"}))
+        for name in ("X A", "X:A", "X-\N{EURO SIGN}", ""):
+            with self.subTest(name), self.assertRaisesRegex(ValueError, "is not a header"):
+                headers(**{name: "[a]"})
 
 
 class TestRunning(SettingsCase):
@@ -146,6 +149,7 @@ class TestRunning(SettingsCase):
         self.assertEqual(1, len(program.lines("never (from -pull, K3D_REGISTRY_DOCKERD_PULL=always (line 1 of")))
         self.assertEqual(1, len(program.lines("-read-only: true (from -read-only)")))
         self.assertEqual(1, len(program.lines("REGISTRY_HTTP_HEADERS_Content-Security-Policy is ignored")))
+        self.assertEqual(1, len(program.lines("headers: X-Frame-Options (from REGISTRY_HTTP_HEADERS_…)")))
         headers = program.get("/v2/").headers
         self.assertEqual(("DENY", ["sandbox; default-src 'none'"]),
                          (headers["X-Frame-Options"], headers.get_all("Content-Security-Policy")))
