@@ -3311,8 +3311,10 @@ class Store:
             is_pushed = status and status.st_nlink > 2  # and so it stays without this copy
             self.docker.drop_unless_used(digest, now, EVICTION_AGE if digest in gone or is_pushed else FETCHED_AGE)
         for path in self.disk.files(*(self.root / name for name in self.FOLDERS)):
-            if path.name[0] == "." and self.disk.is_old(path, now, EVICTION_AGE):
-                self.disk.remove(path)
+            status = self.disk.status(path) if path.name[0] == "." else None
+            if status and self.disk.is_old(path, now, EVICTION_AGE) and self.disk.remove(path) and (
+                    self.blobs.folder in path.parents):  # these were measured
+                self.space.free(status.st_size)
         for digest in self.blobs.digests():
             if self.disk.is_old(self.blobs.path(digest), now, EVICTION_AGE):
                 self.release(digest)

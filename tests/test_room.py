@@ -130,6 +130,19 @@ class TestLimit(RoomCase):
         self.assertEqual(90 * KB, self.store.space.used)
         self.assertEqual(201, self.put(again, b"z" * 5 * KB).status)
 
+    def test_what_a_killed_process_left_does_not_count_any_more(self):
+        program = self.start(limit=10 * KB)
+        for folder, size in (("blobs/sha256", 8 * KB), ("blobs", 1 * KB), ("docker/sha256", 7 * KB)):
+            path = self.store.root / folder / ".left"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(os.urandom(size))
+            os.utime(path, (1, 1))
+        self.store.measure()
+        self.assertEqual(507, self.put(program, os.urandom(5 * KB)).status)
+        self.store.tidy_up(lambda image_id: True, time.time())
+        self.assertEqual(201, self.put(program, os.urandom(5 * KB)).status)
+        self.assertEqual((5 * KB, 5 * KB), (self.store.space.used, self.bytes()))
+
     def test_what_can_be_had_again_goes_first(self):
         program = self.start(limit=100 * KB)
         old, older, recent = (self.copy_of_docker(data * 20 * KB, age) for data, age in (
