@@ -1696,7 +1696,7 @@ class Activity:
         self.started = time.time()
         self.lock = threading.Lock()  # guards everything that follows
         self._tasks: list[Task] = []
-        self._ended: collections.deque[tuple[float, Task]] = collections.deque(maxlen=self.ENDED)
+        self._ended: Recent[tuple[str, str], tuple[float, Task]] = Recent(self.ENDED)  # by kind and subject
         self._visits: dict[int, Visit] = {}
         self._past: Recent[str, collections.deque[Visit]] = Recent(self.REPOSITORIES)
         self._errors: Recent[str, tuple[int, Visit]] = Recent(self.ENDED)
@@ -1721,7 +1721,7 @@ class Activity:
         finally:
             with self.lock:
                 self._tasks.remove(task)
-                self._ended.appendleft((time.time(), task))
+                self._ended[task.kind, task.subject] = time.time(), task
 
     def tasks(self) -> list[Task]:
         """The tasks under way, the oldest first."""
@@ -1729,9 +1729,12 @@ class Activity:
             return list(self._tasks)
 
     def ended_tasks(self) -> list[tuple[float, Task]]:
-        """The last tasks that have ended, with the time of that in seconds since the epoch, the newest first."""
+        """The last tasks that have ended, with the time of that in seconds since the epoch, the newest first.
+
+        Of a task that was repeated, it is the last time: what fails again and again does not push out all others.
+        """
         with self.lock:
-            return list(self._ended)
+            return list(reversed(self._ended.values()))
 
     def count_pull(self, registry: str, result: str, seconds: float) -> None:
         """Count a pull by Docker: result is "ok", or a code of ERRORS."""

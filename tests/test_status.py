@@ -1,5 +1,6 @@
 """What people and monitoring see: the page, /status, /metrics, health; in a real browser, during a real pull."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -87,6 +88,16 @@ class TestActivity(unittest.TestCase):
         with self.assertRaises(ValueError), self.activity.task("pull", "app:2"):
             raise ValueError("no")
         self.assertEqual("no", self.activity.ended_tasks()[0][1].error)
+
+    def test_what_fails_again_and_again_is_shown_once(self):
+        """An image of -warm that its registry does not have, for example."""
+        with self.activity.task("pull", "app:1") as task:
+            task.done()
+        for number in range(2 * module.Activity.ENDED):
+            with contextlib.suppress(ValueError), self.activity.task("pull", "app:2"):
+                raise ValueError(number)
+        ((_, failed), (_, done)) = self.activity.ended_tasks()
+        self.assertEqual((str(2 * module.Activity.ENDED - 1), task), (failed.error, done))
 
 
 class StatusCase(unittest.TestCase):
