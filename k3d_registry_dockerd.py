@@ -1124,6 +1124,9 @@ class EngineHost:
         """Explain to the user why Docker cannot be reached, and what to do about it."""
         if self.tunnel:
             return self.tunnel.advice(error)
+        if self.path and Path(self.path).is_dir():  # the error is that of a Docker that does not run
+            return (f"{self.path} is a folder: Docker makes one where a container mounts a socket that is not there. "
+                    "Remove it on the host, and mount the socket of a Docker that runs")
         if isinstance(error, FileNotFoundError):
             looked = f" (address {self.origin})" if self.origin else ""
             return (f"{self.path} does not exist{looked}: is Docker running? In a container, mount it with "
@@ -8782,10 +8785,6 @@ def check_socket(setup: Setup) -> Finding:
     except PermissionError:
         return Finding(BAD, f"permission denied on {host}", group_advice(host.path))
     except OSError as e:
-        if host.path and Path(host.path).is_dir():
-            return Finding(BAD, f"{host.path} is a folder", (
-                "Docker makes one where a container mounts a socket that is not there. Remove it on the host, and "
-                "mount the socket of a Docker that runs"))
         return Finding(BAD, host.advice(e))
     return Finding(GOOD, str(host))
 

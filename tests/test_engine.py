@@ -562,6 +562,7 @@ class TestAdvice(unittest.TestCase):
         for host, error, *expected in (
                 (unix, FileNotFoundError(), "/run/d.sock does not exist", "is Docker running",
                  "-v /var/run/docker.sock:/run/d.sock"),
+                (EngineHost(path="/"), ConnectionRefusedError(), "/ is a folder", "on the host, and mount the socket"),
                 (unix, PermissionError(), "permission denied on /run/d.sock", "group"),
                 (unix, ConnectionRefusedError(), "refused at unix:///run/d.sock", "not running"),
                 (tcp, ConnectionRefusedError(), "refused at tcp://10.0.0.1:2375", "not running"),
