@@ -6566,7 +6566,7 @@ class Status:
         self._registry, self._activity, self._address = registry, activity, address
         self._jobs = Jobs()
         self._images: list[dict[str, Any]] = []         # replaced whole, as the next one
-        self._engine: dict[str, Any] = {"reachable": False, "problem": "not asked yet"}
+        self._engine: dict[str, Any] = {"reachable": False, "problem": "it has not answered yet"}
         self._details: Memory[tuple[str, Digest], Details] = Memory()  # by source and digest
 
     def _refresh(self, *reads: Callable[[], None]) -> None:
