@@ -6485,7 +6485,8 @@ class Verification:
             for digest in repository.manifests.digests():
                 manifest = repository.manifest(digest) if self._is_right(repository.manifests, digest) else None
                 if manifest is None:
-                    yield Lack(f"{name} has lost the manifest {digest}", repository, digest)
+                    if os.path.lexists(repository.manifests.path(digest)):  # or a server has just deleted it
+                        yield Lack(f"{name} has lost the manifest {digest}", repository, digest)
                     continue
                 for blob, size in manifest.sizes("config", "layers", "blobs").items():
                     if repository.blobs.size(blob) != size or not self._is_right(repository.blobs, blob):

@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import sys
+import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import walk
-from fake_daemon import FakeDaemon, Image, http_answer, sha256
+from fake_daemon import OCI_MANIFEST, FakeDaemon, Image, http_answer, sha256
 from fake_origin import INSECURE, Origin
-from program import Program, run, takes_long
+from program import IN_MEMORY, MODULE, Program, run, takes_long
 from test_damage import (
     DAMAGES,
     FILES,
@@ -23,6 +26,9 @@ from test_damage import (
     push,
     state,
 )
+
+sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
 
 
 def verify(store, *arguments, docker_host="unix:///nowhere", **env):
@@ -144,6 +150,28 @@ class TestVerify(DamageCase):
         result = run("-repair")
         self.assertEqual(2, result.returncode)
         self.assertIn("unrecognized arguments: -repair", result.stderr)
+
+
+class TestBesideAServer(unittest.TestCase):
+    def test_manifest_that_is_deleted_meanwhile(self):
+        folder = tempfile.TemporaryDirectory(dir=IN_MEMORY)
+        self.addCleanup(folder.cleanup)
+        store = module.Store(Path(folder.name))
+        registry = module.Front(module.Hosted(store), module.Mirror(
+            module.Engine(module.EngineHost(path="/nowhere")), store), store)
+        repository, image, has_content, lines = registry.hosted.repository("app"), Image(), store.has_content, []
+        digest = module.Digest.parse(image.digest)
+        repository.put_manifest(module.Manifest(digest, OCI_MANIFEST, image.manifest), ["1"])
+
+        def delete(path, *arguments):
+            if path == repository.manifests.path(digest):
+                self.assertTrue(repository.delete_manifest(digest))
+            return has_content(path, *arguments)
+
+        with mock.patch.object(store, "has_content", delete):
+            self.assertTrue(module.Verification(store, registry, lines.append).run(repair=False))
+        self.assertEqual([], lines)
+        self.assertIsNone(repository.manifests.size(digest))
 
 
 class TestRepairFromDocker(unittest.TestCase):
