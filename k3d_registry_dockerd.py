@@ -8702,6 +8702,11 @@ class Settings:
         if str(self.engine) != str(new.engine):
             yield f"Docker: {self.engine} is now {new.engine}, after a restart"
 
+    def keep_until_restart(self, old: Settings) -> None:
+        """Keep what the program was started with, where a change takes effect after a restart only."""
+        self.values = {setting.name: (self if setting.live else old).values[setting.name] for setting in SETTINGS}
+        self.engine, self.pulls = old.engine, old.pulls
+
     def _store_notes(self) -> Iterator[str]:
         """Yield a warning if the store is not writable. Raises ValueError if it is no folder, and cannot become one."""
         name = f"the store {self.store} ({self.origin('-store')})"
@@ -9381,7 +9386,7 @@ def reload(settings: Settings, arguments: argparse.Namespace, registry: Front, s
         log.info("SIGHUP: %s", line)
     for note in (note for note in new.notes if note not in settings.notes):
         log.warning("SIGHUP: %s", note)
-    new.pulls = settings.pulls
+    new.keep_until_restart(settings)
     return new
 
 

@@ -179,6 +179,11 @@ class TestRunning(SettingsCase):
             self.assertEqual(1, len(program.lines(f"SIGHUP: {expected}")), expected)
         self.assertEqual([True], [line.endswith(', after a restart"}') for line in program.lines("-no-sync: ")])
         program.wait_for_line("SIGHUP: K3D_REGISTRY_DOCKERD_PUL (line 7 of ")
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for_line("SIGHUP: -no-sync: false is now true", 2)  # a restart is still needed
+        self.file.write_text(self.file.read_text().replace("K3D_REGISTRY_DOCKERD_NO_SYNC=true", ""))
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for_line("SIGHUP: nothing has changed")
         self.assertEqual(405, program.request(*push).status)
         answer = program.get("/v2/", Origin="http://x:1")
         self.assertEqual(("http://x:1", "a"), (answer.headers["Access-Control-Allow-Origin"], answer.headers["X-A"]))
