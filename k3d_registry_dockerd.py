@@ -6566,7 +6566,8 @@ class Status:
         """address is where the registry listens."""
         self._registry, self._activity, self._address = registry, activity, address
         self._jobs = Jobs()
-        self._images: list[dict[str, Any]] = []         # replaced whole, as the next one
+        self._images: list[dict[str, Any]] = []         # replaced whole, as the next two
+        self._has_more_images = False
         self._engine: dict[str, Any] = {"reachable": False, "problem": "it has not answered yet"}
         self._details: Memory[tuple[str, Digest], Details] = Memory()  # by source and digest
 
@@ -6599,6 +6600,7 @@ class Status:
                        "seconds": round(task.seconds or 0, 3), "bytes": task.progress()[0], "error": task.error}
                       for moment, task in self._activity.ended_tasks()],
             "images": [{**image, "last_served": self._last_served(image["digest"])} for image in self._images],
+            "more_images": self._has_more_images,
             "requests": [{"repository": name, "last": [self._visit(visit) for visit in visits]}
                          for name, visits in self._activity.past().items()],
             "errors": [{"message": visit.note, "count": count, "repository": visit.repository,
@@ -6653,12 +6655,13 @@ class Status:
     # ---- images
 
     def _read_images(self) -> None:
-        pushed = list(itertools.islice(self._pushed_images(), self.IMAGES))
+        pushed = list(itertools.islice(self._pushed_images(), self.IMAGES + 1))
         try:
-            docker = list(itertools.islice(self._docker_images(), self.IMAGES))
+            docker = list(itertools.islice(self._docker_images(), self.IMAGES + 1))
         except RegistryError:  # the engine's part of the page says why
             docker = [image for image in self._images if image["source"] == "docker"]
-        self._images = [*pushed, *docker]
+        self._images = [*pushed[:self.IMAGES], *docker[:self.IMAGES]]
+        self._has_more_images = len(self._images) < len(pushed) + len(docker)
 
     def _pushed_images(self) -> Iterator[dict[str, Any]]:
         for name in self._registry.hosted.names():
@@ -6901,6 +6904,11 @@ def mirrors_for_nodes(facts: Facts, url: str) -> tuple[str, str]:
     return mirrors, f"In the registries.yaml of k3d or k3s{note}:"
 
 
+def count_images(facts: Facts) -> str:
+    """How many images are shown, and whether there are more."""
+    return f"the first {len(facts['images'])}" if facts["more_images"] else str(len(facts["images"]))
+
+
 def page_html(facts: Facts, url: str) -> str:
     """The facts of Status as a page for browsers, which know this registry by a URL."""
     images, (mirrors, about) = facts["images"], mirrors_for_nodes(facts, url)
@@ -6920,7 +6928,7 @@ def page_html(facts: Facts, url: str) -> str:
         "under-way": "<h2>Under way</h2>" + ("".join(map(task_html, facts["under_way"])) or (
             "<p class=soft>Nothing is being pulled, fetched or exported.</p>")) + ended,
         "errors": errors and f"<h2>Errors</h2>{errors}",
-        "images": f"<h2>Images ({len(images)})</h2>" + (table_html(
+        "images": f"<h2>Images ({count_images(facts)})</h2>" + (table_html(
             map(image_row, images), "Image", "From", "Size", "Platforms", "Digest", "Last served to", "At")
             or "<p class=soft>There are none.</p>"),
         "requests": f"<h2>Last requests</h2>{requests or '<p class=soft>There were none.</p>'}"}
@@ -6984,7 +6992,8 @@ def page_text(facts: Facts, url: str) -> str:
     if facts["under_way"]:
         lines += ["", "UNDER WAY", *itertools.chain.from_iterable(map(task_lines, facts["under_way"]))]
     last = [((group["repository"], ""), *visit_row(group["last"][0])) for group in facts["requests"]]
-    for title, rows in (("ERRORS", [*map(error_row, facts["errors"])]), ("IMAGES", [*map(image_row, facts["images"])]),
+    for title, rows in (("ERRORS", [*map(error_row, facts["errors"])]),
+                        (f"IMAGES ({count_images(facts)})", [*map(image_row, facts["images"])]),
                         ("LAST REQUESTS", last)):
         if rows:
             lines += ["", title, *("  ".join(text for text, _ in row) for row in rows)]

@@ -126,6 +126,22 @@ class TestEndpoints(StatusCase):
                 self.assertIn(b"Docker cannot be reached", without.get("/", **accept).body)
             self.assertIn("k3d_registry_dockerd_engine_up 0", without.get("/metrics").body.decode())
 
+    def test_more_images_than_are_shown(self):
+        """There are 2 that were pushed, and 201 of Docker's."""
+        data = json.dumps({"schemaVersion": 2, "mediaType": module.OCI_MANIFEST, "layers": []}).encode()
+        with FakeDaemon() as daemon, Program(daemon.host) as program:
+            for number in range(201):
+                if number == 200:
+                    self.assertIs(False, program.get("/status").json["more_images"])
+                    self.assertIn(b"<h2>Images (200)</h2>", program.get("/", **HTML).body)
+                daemon.add(f"app:{number}", Image())
+            for tag in "12":
+                program.request("PUT", f"/v2/mine/manifests/{tag}", {"Content-Type": module.OCI_MANIFEST}, data)
+            found = program.get("/status").json
+            self.assertEqual((202, True), (len(found["images"]), found["more_images"]))
+            self.assertIn(b"<h2>Images (the first 202)</h2>", program.get("/", **HTML).body)
+            self.assertIn(b"IMAGES (the first 202)\n", program.get("/").body)
+
     def test_docker_has_a_folder_of_which_nothing_is_known_here(self):
         """Not even whether it is there: the name is too long here. To others than root, some folders are the same."""
         folder = "/" + 300 * "x"
@@ -277,7 +293,7 @@ class TestCommand(StatusCase):
             done = run("status", "-addr", self.program.address, *arguments)
             self.assertEqual((0, ""), (done.returncode, done.stderr))
             self.assertIn("Docker 28", done.stdout)
-            self.assertIn("IMAGES\napp:1", done.stdout)
+            self.assertIn("IMAGES (1)\napp:1", done.stdout)
 
     def test_no_answer(self):
         done = run("status", "-addr", "127.0.0.1:1")
