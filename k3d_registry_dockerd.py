@@ -286,6 +286,20 @@ class Memory(dict[K, T]):
         super().__setitem__(key, value)
 
 
+class Recent(dict[K, T]):
+    """The values that were set last, each under its key, the newest last."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key: K, value: T) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        if len(self) > self._limit:
+            del self[next(iter(self))]
+
+
 def call_engine(name: str, text: str) -> str:
     """Put the engine's name, Docker or Podman, into a text that says Docker. Names of images that have it stay."""
     return re.sub(r"(?<![^\s(])Docker(?=[\s,;:)']|\.?(?:\s|$))", name, text)
@@ -1636,20 +1650,6 @@ class Task:
             return self.status
         share = f"{100 * done // total}%, {human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
         return f"{share}, {human_bytes(self.rate(now))}/s" + (f", {self.status}" if self.status else "")
-
-
-class Recent(dict[K, T]):
-    """The values that were set last, each under its key, the newest last."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self._limit = limit
-
-    def __setitem__(self, key: K, value: T) -> None:
-        self.pop(key, None)
-        super().__setitem__(key, value)
-        if len(self) > self._limit:
-            del self[next(iter(self))]
 
 
 @dataclass
@@ -4377,7 +4377,8 @@ class LayerDirectory:
         # What has been read. One operation changes each of them: no lock.
         self._index: tuple[float, dict[str, Path]] = (0, {})
         self._measured: dict[tuple[Path, float], Layer] = {}
-        self._manifests: dict[Digest, bytes] = {}
+        self._lock = threading.Lock()  # guards the next one
+        self._manifests: Recent[Digest, bytes] = Recent(MEMORY_LIMIT)  # that were made: clients ask for them by digest
 
     def manifest(self, image: EngineImage) -> Digest:
         """Make the manifest of an image and return its digest. Raises ENGINE_FAILED if a part is not available here.
@@ -4390,14 +4391,15 @@ class LayerDirectory:
             raise RegistryError("ENGINE_FAILED", f"{self.name} does not have all of {image.id}")
         data = make_manifest((image.id, config.size), *layers)
         digest = Digest.of(data)
-        self._manifests[digest] = data
+        with self._lock:
+            self._manifests[digest] = data
         return digest
 
     def find(self, digest: Digest) -> Blob | None:
         """See Provider. Raises STORE_FAILED if Docker's folder cannot be read."""
-        if digest in self._manifests:
-            return BytesBlob(self._manifests[digest])
-        return self._config(digest) or self._layer(str(digest))
+        with self._lock:
+            made = self._manifests.get(digest)
+        return BytesBlob(made) if made else self._config(digest) or self._layer(str(digest))
 
     def _config(self, digest: Digest) -> BytesBlob | None:
         path = self._configs / digest.algorithm / digest.hex
@@ -4429,7 +4431,8 @@ class LayerDirectory:
                 for folder in self._layers.iterdir():  # glob() hides errors
                     if diff_id := read_line(folder / "diff"):  # or else Docker has just removed it
                         folders[diff_id] = folder
-                self._index = (changed, folders)
+                self._index, existing = (changed, folders), set(folders.values())
+                self._measured = {key: layer for key, layer in self._measured.copy().items() if key[0] in existing}
             return folders
         return {}
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -21,6 +22,7 @@ from program import IN_MEMORY, MODULE, Program
 from test_engines import MIB, EngineCase, sha256
 
 sys.path.insert(0, str(MODULE.parent))
+import k3d_registry_dockerd as module
 from k3d_registry_dockerd import (
     ContentFolder,
     Deadline,
@@ -340,6 +342,32 @@ class TestFolder(FolderCase):
         with self.assertLogs("k3d-registry-dockerd"):
             self.assertIsNone(self.blob())
         self.assertEqual(before, len(list(Path("/proc/self/fd").iterdir())))
+
+    def test_what_docker_has_removed_is_forgotten(self):
+        self.note(b"header")
+        digest, removed = Digest.of(self.tar), self.blob()
+        self.note(b"another header")
+        self.assertIsNot(removed, self.blob())
+        self.assertIs(removed, self.layers.find(digest), "measured again")
+        folder = self.root / "image/overlay2/layerdb/sha256"
+        shutil.rmtree(folder / digest.hex)
+        os.utime(folder, (1, 1))
+        self.assertIsNone(self.layers.find(digest))
+        self.assertEqual(1, len(self.layers._measured))
+
+    def test_manifests_that_were_made(self):
+        """Those that were asked for last can be read by digest: there is one for each image that was ever built."""
+        configs = self.root / "image/overlay2/imagedb/content/sha256"
+        configs.mkdir(parents=True)
+        images = []
+        for number in range(4):
+            image_id = Digest.of(b"%d" % number)
+            (configs / image_id.hex).write_bytes(b"%d" % number)
+            images.append(EngineImage(image_id, 0, ()))
+        with mock.patch.object(module, "MEMORY_LIMIT", 3):
+            layers = LayerDirectory(self.root)
+        made = [layers.manifest(image) for image in (*images[:3], images[0], images[3])]
+        self.assertEqual([True, False, True, True, True], [layers.find(digest) is not None for digest in made])
 
     def test_no_descriptor_left(self):
         """That is an error for now: nothing is absent or damaged because of it."""
