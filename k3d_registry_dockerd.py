@@ -4122,16 +4122,23 @@ class ContentService:
     PREFIX = "/containerd.services.content.v1.Content/"
     LABEL_LIMIT = 4096  # bytes of a label and its value: containerd's own limit
     ORIGINS_LIMIT = 100
+    UNCONNECTED = (errno.ENOENT, errno.ECONNREFUSED, errno.EMFILE, errno.ENFILE)  # errors of opening a connection
 
     def __init__(self, engine: Engine, folder: Path):
         """folder holds temporary files for content that several readers share."""
         self._engine, self._reads = engine, SharedReads(folder)
 
     def problem(self) -> str | None:
-        """Return the reason why this engine's service cannot be used, or None if it can."""
+        """Return the reason why this engine's service cannot be used, or None if it can.
+
+        UNAVAILABLE if no connection to Docker can be opened now: that says nothing about the service.
+        """
         try:
             self.find(Digest.of(b""))
         except RegistryError as e:
+            cause = e.__cause__
+            if isinstance(cause, OSError) and cause.errno in self.UNCONNECTED:
+                raise
             return e.detail
         return None
 

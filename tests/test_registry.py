@@ -418,6 +418,17 @@ class TestSharedWork(MirrorCase):
                 self.mirror._recover(reference, manifest, Client())
             self.assertIsNotNone(store.docker.find(digest))
 
+    def test_content_service_that_could_not_be_asked(self):
+        """That is not taken for an engine without one, whose images are exported."""
+        self.start("containerd")
+        for number in (errno.ENOENT, errno.ECONNREFUSED, errno.EMFILE):
+            self.mirror.engine.info()  # known for some seconds
+            with mock.patch.object(EngineHost, "http", side_effect=OSError(number, os.strerror(number))), \
+                    self.assertRaises(RegistryError) as caught:
+                self.mirror.images.current()
+            self.assertEqual("UNAVAILABLE", caught.exception.code)
+        self.assertEqual(("content service",), self.mirror.images.current().sources)
+
     def test_export_that_cannot_be_read(self):
         """Trouble with our own disk is not said to be Docker's."""
         self.start("classic")
