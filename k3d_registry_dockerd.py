@@ -4381,7 +4381,7 @@ class LayerDirectory:
         self._configs = root / "image/overlay2/imagedb/content"
         self._layers = root / "image/overlay2/layerdb/sha256"
         self._overlay = root / "overlay2"
-        # What has been read. One operation changes each of them: no lock.
+        # What has been read. One operation changes or replaces each of them: no lock. What is lost is read again.
         self._index: tuple[float, dict[str, Path]] = (0, {})
         self._measured: dict[tuple[Path, float], Layer] = {}
         self._lock = threading.Lock()  # guards the next one
@@ -4422,9 +4422,9 @@ class LayerDirectory:
         with disk_errors(f"read {folder}"), contextlib.suppress(FileNotFoundError):  # Docker has just removed it
             key = folder, (folder / "tar-split.json.gz").lstat().st_mtime
             cache = read_line(folder / "cache-id")
-            if key not in self._measured and re.fullmatch(r"[\w-]+", cache):
-                self._measured[key] = Layer(diff_id, folder, self._overlay / cache / "diff")
             layer = self._measured.get(key)
+            if layer is None and re.fullmatch(r"[\w-]+", cache):
+                layer = self._measured[key] = Layer(diff_id, folder, self._overlay / cache / "diff")
             return layer if layer and not layer.failure else None
         return None
 

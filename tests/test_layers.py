@@ -355,6 +355,19 @@ class TestFolder(FolderCase):
         self.assertIsNone(self.layers.find(digest))
         self.assertEqual(1, len(self.layers._measured))
 
+    def test_layer_is_measured_while_others_are_forgotten(self):
+        """It is used, though it is not remembered, and not taken for one that cannot be read."""
+        layers = self.layers
+
+        class Replaced(dict):
+            def __setitem__(self, key, value):
+                layers._measured = {}  # by another thread, which has copied this one before
+                super().__setitem__(key, value)
+
+        self.note(b"header")
+        layers._measured = Replaced()
+        self.assertIsNotNone(self.blob())
+
     def test_manifests_that_were_made(self):
         """Those that were asked for last can be read by digest: there is one for each image that was ever built."""
         configs = self.root / "image/overlay2/imagedb/content/sha256"
