@@ -365,6 +365,7 @@ class TestFolder(FolderCase):
                 super().__setitem__(key, value)
 
         self.note(b"header")
+        layers._folders()
         layers._measured = Replaced()
         self.assertIsNotNone(self.blob())
 
