@@ -495,8 +495,11 @@ def is_address(name: str) -> bool:
 
 
 def names_for_nodes(names: Iterable[str]) -> list[str]:
-    """Return those names of a registry, HOST:PORT, that mean it on other machines and in containers, too."""
-    return [name for name in names if not is_loopback(name)]
+    """Return those names of a registry, HOST:PORT, that mean it on other machines and in containers, too.
+
+    Those of its own container come first: an address of this machine may be closed to containers.
+    """
+    return sorted((name for name in names if not is_loopback(name)), key=is_address)
 
 
 def docker_name(name: str) -> tuple[str, str]:

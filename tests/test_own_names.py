@@ -78,6 +78,11 @@ class TestNames(unittest.TestCase):
         many = {"n": {"Aliases": [f"a{number}" for number in range(100)]}}
         self.assertEqual(16, len(module.container_names({"Id": ID, "NetworkSettings": {"Networks": many}}, 5000)))
 
+    def test_names_for_nodes(self):
+        shown = container({"5000/tcp": published(57840, "127.0.0.1", "10.0.0.1", "fd00::1")})
+        self.assertEqual([*INSIDE, "10.0.0.1:57840", "[fd00::1]:57840"],
+                         module.names_for_nodes(module.container_names(shown, 5000)))
+
     def test_aliases(self):
         """Each row: the namespace and the Host header of a request -> the names that Docker is asked for."""
         names = ("localhost:57840", "127.0.0.1:57840", "k3d-x:5000")
