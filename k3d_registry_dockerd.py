@@ -3762,11 +3762,11 @@ class Hosted:
         DIGEST_INVALID, and then nothing of it is kept.
         """
         repository = self.repository(reference.repository)
-        with repository.upload(repository.begin_upload()) as upload, on_failure(upload.discard):
-            upload.expect(size or 0)
+        with BlobWriter(self._store, reference.digest.algorithm) as writer:
+            writer.expect(size or 0)
             for piece in pieces:
-                upload.write(piece)
-            upload.keep(repository.blobs, reference.digest)
+                writer.write(piece)
+            writer.keep(repository.blobs, reference.digest)
 
     def mount(self, reference: Reference, source: str | None, deadline: Deadline | None = None) -> bool:
         """Make a blob of another repository belong to this one too. True if that repository has it.

@@ -1,5 +1,6 @@
 """The store and the hosted registry, on our own disk."""
 
+import errno
 import json
 import os
 import shutil
@@ -584,6 +585,13 @@ class TestRepository(StoreCase):
             self.assertEqual(1, len(self.files()), "an upload in use is kept")
         self.tidy_up(lambda _: True, NOW)
         self.assertEqual((set(), {}), (self.files(), self.store.hashes))
+
+    def test_push_for_which_no_descriptor_is_left(self):
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        with mock.patch("k3d_registry_dockerd.open", side_effect=error, create=True), \
+                self.assertRaises(RegistryError) as caught:
+            Hosted(self.store).push_blob(Reference("some/app", Digest.of(b"new")), 3, [b"new"])
+        self.assertEqual(("STORE_FAILED", set()), (caught.exception.code, self.files()))
 
     def test_upload_continues_in_another_process(self):
         session = self.repository.begin_upload()
