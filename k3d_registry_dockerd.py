@@ -1696,7 +1696,8 @@ class Activity:
     REPOSITORIES = 50           # repositories whose requests are remembered
     VISITS = 5                  # requests of each
     ENDED = 20                  # tasks that have ended, errors
-    CLIENTS = 100               # nodes, and manifests that were served
+    CLIENTS = 100               # nodes
+    SERVED = 1000               # manifests that were served: those of all images that are shown, and of their platforms
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -1706,7 +1707,7 @@ class Activity:
         self._visits: dict[int, Visit] = {}
         self._past: Recent[str, collections.deque[Visit]] = Recent(self.REPOSITORIES)
         self._errors: Recent[str, tuple[int, Visit]] = Recent(self.ENDED)
-        self._served: Recent[str, Visit] = Recent(self.CLIENTS)
+        self._served: Recent[str, Visit] = Recent(self.SERVED)
         self._nodes: Recent[str, Visit] = Recent(self.CLIENTS)
         self.requests: collections.Counter[tuple[str, int]] = collections.Counter()     # (method, status)
         self.request_seconds, self.pull_seconds = Histogram(), Histogram()
@@ -5080,6 +5081,10 @@ class ImageStore:
         """The digest of an image's manifest, made or exported if need be."""
         return image.id
 
+    def last_target(self, image_id: Digest) -> Digest:
+        """What target() said last of the image with an ID, or that ID."""
+        return image_id
+
     def includes(self, image: EngineImage, digest: Digest, deadline: Deadline, explore: bool) -> bool:
         """True if a digest is that of an image's manifest or in its index. explore allows an export to find out."""
         if image.id == digest:
@@ -5134,10 +5139,16 @@ class ClassicImages(ImageStore):
         super().__init__(info, content, (layers,), problem)
         self._store, self._exports, self._layers = store, exports, layers
         self.sources = (*self.sources, "export")
+        self._targets: Memory[Digest, Digest] = Memory()  # for last_target()
 
     def target(self, image: EngineImage, deadline: Deadline) -> Digest:
         """See ImageStore."""
-        return self._made(image) or self._exports.manifest(image, deadline)
+        found = self._targets[image.id] = self._made(image) or self._exports.manifest(image, deadline)
+        return found
+
+    def last_target(self, image_id: Digest) -> Digest:
+        """See ImageStore."""
+        return self._targets.get(image_id, image_id)
 
     def _made(self, image: EngineImage) -> Digest | None:
         """The digest of a manifest made from Docker's own files, or None if it takes an export."""
@@ -5176,6 +5187,10 @@ class ImageStores:
     def made_type(self) -> str | None:
         """That of the image store that was current when it was asked for last: see ImageStore."""
         return self._chosen.made_type if self._chosen else None
+
+    def last_target(self, image_id: Digest) -> Digest:
+        """See ImageStore. Does not wait for the engine."""
+        return self._chosen.last_target(image_id) if self._chosen else image_id
 
     def current(self) -> ImageStore:
         """The image store of the engine as it is now, logged whenever that changes."""
@@ -6612,7 +6627,7 @@ class Status:
             "ended": [{"kind": task.kind, "what": task.subject, "ended": rfc3339(moment),
                        "seconds": round(task.seconds or 0, 3), "bytes": task.progress()[0], "error": task.error}
                       for moment, task in self._activity.ended_tasks()],
-            "images": [{**image, "last_served": self._last_served(image["digest"])} for image in self._images],
+            "images": [{**image, "last_served": self._last_served(image)} for image in self._images],
             "more_images": self._has_more_images,
             "requests": [{"repository": name, "last": [self._visit(visit) for visit in visits]}
                          for name, visits in self._activity.past().items()],
@@ -6656,8 +6671,11 @@ class Status:
                           for name, (done, total) in task.parts.items()],
                 "waiting": self._activity.waiting_for(task.repository) if task.repository else []}
 
-    def _last_served(self, digest: str) -> dict[str, Any] | None:
-        visit = self._activity.served(digest)
+    def _last_served(self, image: Mapping[str, Any]) -> dict[str, Any] | None:
+        digest = Digest.parse(image["digest"])
+        if image["source"] == "docker":
+            digest = self._registry.mirror.images.last_target(digest)
+        visit = self._activity.served(str(digest))
         return {"time": rfc3339(visit.time), "to": visit.client} if visit else None
 
     @staticmethod

@@ -57,8 +57,8 @@ class TestActivity(unittest.TestCase):
                 ([visit.client for visit in self.activity.nodes()], kept.CLIENTS, "c1999"),
                 ([visit.note for _, visit in self.activity.errors()], kept.ENDED, "n1999")):
             self.assertEqual((limit, newest), (len(memory), next(iter(memory))))
-        self.assertIsNone(self.activity.served("d0"))
-        self.assertEqual("c1999", self.activity.served("d1999").client)
+        self.assertEqual([None, "c1000", "c1999"], [
+            visit and visit.client for visit in map(self.activity.served, ("d999", "d1000", "d1999"))])
         for _ in range(100):
             self.visit("one")
         self.assertEqual(kept.VISITS, len(self.activity.past()["one"]))
@@ -126,6 +126,16 @@ class TestEndpoints(StatusCase):
             for accept in ({}, HTML):
                 self.assertIn(b"Docker cannot be reached", without.get("/", **accept).body)
             self.assertIn("k3d_registry_dockerd_engine_up 0", without.get("/metrics").body.decode())
+
+    def test_last_served(self):
+        """On both image stores. The classic one has no manifests: an image's ID is the digest of its config."""
+        for store in ("containerd", "classic"):
+            with self.subTest(store), FakeDaemon(store) as daemon, Program(daemon.host) as program:
+                daemon.add("app:1", Image())
+                for expected in (None, "127.0.0.1"):
+                    (image,) = program.get("/status").json["images"]
+                    self.assertEqual(expected, (image["last_served"] or {}).get("to"))
+                    self.assertEqual(200, program.get("/v2/library/app/manifests/1?ns=docker.io").status)
 
     def test_more_images_than_are_shown(self):
         """There are 2 that were pushed, and 201 of Docker's."""
