@@ -8437,8 +8437,9 @@ def matching(pattern: str, problem: str, convert: Callable[[re.Match[str]], Any]
 
 
 def one_word_of(*choices: str) -> Callable[[str], Any]:
-    """Return a function that parses one of some words."""
-    return matching("|".join(choices), f"is not known: use {', '.join(choices[:-1])} or {choices[-1]}")
+    """Return a function that parses one of some words, in capitals too, as the official registry takes them."""
+    return matching("(?i)" + "|".join(choices), f"is not known: use {', '.join(choices[:-1])} or {choices[-1]}",
+                    lambda match: match[0].lower())
 
 
 positive = matching("0*[1-9][0-9]{0,8}", "is not a whole number above 0: use for example 100",

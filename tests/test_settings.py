@@ -82,6 +82,10 @@ class TestSources(SettingsCase):
         self.assertEqual([f"TYPO (line 7 of {self.file}) is not a setting of this program",
                           "K3D_REGISTRY_DOCKERD_TYPO is not a setting of this program"], list(settings.notes)[-2:])
 
+    def test_words_in_capitals(self):
+        settings = self.read("-pull", "Always", REGISTRY_LOG_LEVEL="DEBUG", REGISTRY_LOG_FORMATTER="JSON")
+        self.assertEqual(("always", "debug", "json"), (settings.pulls.policy, settings.log_level, settings.log_format))
+
     def test_lines(self):
         """They end as in all files, and there may be a mark of the encoding, as Windows' Notepad writes it."""
         for content in (b"\xef\xbb\xbfREGISTRY_LOG_LEVEL=debug\r\n", b"#a\x0bb\x0cc\nREGISTRY_LOG_LEVEL=debug",
