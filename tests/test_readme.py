@@ -186,10 +186,13 @@ class Reader:
         self.make_room(name)
         self.engine.docker("run", "-d", "--name", name, *cluster.as_k3d(self.engine, port, volumes, host))
         self.engine.docker("network", "connect", cluster.NETWORK, name)
-        lab.wait_for("the registry", lambda: self.engine.docker("exec", name, "python3", f"/{MODULE.name}", "check",
-                                                                check=False) == "healthy")
+        self.wait_for_registry(name)
 
     # ---- what a reader has at a time
+
+    def wait_for_registry(self, container):
+        lab.wait_for("the registry", lambda: self.engine.docker("exec", container, "python3", f"/{MODULE.name}",
+                                                                "check", check=False) == "healthy")
 
     def have_cluster(self):
         """Make the cluster of the first screen, unless its registry runs."""
@@ -239,8 +242,9 @@ class TestCommands(StageCase):
         elif re.search(r"(k3d-dockerd|localhost:5000)\b", script) and "k3d.yaml" not in script:
             reader.have_cluster()
         if "crane" in script:
-            self.engine.docker("run", "-d", "-p", "127.0.0.1:5003:5000", "-v",
-                               f"{self.engine.inside}/docker.sock:/var/run/docker.sock", cluster.IMAGE)
+            other = self.engine.docker("run", "-d", "-p", "127.0.0.1:5003:5000", "-v",
+                                       f"{self.engine.inside}/docker.sock:/var/run/docker.sock", cluster.IMAGE)
+            reader.wait_for_registry(other)
         if " doctor" in script:  # nothing can be pulled from Docker Hub here
             out = reader.run(script.replace(" doctor", " doctor || true"))
             self.assertEqual([], [line for line in out.splitlines() if line[:2] == "!!" and "docker.io" not in line])
