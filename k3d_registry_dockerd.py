@@ -455,7 +455,7 @@ def names_us(namespace: str, names: Iterable[str]) -> bool:
     which a developer has pushed.
     """
     name, *own = (re.sub(r":\d+$", "", text) for text in (namespace, *names))
-    return name in own or name in LOOPBACK
+    return name in own or is_loopback(name)
 
 
 def container_names(container: Mapping[str, Any], port: int) -> tuple[str, ...]:
@@ -1009,20 +1009,26 @@ def refuse_passphrase() -> str:
     raise ValueError("the key has a passphrase")
 
 
+@contextlib.contextmanager
+def certificate_errors(problem: str) -> Iterator[None]:
+    """Turn errors of reading certificates and keys into ValueError, with a problem and the reason."""
+    try:
+        yield
+    except (OSError, ValueError) as e:  # includes ssl.SSLError
+        raise ValueError(f"{problem}: {getattr(e, 'strerror', None) or e}") from None
+
+
 def client_tls(folder: Path, verified: bool = True, needs_authority: bool = True) -> ssl.SSLContext:
     """Return the TLS that ca.pem, cert.pem and key.pem of a folder configure. Raises ValueError.
 
     The last two can be missing, and also the first one unless needs_authority: then the system's authorities count.
     """
     authority, certificate, key = (folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
-    try:
+    with certificate_errors(f"ca.pem, cert.pem and key.pem cannot be read from {folder}"):
         trusts_folder = needs_authority or authority.exists()
         context = ssl.create_default_context(cafile=str(authority) if trusts_folder else None)
         if certificate.exists() or key.exists():
             context.load_cert_chain(certificate, key, refuse_passphrase)
-    except (OSError, ValueError) as e:  # includes ssl.SSLError
-        raise ValueError(f"ca.pem, cert.pem and key.pem cannot be read from {folder}: "
-                         f"{getattr(e, 'strerror', None) or e}") from None
     if not verified:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -8238,7 +8244,7 @@ class Place:
         published, inside = list[str](), list[str]()
         for name in names:
             (published if is_address(name) else inside).append(name)
-        here = address.replace(address.rpartition(":")[0], "localhost") if is_loopback(address) else address
+        here = f"localhost:{address.rpartition(':')[2]}" if is_loopback(address) else address
         self.local = published[0] if published else here  # from this machine
         self.port = self.local.rpartition(":")[2]
         self.is_anywhere = is_loopback(self.local)  # not on one address of this machine only
@@ -8771,11 +8777,8 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
         raise ValueError("TLS needs both -tls-certificate and -tls-key, or both REGISTRY_HTTP_TLS_CERTIFICATE and "
                          "REGISTRY_HTTP_TLS_KEY")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
+    with certificate_errors(f"the TLS certificate {certificate} and key {key} cannot be used"):
         context.load_cert_chain(certificate, key, refuse_passphrase)
-    except (OSError, ValueError) as e:  # includes ssl.SSLError
-        raise ValueError(f"the TLS certificate {certificate} and key {key} cannot be used: "
-                         f"{getattr(e, 'strerror', None) or e}") from None
     return context
 
 
